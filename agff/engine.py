@@ -1,0 +1,97 @@
+"""The only caller of DeepSpeed engines. It owns the accumulation boundary, the precision and the optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from agff.batch import ModelInputs
+from agff.precision import Precision
+from agff.schedule import OptimizerConfig, build_adamw, build_schedule
+
+
+def start_process_group(local_rank: int) -> torch.device:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's device.
+
+    Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its work.
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    return torch.device(accelerator.device_name(local_rank))
+
+
+class Engine:
+    """A model under ZeRO: encode, backward, step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        deepspeed_config: dict[str, Any],
+        optimizer: OptimizerConfig,
+        num_steps: int,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        """Collective. `deepspeed_config` is final: batch sizes and precision are filled in (launcher/config.py)."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = device
+        self.model = model
+        self._autocast_to = torch.bfloat16 if precision == "bf16_autocast" else None
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_adamw(trainable, optimizer, fused=device.type == "cuda"),
+            model_parameters=trainable,
+            config=deepspeed_config,
+            lr_scheduler=lambda wrapped: build_schedule(wrapped, optimizer, num_steps=num_steps),
+            dist_init_required=False,
+        )
+
+    def encode(self, inputs: ModelInputs) -> Tensor:
+        """(B, M, D) float32 unit embeddings of one chunk. Under ZeRO-3 a collective."""
+        with self._autocast():
+            return self.deepspeed(inputs)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.
+
+        The boundary is moved by hand: with several backwards in a step, ZeRO-1 and 2 would otherwise keep only part of the
+        gradient, silently (PITFALLS 2).
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> bool:
+        """Clip, update, advance the schedule. Collective.
+
+        False when the gradient norm over all ranks was not finite: then no rank has changed parameters or optimizer.
+        """
+        self.deepspeed.step()
+        return self.deepspeed.was_step_applied()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm over all parameters and ranks before clipping, of the last step."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    @property
+    def learning_rate(self) -> float:
+        """What the next step will use."""
+        return self.deepspeed.get_lr()[0]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_to is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast_to)

@@ -1,0 +1,90 @@
+"""Contrastive losses over a (B, C) similarity: InfoNCE, and EGA, which amplifies the gradient of hard negatives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(
+    similarity_BC: Tensor, positive_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None = None
+) -> Tensor:
+    """Scalar mean cross-entropy of the positive among the candidates, over the local rows.
+
+    positive_B: index of each row's positive among the C candidates. negative_mask_BC: True = may act as a negative; the
+    positive is never masked. float32 or better inside.
+    """
+    logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
+    return F.cross_entropy(logits_BC, positive_B)
+
+
+def ega_loss(
+    similarity_BC: Tensor,
+    positive_B: Tensor,
+    *,
+    temperature: float,
+    amplification: float,
+    width: float = 0.1,
+    renormalize: bool = True,
+    negative_mask_BC: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE whose gradient is amplified at hard negatives: Explicit Gradient Amplifier (arXiv 2506.02020).
+
+    The value is the InfoNCE loss. Its gradient with respect to the similarity is (P_bar - I) / (N temperature), where
+    P_bar re-weights the softmax P by `ega_weights` (METHOD.md 2: the idea is the paper's, the weights are our definition).
+    Amplification 0 is InfoNCE bit for bit. Differentiable once; no gradient flows through the weights.
+
+    amplification: >= 0; the hardest negative weighs 1 + amplification.
+    width: distance to the positive, in units of cosine, at which the extra weight has fallen to 1/e; > 0.
+    renormalize: True: rows of P_bar are probabilities again. False: the gradient of each negative is multiplied by
+        exactly its weight, and the positive balances the row.
+    negative_mask_BC: True = may act as a negative; the positive is never masked.
+    """
+    if amplification < 0:
+        raise ValueError(f"amplification={amplification} must be >= 0")
+    loss = info_nce(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
+    if amplification == 0:
+        return loss
+    with torch.no_grad():
+        logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
+        weight_BC = ega_weights(similarity_BC, positive_B, amplification=amplification, width=width)
+        amplified_BC = logits_BC.softmax(dim=1) * weight_BC
+        if renormalize:
+            amplified_BC /= amplified_BC.sum(dim=1, keepdim=True)
+        gradient_BC = amplified_BC.scatter(1, positive_B[:, None], 0.0)
+        gradient_BC.scatter_(1, positive_B[:, None], -gradient_BC.sum(dim=1, keepdim=True))
+        gradient_BC /= similarity_BC.shape[0] * temperature
+    # zero in value: x - x, with the wanted gradient in x alone
+    carrier = (gradient_BC * similarity_BC.to(gradient_BC.dtype)).sum()
+    return loss.detach() + (carrier - carrier.detach())
+
+
+def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: float, width: float) -> Tensor:
+    """(B, C) weights 1 + amplification * exp(-|s_ij - s_ii| / width); 1 at the positive. No gradient (METHOD.md 2, ours).
+
+    Hard is what comes close to the positive's own similarity, not what is similar in itself (relative-similarity hardness).
+    """
+    if width <= 0:
+        raise ValueError(f"width={width} must be > 0")
+    with torch.no_grad():
+        similarity_BC = similarity_BC.to(torch.promote_types(similarity_BC.dtype, torch.float32))
+        relative_BC = similarity_BC - similarity_BC.gather(1, positive_B[:, None])
+        weight_BC = 1 + amplification * torch.exp(-relative_BC.abs() / width)
+        return weight_BC.scatter(1, positive_B[:, None], 1.0)
+
+
+def masked_logits(
+    similarity_BC: Tensor, positive_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None
+) -> Tensor:
+    """(B, C) similarity / temperature, -inf where a candidate may not act as a negative; never at the positive."""
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be > 0")
+    if similarity_BC.ndim != 2 or positive_B.shape != similarity_BC.shape[:1]:
+        raise ValueError(f"expected (B, C) and (B,), got {tuple(similarity_BC.shape)} and {tuple(positive_B.shape)}")
+    logits_BC = similarity_BC.to(torch.promote_types(similarity_BC.dtype, torch.float32)) / temperature
+    if negative_mask_BC is None:
+        return logits_BC
+    if negative_mask_BC.shape != similarity_BC.shape:
+        raise ValueError(f"mask {tuple(negative_mask_BC.shape)} does not fit {tuple(similarity_BC.shape)}")
+    return logits_BC.masked_fill(~negative_mask_BC.scatter(1, positive_B[:, None], True), -torch.inf)

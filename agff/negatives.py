@@ -1,0 +1,19 @@
+"""Which pairs of a global batch may act as negatives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def negative_mask(row_ids_B: Tensor, positive_ids_B: Tensor, candidate_ids_C: Tensor, partner_ids_C: Tensor) -> Tensor:
+    """(B, C) True where candidate j may act as a negative of row i. All arguments are content ids.
+
+    Two pairs of a global batch often share a target (a class name, an answer) or a query (one image with several
+    captions); then each one's positive is the other's positive too. A candidate with the content of row i's positive, or
+    whose own partner has the content of row i, is not a negative.
+
+    positive_ids_B: of each row's positive. partner_ids_C: of the row that each candidate is the positive of.
+    """
+    is_positive_BC = positive_ids_B[:, None] == candidate_ids_C[None, :]
+    has_same_row_BC = row_ids_B[:, None] == partner_ids_C[None, :]
+    return ~(is_positive_BC | has_same_row_BC)

@@ -1,0 +1,101 @@
+"""AGFF-Embed's objective: fused similarity, global in-batch negatives, EGA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agff.batch import Batch
+from agff.collectives import all_gather_rows, rank
+from agff.errors import ConfigError
+from agff.losses import ega_loss, ega_weights
+from agff.negatives import negative_mask
+from agff.similarity import PATTERNS, fused_similarity, pattern_shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Fused similarity and EGA (METHOD.md 1 and 2)."""
+
+    temperature: float = 0.02
+    """Divides the fused similarity; 0.01 to 0.1 in practice."""
+    beta: float = 0.05
+    """Softness of the fusion of the four patterns, in units of cosine; 0.01 to 0.2."""
+    amplification: float = 1.0
+    """EGA: the hardest negative's gradient weighs 1 + amplification; 0 is plain InfoNCE."""
+    width: float = 0.1
+    """EGA: distance to the positive's similarity at which the extra weight has fallen to 1/e."""
+    renormalize: bool = True
+    """EGA: keep the rows of the amplified softmax probabilities; false multiplies each gradient by exactly its weight."""
+    bidirectional: bool = False
+    """Also score each target against all queries, and average the two losses."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "beta", "width"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"loss.{name}={getattr(self, name)} must be > 0")
+        if self.amplification < 0:
+            raise ConfigError(f"loss.amplification={self.amplification} must be >= 0; 0 is plain InfoNCE")
+
+
+METRICS = (
+    "loss",
+    "similarity/positive",
+    "similarity/hardest_negative",
+    "batch_accuracy",
+    "ega/mean_weight",
+    *(f"pattern_share/{name}" for name in PATTERNS),
+)
+"""What `contrastive_loss` measures, in the order of its second result."""
+
+
+def contrastive_loss(query_BMD: Tensor, target_BMD: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """(loss, metrics): the mean loss over this rank's rows against the targets of all ranks; METRICS without gradient.
+
+    Collective: every rank must call it, with the same number of rows. The gradient that reaches the embeddings is the sum
+    over ranks of the gradients of their local means (see `all_gather_rows`).
+    """
+    loss, similarity_BC, mask_BC, positive_B = _one_direction(
+        query_BMD, target_BMD, batch.query_ids_B, batch.target_ids_B, config
+    )
+    if config.bidirectional:
+        backward_loss, *_ = _one_direction(target_BMD, query_BMD, batch.target_ids_B, batch.query_ids_B, config)
+        loss = (loss + backward_loss) / 2
+    with torch.no_grad():
+        measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_B, config)]
+        shares = pattern_shares(query_BMD, target_BMD, beta=config.beta)
+        return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares])
+
+
+def _one_direction(
+    row_BMD: Tensor, candidate_BMD: Tensor, row_ids_B: Tensor, candidate_ids_B: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    candidate_CMD = all_gather_rows(candidate_BMD)
+    ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids_B, row_ids_B], dim=1)).unbind(dim=1)
+    positive_B = torch.arange(row_BMD.shape[0], device=row_BMD.device) + rank() * row_BMD.shape[0]
+    mask_BC = negative_mask(row_ids_B, candidate_ids_B, ids_C, partner_ids_C)
+    similarity_BC = fused_similarity(row_BMD, candidate_CMD, beta=config.beta)
+    loss = ega_loss(
+        similarity_BC,
+        positive_B,
+        temperature=config.temperature,
+        amplification=config.amplification,
+        width=config.width,
+        renormalize=config.renormalize,
+        negative_mask_BC=mask_BC,
+    )
+    return loss, similarity_BC, mask_BC, positive_B
+
+
+def _similarity_metrics(
+    similarity_BC: Tensor, mask_BC: Tensor, positive_B: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positive_similarity_B = similarity_BC.gather(1, positive_B[:, None])[:, 0]
+    # a row without any negative has its hardest one at the lowest similarity there is
+    hardest_B = similarity_BC.masked_fill(~mask_BC, -1.0).max(dim=1).values
+    weight_BC = ega_weights(similarity_BC, positive_B, amplification=config.amplification, width=config.width)
+    mean_weight = (weight_BC * mask_BC).sum() / mask_BC.sum().clamp(min=1)
+    accuracy = (positive_similarity_B > hardest_B).to(similarity_BC.dtype).mean()
+    return positive_similarity_B.mean(), hardest_B.mean(), accuracy, mean_weight

@@ -1,0 +1,244 @@
+"""Items -> inputs of one chunk: image placeholder expanded, prompts appended, padded on the right.
+
+One processor serves training, evaluation and a loaded release, so that none of them can drift from the others. It always
+uses the PIL image processors: with torchvision present or absent, the tensors are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agff.batch import IMAGE_PLACEHOLDER, Item, ModelInputs
+from agff.errors import ConfigError, DataError
+from agff.prompts import PromptConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorConfig:
+    """Limits on what one item may cost. They travel inside the release: the same limits in training and in use."""
+
+    max_tokens: int = 512
+    """Tokens of one item, image and prompts included; a longer text loses its end, an image is never cut."""
+    min_pixels: int | None = None
+    """Smaller images are enlarged, aspect ratio kept; None: the backbone's own limit."""
+    max_pixels: int | None = None
+    """Larger images are reduced, aspect ratio kept; None: the backbone's own limit."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 16:
+            raise ConfigError(f"processor.max_tokens={self.max_tokens} must be >= 16")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ConfigError(f"processor.min_pixels={self.min_pixels} must be <= processor.max_pixels={self.max_pixels}")
+
+
+class ItemProcessor:
+    """Callable: items -> ModelInputs (`agff.batch.EncodeItems`). Holds a tokenizer, an image processor, no weights."""
+
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, model_config: Any, prompts: PromptConfig, limits: ProcessorConfig
+    ) -> None:
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.prompts, self.limits = prompts, limits
+        self.family = _family(model_config)
+        self._image_token_id: int = model_config.image_token_id
+        vocabulary_size = model_config.get_text_config().vocab_size
+        self._prompt_ids = list(range(vocabulary_size, vocabulary_size + prompts.num_tokens))
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._before_image, self._after_image = (
+            [self._special_id(token) for token in tokens] for tokens in self.family.around_image
+        )
+        self.family.set_pixel_limits(image_processor, limits)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, prompts: PromptConfig, limits: ProcessorConfig) -> ItemProcessor:
+        """Read tokenizer and image processor of a backbone folder. Raises ConfigError when one is missing or unknown."""
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+        try:
+            return cls(
+                AutoTokenizer.from_pretrained(folder, local_files_only=True),
+                AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True),
+                AutoConfig.from_pretrained(folder, local_files_only=True),
+                prompts,
+                limits,
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{folder}: not a backbone folder with tokenizer and image processor: {reason}") from None
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and image processor in their own formats; any transformers program reads them."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def __call__(self, items: Sequence[Item]) -> ModelInputs:
+        """Inputs of one chunk of rows.
+
+        input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token stands; and the image
+        processor's own tensors. There is always at least one image: a chunk of texts carries a small blank one behind the
+        first row, outside its attention, so that every rank calls the same modules under ZeRO-3 (METHOD: exact, its
+        gradient is zero).
+
+        Raises DataError for a text that holds the image placeholder or the backbone's own image token wrongly, or an image
+        that needs more than `max_tokens`.
+        """
+        images = [item.image for item in items if item.image is not None]
+        pixels = dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
+        num_image_tokens = self.family.num_image_tokens(pixels)
+        per_item = iter(num_image_tokens)
+        rows = [self._row(item, next(per_item) if item.image is not None else 0) for item in items]
+        prompt_start_B = torch.tensor([len(row) - self.prompts.num_tokens for row in rows])
+        lengths = [len(row) for row in rows]
+        if not images:
+            rows[0] = rows[0] + self._image_ids(num_image_tokens[0])
+        input_ids = torch.full((len(rows), max(map(len, rows))), self._pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = torch.tensor(row)
+            attention_mask[index, : lengths[index]] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": (input_ids == self._image_token_id).to(torch.int32),
+            "prompt_start_B": prompt_start_B,
+            **{name: pixels[name] for name in self.family.image_inputs},
+        }
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a plain text. Special tokens spelled out in it are text too: content cannot steer the model."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _row(self, item: Item, num_image_tokens: int) -> list[int]:
+        check_placeholder(item)
+        if self.family.image_token in item.text:
+            raise DataError(
+                f"text {item.text[:60]!r} holds the backbone's own image token {self.family.image_token}; "
+                f"write {IMAGE_PLACEHOLDER} where the image belongs"
+            )
+        before, _, after = item.text.partition(IMAGE_PLACEHOLDER) if item.image is not None else ("", "", item.text)
+        image_ids = self._image_ids(num_image_tokens) if item.image is not None else []
+        room = self.limits.max_tokens - len(image_ids) - self.prompts.num_tokens
+        if room < 0:
+            raise DataError(
+                f"image of {item.image.size if item.image else None} pixels needs {len(image_ids)} tokens and the prompts "
+                f"{self.prompts.num_tokens}, more than processor.max_tokens={self.limits.max_tokens}; "
+                "lower processor.max_pixels or raise processor.max_tokens"
+            )
+        before_ids = self.tokenize(before)[:room]
+        after_ids = self.tokenize(after)[: room - len(before_ids)]
+        return before_ids + image_ids + after_ids + self._prompt_ids
+
+    def _image_ids(self, num_image_tokens: int) -> list[int]:
+        return self._before_image + [self._image_token_id] * num_image_tokens + self._after_image
+
+    def _special_id(self, token: str) -> int:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
+            raise ConfigError(f"the tokenizer has no token {token}, which {self.family.name} puts around an image")
+        return token_id
+
+    def _blank_image(self) -> Image.Image:
+        return Image.new("RGB", (self.family.blank_image_size, self.family.blank_image_size))
+
+
+def check_placeholder(item: Item) -> None:
+    """Raise DataError unless IMAGE_PLACEHOLDER stands exactly once in the text of an item with an image, else nowhere."""
+    found, expected = item.text.count(IMAGE_PLACEHOLDER), int(item.image is not None)
+    if found != expected:
+        what = "an image" if expected else "no image"
+        raise DataError(
+            f"text {item.text[:60]!r} holds {IMAGE_PLACEHOLDER} {found} times, the item has {what}; "
+            f"it must stand there exactly {expected} time(s)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _QwenVL:
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: one token per merge x merge patches of an image of any size."""
+
+    name: str
+    merge_size: int
+    blank_image_size: int
+    image_token: str = "<|image_pad|>"
+    around_image: tuple[tuple[str, ...], tuple[str, ...]] = (("<|vision_start|>",), ("<|vision_end|>",))
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_grid_thw")
+
+    def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
+        return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
+
+    def set_pixel_limits(self, image_processor: Any, limits: ProcessorConfig) -> None:
+        size = dict(image_processor.size)
+        size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
+        size["longest_edge"] = limits.max_pixels or size["longest_edge"]
+        image_processor.size = size
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LlavaOneVision:
+    """LLaVA-OneVision: a base view and up to nine crops, unpadded, with a newline token after each row of patches."""
+
+    pinpoints: list[list[int]]
+    view_size: int
+    patch_size: int
+    max_crops: int
+    name: str = "llava_onevision"
+    image_token: str = "<image>"
+    around_image: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
+
+    @property
+    def blank_image_size(self) -> int:
+        return self.view_size
+
+    def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
+        return [self._num_tokens((int(height), int(width))) for height, width in pixels["image_sizes"]]
+
+    def _num_tokens(self, size: tuple[int, int]) -> int:
+        """What the model's own packing leaves of an image, found by packing an image without storage."""
+        from transformers.models.llava_onevision import modeling_llava_onevision as model
+
+        side = self.view_size // self.patch_size
+        rows, columns = model.get_anyres_image_grid_shape(size, self.pinpoints, self.view_size)
+        packed = model.unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size)
+        height, width = packed.shape[1:]
+        ratio = math.sqrt(height * width / (self.max_crops * side**2))
+        if ratio > 1.1:
+            height, width = int(height // ratio), int(width // ratio)
+        return side**2 + height * (width + 1)
+
+    def set_pixel_limits(self, image_processor: Any, limits: ProcessorConfig) -> None:
+        if limits.min_pixels is not None or limits.max_pixels is not None:
+            raise ConfigError(
+                "processor.min_pixels and processor.max_pixels have no meaning for llava_onevision, whose image sizes are "
+                "the backbone's image_grid_pinpoints; leave them null"
+            )
+
+
+def _family(model_config: Any) -> _QwenVL | _LlavaOneVision:
+    kind = model_config.model_type
+    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        vision = model_config.vision_config
+        return _QwenVL(
+            name=kind,
+            merge_size=vision.spatial_merge_size,
+            blank_image_size=vision.patch_size * vision.spatial_merge_size,
+        )
+    if kind == "llava_onevision":
+        vision = model_config.vision_config
+        return _LlavaOneVision(
+            pinpoints=model_config.image_grid_pinpoints,
+            view_size=vision.image_size,
+            patch_size=vision.patch_size,
+            max_crops=int(model_config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        )
+    raise ConfigError(
+        f"backbone of type {kind!r} is not supported; known are qwen2_vl, qwen2_5_vl, qwen3_vl, llava_onevision"
+    )

@@ -1,0 +1,1 @@
+"""Shard bytes to batches: no process group, no GPU."""

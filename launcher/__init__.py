@@ -1,0 +1,1 @@
+"""What a person types: joins data and learning, no mathematics."""

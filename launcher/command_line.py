@@ -1,0 +1,107 @@
+"""The command line of a training run: `--recipe FILE`, dotted overrides, `--deepspeed FILE`, `--dry-run`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from agff.errors import AgffError, ConfigError
+from launcher.config import RunConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+DEEPSPEED_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+DESCRIPTION = """
+Train a multimodal embedding model with AGFF-Embed and EGA under DeepSpeed ZeRO.
+
+A run is one recipe (a YAML file) and one DeepSpeed JSON. Every setting of the recipe can be overridden by its dotted name,
+for example --loss.temperature 0.05 --batch.global_batch_size 2048. Without --recipe the quickstart runs, on a laptop too.
+A run that was interrupted continues from its newest checkpoint when the same command is given again.
+"""
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Reports a wrong setting as one ConfigError, so that only rank 0 prints it."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        text = " ".join(line.strip() for line in message.splitlines() if line.strip())
+        raise ConfigError(f"{text}; every setting and its meaning: launcher/train.py --help")
+
+    def read(self, parse: Callable[[], jsonargparse.Namespace]) -> jsonargparse.Namespace:
+        """Add the settings of RunConfig, parse, and build their dataclasses, whose own checks raise ConfigError."""
+        self.add_class_arguments(RunConfig, fail_untyped=True, sub_configs=False)
+        try:
+            return self.instantiate(parse())
+        except ValueError as error:
+            if isinstance(error.__cause__, ConfigError):  # the check of an optional group, wrapped by the library
+                raise error.__cause__ from None
+            raise ConfigError(str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """What the command line of `train` said."""
+
+    config: RunConfig
+    deepspeed: Path
+    dry_run: bool
+
+
+def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
+    """Read recipe and overrides. Raises ConfigError for anything unknown or malformed; `--help` exits."""
+    parser = _Parser(prog="train", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe", action="config", help="YAML file, or the name of one in launcher/recipes (default: quickstart)"
+    )
+    parser.add_argument(
+        "--deepspeed", type=Path, default=DEEPSPEED_CONFIGS / "zero3.json", help="DeepSpeed JSON: mechanism only"
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not for people")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the start-up table and stop before the first step"
+    )
+    parsed = parser.read(lambda: parser.parse_args(_with_recipe(argv)))
+    return TrainArguments(config=_run_config(parsed), deepspeed=parsed.deepspeed, dry_run=parsed.dry_run)
+
+
+def config_from_values(values: dict[str, Any]) -> RunConfig:
+    """The RunConfig that `as_dict` turned into plain values."""
+    parser = _Parser()
+    return _run_config(parser.read(lambda: parser.parse_object(values)))
+
+
+def _run_config(parsed: jsonargparse.Namespace) -> RunConfig:
+    return RunConfig(**{field.name: parsed[field.name] for field in fields(RunConfig)})
+
+
+def report(error: AgffError) -> int:
+    """Print the error on rank 0 (a message that all ranks share needs saying once); return the exit code, 2."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"error: {error}\n")
+    return 2
+
+
+def _with_recipe(argv: Sequence[str]) -> list[str]:
+    """The arguments with the recipe first, as a path, so that overrides win wherever it stood."""
+    rest, recipe = [], "quickstart"
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--recipe":
+            recipe = next(arguments, "")
+        elif argument.startswith("--recipe="):
+            recipe = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    path = Path(recipe)
+    if not path.suffix:
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"--recipe {recipe}: no such recipe; give a YAML file or one of {known}")
+    return ["--recipe", str(path), *rest]

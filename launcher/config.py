@@ -1,0 +1,233 @@
+"""One run's configuration: a YAML recipe, dotted overrides, a DeepSpeed JSON; and `resolve`, which checks them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from agff.backbone import BackboneConfig
+from agff.errors import ConfigError
+from agff.objectives.contrastive import LossConfig
+from agff.precision import Hardware, Precision
+from agff.processor import ProcessorConfig
+from agff.prompts import PromptConfig
+from agff.schedule import OptimizerConfig
+
+FILLED_IN = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "steps_per_print",
+)
+"""Keys of the DeepSpeed JSON that belong to the recipe; they are filled in here and refused in the file."""
+
+MAY_CHANGE_ON_RESUME = (
+    "save_every",
+    "log_every",
+    "data.num_workers",
+    "data.check_hashes",
+    "data.max_bad_in_a_row",
+)
+"""Settings that leave the mathematics of a run as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many pairs make a step, and how many are encoded at once."""
+
+    global_batch_size: int
+    """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
+    chunk_size: int
+    """Rows encoded at once; memory grows with it, the result does not change. Below the local batch: GradCache."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch.{name}={getattr(self, name)} must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards are read, and in what mixture."""
+
+    shards: str
+    """Folder written by launcher/prepare.py."""
+    weights: dict[str, float] | None = None
+    """Share of the sub-batches each source gets, relative to the others; null: its number of samples."""
+    sub_batch_size: int
+    """Consecutive pairs of a global batch that come from one source; divides the global batch."""
+    num_workers: int = 1
+    """Loader processes of each rank; 0 loads in the training process. The batches do not depend on it."""
+    max_bad_in_a_row: int = 10
+    """Undecodable samples drawn in a row for one row of a batch before all ranks stop."""
+    check_hashes: bool = True
+    """Compare every shard's SHA-256 with the manifest before the first step; false compares names and sizes only."""
+
+    def __post_init__(self) -> None:
+        if self.sub_batch_size < 1:
+            raise ConfigError(f"data.sub_batch_size={self.sub_batch_size} must be >= 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers={self.num_workers} must be >= 0")
+        if self.max_bad_in_a_row < 0:
+            raise ConfigError(f"data.max_bad_in_a_row={self.max_bad_in_a_row} must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run; one recipe file."""
+
+    name: str
+    """Names the run folder."""
+    run_dir: str | None = None
+    """Where the run lives; null: runs/<name>-<DeepSpeed file>."""
+    seed: int = 0
+    num_steps: int
+    """Optimizer steps of the whole run; the schedule ends there."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    log_every: int = 1
+    """Steps between entries in TensorBoard and the progress bar."""
+    precision: Literal["auto", "bf16", "bf16_autocast", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it; on a CPU bf16 arithmetic with float32 weights where it is fast; else fp32."""
+    cpu_ranks: int = 2
+    """Ranks started on a machine without an accelerator when the launcher asked for one."""
+    backbone: BackboneConfig
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    processor: ProcessorConfig = field(default_factory=ProcessorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig
+    batch: BatchConfig
+    data: DataConfig
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "save_every", "log_every", "cpu_ranks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """What will run: nothing is left to be decided."""
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    precision: Precision
+    run_dir: Path
+    world_size: int
+    local_batch_size: int
+    chunk_size: int
+    """At most the local batch."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the local queries, and as many of the local targets."""
+        return self.local_batch_size // self.chunk_size
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """The mechanism file. Raises ConfigError when it is unreadable, silent on clipping, or holds a key of the recipe."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read the DeepSpeed configuration: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+    if "gradient_clipping" not in values:
+        raise ConfigError(
+            f'{path}: "gradient_clipping" is missing; DeepSpeed would clip at 1.0 silently, so state it (0.0 for none)'
+        )
+    taken = [key for key in FILLED_IN if key in values]
+    if taken:
+        raise ConfigError(
+            f"{path}: {', '.join(taken)} must not stand in this file; batch sizes, precision and optimizer come from the "
+            "recipe (--batch.global_batch_size, --precision, --optimizer.*) and are filled in"
+        )
+    return values
+
+
+def resolve(
+    config: RunConfig, deepspeed_values: Mapping[str, Any], *, deepspeed_name: str, world_size: int, hardware: Hardware
+) -> ResolvedRun:
+    """Check everything that needs two parts at once and fill in the rest. Pure; raises ConfigError."""
+    local_batch_size = _local_batch_size(config, world_size)
+    precision = hardware.choose_precision(config.precision)
+    if config.optimizer.warmup_steps >= config.num_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below num_steps={config.num_steps}"
+        )
+    deepspeed = {
+        **deepspeed_values,
+        "train_batch_size": config.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": local_batch_size,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    run_dir = Path(config.run_dir) if config.run_dir else Path("runs") / f"{config.name}-{deepspeed_name}"
+    return ResolvedRun(
+        config=config,
+        deepspeed=deepspeed,
+        precision=precision,
+        run_dir=run_dir,
+        world_size=world_size,
+        local_batch_size=local_batch_size,
+        chunk_size=min(config.batch.chunk_size, local_batch_size),
+    )
+
+
+def _local_batch_size(config: RunConfig, world_size: int) -> int:
+    global_batch_size, chunk_size = config.batch.global_batch_size, config.batch.chunk_size
+    if global_batch_size % world_size:
+        lower = global_batch_size // world_size * world_size
+        nearest = " or ".join(str(size) for size in (lower, lower + world_size) if size)
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks; "
+            f"use {nearest} (--batch.global_batch_size)"
+        )
+    local_batch_size = global_batch_size // world_size
+    if chunk_size < local_batch_size and local_batch_size % chunk_size:
+        divisors = [size for size in range(1, local_batch_size + 1) if local_batch_size % size == 0]
+        nearest_sizes = sorted(divisors, key=lambda size: abs(size - chunk_size))[:2]
+        raise ConfigError(
+            f"chunk_size={chunk_size} does not divide the local batch of {local_batch_size} rows; "
+            f"use {' or '.join(map(str, sorted(nearest_sizes)))} (--batch.chunk_size)"
+        )
+    if global_batch_size % config.data.sub_batch_size:
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={config.data.sub_batch_size}; "
+            "a global batch is made of whole single-source sub-batches"
+        )
+    return local_batch_size
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values, for YAML and JSON."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for each setting that differs and changes the mathematics of a run."""
+    found = []
+    for key in sorted({*old, *new}):
+        name, before, after = prefix + key, old.get(key), new.get(key)
+        if name in MAY_CHANGE_ON_RESUME or name == "run_dir" or before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        else:
+            found.append(f"{name}: {before} -> {after}")
+    return found

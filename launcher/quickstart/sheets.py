@@ -1,0 +1,69 @@
+"""Sheets of four drawings by one studio, for grounding: the crop asked for is one of them, pixel for pixel."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from launcher.quickstart.render import Drawing, png_bytes
+
+POSITIONS = ("top left", "top right", "bottom left", "bottom right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Four drawings in reading order and the one that is asked for."""
+
+    cells: tuple[Drawing, Drawing, Drawing, Drawing]
+    truth: int
+    by_position: bool
+    """Asked for by where it is, not by its name."""
+
+    @property
+    def phrase(self) -> str:
+        """How the truth is asked for."""
+        return POSITIONS[self.truth] if self.by_position else self.cells[self.truth].concept.text
+
+    @property
+    def distractor(self) -> Drawing:
+        """Another drawing of the sheet."""
+        return self.cells[(self.truth + 1) % 4]
+
+    def png(self) -> bytes:
+        """The sheet: two by two, each cell as large as a drawing."""
+        images = [Image.open(io.BytesIO(cell.png)) for cell in self.cells]
+        width, height = images[0].size
+        sheet = Image.new("RGB", (2 * width, 2 * height), "white")
+        for index, image in enumerate(images):
+            sheet.paste(image, ((index % 2) * width, (index // 2) * height))
+        return png_bytes(sheet)
+
+
+def make_sheets(drawings: Sequence[Drawing], *, num_sheets: int, seed: int) -> list[Sheet]:
+    """`num_sheets` sheets with distinct truths (fewer when there are fewer drawings); a fixed choice for a seed.
+
+    Half have distractors of the truth's own group, so that the name must be read; one in four asks by position.
+    Drawings by different studios never share a sheet.
+    """
+    rng = random.Random(seed)
+    by_studio: dict[str, list[Drawing]] = defaultdict(list)
+    for drawing in drawings:
+        by_studio[drawing.studio].append(drawing)
+    truths = [drawing for drawing in drawings if len(by_studio[drawing.studio]) >= 4]
+    chosen = rng.sample(truths, min(num_sheets, len(truths)))
+    return [_make_sheet(truth, by_studio[truth.studio], rng) for truth in chosen]
+
+
+def _make_sheet(truth: Drawing, studio: Sequence[Drawing], rng: random.Random) -> Sheet:
+    others = [drawing for drawing in studio if drawing.concept.name != truth.concept.name]
+    same_group = [drawing for drawing in others if drawing.concept.group == truth.concept.group]
+    pool = same_group if len(same_group) >= 3 and rng.random() < 0.5 else others
+    cells = [truth, *rng.sample(pool, 3)]
+    rng.shuffle(cells)
+    first, second, third, fourth = cells
+    return Sheet(cells=(first, second, third, fourth), truth=cells.index(truth), by_position=rng.random() < 0.25)

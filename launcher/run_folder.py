@@ -1,0 +1,74 @@
+"""A run's folder: whose it is, how far it got."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agff.checkpoint import latest_step, read_state
+from agff.errors import CheckpointError, ConfigError
+from launcher.command_line import config_from_values
+from launcher.config import ResolvedRun, RunConfig, as_dict, differences
+
+CONFIG_FILE = "config.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
+
+
+def finished_steps(run: ResolvedRun, data_fingerprint: str) -> int:
+    """Steps of the newest complete checkpoint, 0 for a new run. Reads only.
+
+    Raises ConfigError when the folder belongs to another configuration, world size or data.
+    """
+    folder = run.run_dir
+    if not folder.exists() or not any(folder.iterdir()):
+        return 0
+    if not (folder / CONFIG_FILE).exists():
+        raise ConfigError(f"{folder} exists and holds no run ({CONFIG_FILE} is missing); choose another --run_dir")
+    changed = differences(_stored_values(folder), as_dict(run.config))
+    changed += differences(_stored_deepspeed(folder), run.deepspeed, "deepspeed.")
+    if changed:
+        raise ConfigError(
+            f"{folder} belongs to another configuration: {'; '.join(changed)}. "
+            "Give the old settings to continue that run, or another --run_dir to start a new one"
+        )
+    step = latest_step(folder)
+    if step is None:
+        return 0
+    state = read_state(folder, step)
+    if state["world_size"] != run.world_size:
+        raise ConfigError(
+            f"{folder}: step {step} was saved by {state['world_size']} ranks, this job has {run.world_size}; "
+            f"continue with {state['world_size']} ranks"
+        )
+    if state["data_fingerprint"] != data_fingerprint:
+        raise ConfigError(
+            f"{folder}: the shards of {run.config.data.shards} changed since step {step}; "
+            "restore them to continue, or choose another --run_dir to start anew"
+        )
+    return step
+
+
+def write_run_folder(run: ResolvedRun) -> None:
+    """Record the final configuration, before the first step."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    (run.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(as_dict(run.config), sort_keys=False))
+    (run.run_dir / DEEPSPEED_FILE).write_text(json.dumps(run.deepspeed, indent=2) + "\n")
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The configuration a run was started with. Raises CheckpointError when the folder is no run."""
+    try:
+        return config_from_values(_stored_values(folder))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no run folder ({CONFIG_FILE} is missing) and no release folder") from None
+
+
+def _stored_values(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / CONFIG_FILE).read_text())
+
+
+def _stored_deepspeed(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / DEEPSPEED_FILE).read_text())

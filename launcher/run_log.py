@@ -1,0 +1,87 @@
+"""What a person sees of a run: progress bar, TensorBoard, messages. Rank 0 writes; every rank measures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from agff.collectives import gather_objects, mean_over_ranks, rank, world_size
+from agff.trainer import StepReport
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Observer of the training loop. Each rank makes one and calls it after every step: it is a collective."""
+
+    def __init__(
+        self, run_dir: Path, metric_names: Sequence[str], *, start_step: int, num_steps: int, log_every: int
+    ) -> None:
+        self._names = metric_names
+        self._log_every = log_every
+        self._is_writer = rank() == 0
+        self._run_dir = run_dir
+        self._num_skipped = 0
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step) if self._is_writer else None
+        self._bar = tqdm(
+            total=num_steps, initial=start_step, desc="train", unit="step", disable=not self._is_writer, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __call__(self, report: StepReport) -> None:
+        """Collective on every step (skipped samples) and on each `log_every`-th (metrics)."""
+        self._note_skipped(report)
+        if not report.applied and self._is_writer:
+            log.warning("step %d skipped on all ranks: the gradient was not finite", report.step)
+        self._bar.update()
+        if report.step % self._log_every:
+            return
+        values = self._measure(report)
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, report.step)
+        self._bar.set_postfix_str(
+            f"loss {values['train/loss']:.3f}, {values['speed/samples_per_s']:.1f} samples/s, "
+            f"{values['speed/tokens_per_s']:.0f} tokens/s, data wait {values['speed/data_wait_percent']:.0f} %"
+        )
+
+    def _measure(self, report: StepReport) -> dict[str, float]:
+        own = torch.tensor([report.num_rows, report.num_tokens, report.wait_s, report.step_s], device=report.metrics.device)
+        mean = mean_over_ranks(torch.cat([report.metrics.float(), own])).tolist()
+        metrics, (num_rows, num_tokens, wait_s, step_s) = mean[:-4], mean[-4:]
+        return {
+            **{f"train/{name}": value for name, value in zip(self._names, metrics, strict=True)},
+            "train/gradient_norm": report.gradient_norm,
+            "train/learning_rate": report.learning_rate,
+            "speed/samples_per_s": world_size() * num_rows / step_s,
+            "speed/tokens_per_s": world_size() * num_tokens / step_s,
+            "speed/data_wait_percent": 100 * wait_s / step_s,
+            "data/skipped_samples": self._num_skipped,
+        }
+
+    def _note_skipped(self, report: StepReport) -> None:
+        any_skipped = mean_over_ranks(torch.tensor([float(len(report.skipped))], device=report.metrics.device)).item()
+        if not any_skipped:
+            return
+        skipped = [message for messages in gather_objects(report.skipped) for message in messages]
+        self._num_skipped += len(skipped)
+        if self._is_writer:
+            with (self._run_dir / "skipped.jsonl").open("a") as file:
+                for message in skipped:
+                    log.warning("step %d: sample left out: %s", report.step, message)
+                    file.write(json.dumps({"step": report.step, "sample": message}) + "\n")

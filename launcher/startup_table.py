@@ -1,0 +1,66 @@
+"""The table printed before the first step: what will run, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from agff.backbone import choose_trainable
+from agff.encoder import EmbeddingModel
+from agff.similarity import BLOCK_ELEMENTS
+from launcher.config import ResolvedRun, RunConfig
+
+
+def startup_table(run: ResolvedRun, num_samples: Mapping[str, int], num_trainable: int, num_parameters: int) -> str:
+    """Aligned lines `name  value`. num_samples: per source."""
+    config = run.config
+    num_pairs = config.batch.global_batch_size
+    lora = f"LoRA rank {config.backbone.lora.rank}" if config.backbone.lora else "full tuning"
+    passes = "two passes (GradCache)" if run.num_chunks > 1 else "one pass"
+    total = sum(num_samples.values())
+    rows = {
+        "backbone": f"{config.backbone.path}, {num_parameters / 1e6:,.1f} M parameters",
+        "trainable": f"{num_trainable / 1e6:,.1f} M ({lora}), {run.precision}",
+        "embeddings per item": f"{config.prompts.num_vectors} = 1 global + {config.prompts.num_fine} fine-grained",
+        "ranks": f"{run.world_size}, ZeRO stage {run.zero_stage}",
+        "batch": f"chunk {run.chunk_size} x {run.num_chunks} chunks = local {run.local_batch_size}, "
+        f"x {run.world_size} ranks = global {num_pairs}; {passes}",
+        "negatives per query": f"{num_pairs - 1}, less those that share a target or a query; "
+        "gradient accumulation would add none, so there is none",
+        "loss memory": f"about {_loss_bytes(run) / 2**20:,.0f} MiB a rank, whatever the backbone",
+        "parameter gathers": _parameter_gathers(run),
+        "data": f"{total:,} pairs of {len(num_samples)} sources; {config.data.sub_batch_size} pairs in turn from one source",
+        "steps": f"{config.num_steps:,} = {config.num_steps * num_pairs:,} pairs = "
+        f"{config.num_steps * num_pairs / max(total, 1):.2f} x the data",
+        "run folder": str(run.run_dir),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def count_parameters(config: RunConfig) -> tuple[int, int]:
+    """(trainable, all) of the model as it will be built, counted without allocating it."""
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True))
+        model = EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def _loss_bytes(run: ResolvedRun) -> int:
+    """Upper estimate: about six (B, C) float32 matrices (similarity, logits, softmax, weights, gradient) and two blocks."""
+    matrix = run.local_batch_size * run.config.batch.global_batch_size * 4
+    pairs = matrix * run.config.prompts.num_vectors**2
+    return 6 * matrix + 2 * min(4 * BLOCK_ELEMENTS, pairs)
+
+
+def _parameter_gathers(run: ResolvedRun) -> str:
+    """ZeRO-3 gathers every parameter in each forward and in each backward of a chunk; the other stages once, updated."""
+    if run.zero_stage < 3:
+        return "1 per step: the updated parameters" if run.zero_stage else "none"
+    per_chunk = 3 if run.num_chunks > 1 else 2
+    passes = "forward, forward, backward" if run.num_chunks > 1 else "forward, backward"
+    return f"{per_chunk * 2 * run.num_chunks} per step: {2 * run.num_chunks} chunks x ({passes})"

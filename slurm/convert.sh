@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=agff-convert
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=128G
+#SBATCH --time=02:00:00
+#SBATCH --output=slurm-%x-%j.out
+# A run's newest checkpoint -> a release folder, on the CPU:
+#   sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b
+set -euo pipefail
+source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
+cd "$PROJECT_DIR"
+
+export DS_ACCELERATOR=cpu                                # converting needs memory, not a GPU
+
+srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" python launcher/convert_checkpoint.py "$@"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=agff-train
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+# One node, one rank per GPU:
+#   sbatch slurm/train_1node.sh --recipe mmeb_qwen2vl_2b [--loss.temperature 0.02 ...]
+# The same command again continues the run from its newest checkpoint.
+set -euo pipefail
+source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
+cd "$PROJECT_DIR"
+
+export MASTER_ADDR=127.0.0.1                             # all ranks are on this node
+export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"   # ranks of a job agree, two jobs on one node do not collide
+
+# srun starts the entry point itself, once per GPU; launcher/distributed.py maps SLURM_* to RANK and its kin
+srun --ntasks-per-node="$NUM_GPUS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=1 \
+  python launcher/train.py --deepspeed ds_configs/zero3.json "$@"

@@ -1,0 +1,224 @@
+"""The heart: many ranks, chunks and ZeRO stages compute what one process with the whole batch computes."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from agff.objectives.contrastive import LossConfig, contrastive_loss
+from agff.schedule import OptimizerConfig, build_adamw, build_schedule
+from agff.step import train_step
+from tests.agff.tiny import batch_of, global_rows, tiny_model
+from tests.ranks import run_ranks
+
+NUM_ROWS = 8
+NO_IMAGE_ON_RANK_1 = range(4, 8)
+"""The second half of the global batch holds no image at all: with two ranks, all of rank 1."""
+
+CASES = [
+    (chunk_size, LossConfig(amplification=amplification, bidirectional=bidirectional), num_fine)
+    for (chunk_size, (amplification, bidirectional), num_fine) in product(
+        (1, 2, 4), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
+    )
+]
+
+
+class PlainEngine:
+    """float64, no ZeRO: gradients are averaged over ranks by hand, as DeepSpeed does."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model.double()
+
+    def encode(self, inputs: Any) -> Tensor:
+        inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+        hidden = dict(inputs)
+        start = hidden.pop("prompt_start_B")
+        states = self.model.backbone(**hidden, use_cache=False).last_hidden_state
+        picked = states[torch.arange(len(start))[:, None], start[:, None] + self.model.block_end_M]
+        return torch.nn.functional.normalize(picked, dim=-1)  # EmbeddingModel.forward, without its float32
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> bool:
+        if dist.is_initialized():
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= dist.get_world_size()
+        return True
+
+
+def gradients(chunk_size: int, loss: LossConfig, num_fine: int) -> tuple[float, dict[str, Tensor]]:
+    """(loss, gradient of every parameter) of one step over this rank's share of the global batch."""
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    rows = global_rows(NUM_ROWS, num_fine, rows_without_image=NO_IMAGE_ON_RANK_1)
+    local = rows[rank * NUM_ROWS // world_size : (rank + 1) * NUM_ROWS // world_size]
+    engine = PlainEngine(tiny_model(num_fine))
+    result = train_step(engine, partial(contrastive_loss, config=loss), batch_of(local, chunk_size, num_fine))
+    zero = torch.zeros(())
+    return result.metrics[0].item(), {
+        name: zero if p.grad is None else p.grad for name, p in engine.model.named_parameters()
+    }
+
+
+def gradients_of_all_cases() -> list[tuple[float, dict[str, Tensor]]]:
+    return [gradients(*case) for case in CASES]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_and_chunks_equal_one_process_with_the_full_batch(world_size: int) -> None:
+    cases = CASES if world_size == 2 else [case for case in CASES if case[0] <= 2]
+    worker = gradients_of_all_cases if world_size == 2 else gradients_of_small_chunks
+    results = run_ranks(worker, world_size=world_size)
+    for index, (_, loss, num_fine) in enumerate(cases):
+        expected_loss, expected = gradients(NUM_ROWS, loss, num_fine)
+        found_loss = sum(result[index][0] for result in results) / world_size
+        assert found_loss == pytest.approx(expected_loss, abs=1e-12)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(results[0][index][1][name], gradient, rtol=1e-8, atol=1e-11, msg=name)
+            assert torch.equal(results[0][index][1][name], results[1][index][1][name])
+        assert any("visual" in name and gradient.abs().max() > 1e-3 for name, gradient in expected.items())
+
+
+def gradients_of_small_chunks() -> list[tuple[float, dict[str, Tensor]]]:
+    return [gradients(*case) for case in CASES if case[0] <= 2]
+
+
+def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
+    """With dropout, pass 2 must see the masks of pass 1: then the surrogate's gradient is that of the first pass."""
+
+    class Recorder(PlainEngine):
+        seen: list[Tensor] = []
+
+        def encode(self, inputs: Any) -> Tensor:
+            noise = torch.rand(())
+            self.seen.append(noise)
+            return super().encode(inputs) * (1 + 0 * noise)
+
+    engine = Recorder(tiny_model(0))
+    rows = global_rows(4, 0, rows_without_image=range(0))
+    train_step(engine, partial(contrastive_loss, config=LossConfig()), batch_of(rows, 2, 0))
+    assert len(engine.seen) == 8
+    assert torch.equal(torch.stack(engine.seen[:4]), torch.stack(engine.seen[4:]))
+
+
+# ---------------------------------------------------------------- the real engine under ZeRO
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=1, schedule="cosine")
+NUM_STEPS = 3
+STRICT_ZERO = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+"""So that a tiny model really is partitioned and gathered."""
+
+
+def zero_config(stage: int, local_batch_size: int, clip: float) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": local_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage, **(STRICT_ZERO if stage == 3 else {})},
+        "steps_per_print": 10**9,
+    }
+
+
+def train_with_zero(stage: int, chunk_size: int, poison_step: int | None = None) -> tuple[dict[str, Tensor], list[Any]]:
+    """Three optimizer steps on this rank's half; (whole parameters, [(applied, gradient norm)])."""
+    import deepspeed
+
+    from agff.engine import Engine, start_process_group
+
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    local = NUM_ROWS // world_size
+    device = start_process_group(rank)
+    engine = Engine(
+        tiny_model(4),
+        deepspeed_config=zero_config(stage, local, clip=0.5),
+        optimizer=OPTIMIZER,
+        num_steps=NUM_STEPS,
+        precision="fp32",
+        device=device,
+    )
+    log = []
+    for step in range(NUM_STEPS):
+        rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
+        batch = batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 4)
+        if step == poison_step and rank == 1:  # rank 1 alone sees a NaN, in a text-only chunk's blank image
+            batch.query_chunks[0]["pixel_values"].fill_(float("nan"))
+        result = train_step(engine, partial(contrastive_loss, config=LossConfig(amplification=2.0)), batch)
+        log.append((result.applied, engine.gradient_norm))
+    with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
+        return {name: p.detach().clone() for name, p in engine.model.named_parameters()}, log
+
+
+def train_all_stages() -> dict[tuple[int, int], tuple[dict[str, Tensor], list[Any]]]:
+    return {(stage, chunk_size): train_with_zero(stage, chunk_size) for stage in (1, 2, 3) for chunk_size in (1, 4)}
+
+
+def reference_training() -> tuple[dict[str, Tensor], list[float]]:
+    """The same three steps in one process with plain torch."""
+    model = tiny_model(4)
+    optimizer = build_adamw(model.parameters(), OPTIMIZER, fused=False)
+    schedule = build_schedule(optimizer, OPTIMIZER, num_steps=NUM_STEPS)
+    norms = []
+
+    class Engine:
+        encode = staticmethod(model)
+
+        def backward(self, loss: Tensor, is_last: bool) -> None:
+            loss.backward()
+
+        def step(self) -> bool:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            return True
+
+    for step in range(NUM_STEPS):
+        rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
+        train_step(Engine(), partial(contrastive_loss, config=LossConfig(amplification=2.0)), batch_of(rows, NUM_ROWS, 4))
+    return {name: p.detach() for name, p in model.named_parameters()}, norms
+
+
+def test_zero_stages_equal_a_plain_optimizer_after_three_steps() -> None:
+    initial = dict(tiny_model(4).named_parameters())
+    expected, norms = reference_training()
+    assert min(norms) > 0.5, "clipping must be at work"
+    results = run_ranks(train_all_stages, world_size=2)
+    for case, (parameters, log) in results[0].items():
+        assert all(applied for applied, _ in log)
+        assert [norm for _, norm in log] == pytest.approx(norms, rel=1e-3), case
+        for name, parameter in parameters.items():
+            update = (expected[name] - initial[name].detach()).abs().max()
+            assert update > 1e-4
+            # Adam divides by the root of the second moment: an element whose gradient is rounding noise moves freely
+            torch.testing.assert_close(parameter, expected[name], rtol=0, atol=float(update) * 2e-2, msg=f"{case} {name}")
+            difference = (parameter - expected[name]).norm() / (expected[name] - initial[name].detach()).norm()
+            assert difference < 1e-3, f"{case} {name}: {difference:.1e} of the update"
+
+
+def train_with_poison() -> dict[int, list[Any]]:
+    return {stage: train_with_zero(stage, 2, poison_step=1)[1] for stage in (1, 2, 3)}
+
+
+def test_a_nan_on_one_rank_makes_all_ranks_skip_the_step() -> None:
+    for result in run_ranks(train_with_poison, world_size=2):
+        for stage, log in result.items():
+            assert [applied for applied, _ in log] == [True, False, True], f"stage {stage}"
+
+
+def test_model_copies_do_not_share_state() -> None:
+    model = tiny_model(4)
+    assert torch.equal(copy.deepcopy(model).prompted_embedding.vectors, model.prompted_embedding.vectors)

@@ -1,0 +1,119 @@
+"""A Qwen2-VL small enough for many exact comparisons, and batches for it made by hand."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from agff.batch import Batch, ModelInputs
+from agff.encoder import EmbeddingModel
+from agff.prompts import PromptConfig
+
+VOCABULARY, IMAGE_TOKEN, PATCH_VALUES = 40, 30, 3 * 2 * 4 * 4
+
+
+def tiny_model(num_fine: int, *, checkpointing: bool = True, seed: int = 0) -> EmbeddingModel:
+    """Hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2; float32."""
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={
+            "depth": 1,
+            "embed_dim": 16,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "mlp_ratio": 1,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+        },
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=31,
+        vision_start_token_id=32,
+        vision_end_token_id=33,
+    )
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = EmbeddingModel(Qwen2VLModel(config), PromptConfig(num_fine=num_fine))
+    torch.nn.init.normal_(model.prompted_embedding.vectors, std=0.5)
+    for parameter in model.parameters():  # far from zero, so that no gradient is small by accident
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    if checkpointing:
+        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) -> ModelInputs:
+    """Inputs as ItemProcessor builds them: [image] text prompts, right padding, a masked blank image when there is none."""
+    prompts = list(range(VOCABULARY, VOCABULARY + 1 + num_fine))
+    rows = [([IMAGE_TOKEN] if image is not None else []) + text + prompts for text, image in zip(texts, images, strict=True)]
+    starts, lengths = [len(row) - len(prompts) for row in rows], [len(row) for row in rows]
+    pixels = [image for image in images if image is not None]
+    if not pixels:
+        rows[0], pixels = [*rows[0], IMAGE_TOKEN], [torch.zeros(4, PATCH_VALUES)]
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : lengths[index]] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": (input_ids == IMAGE_TOKEN).int(),
+        "prompt_start_B": torch.tensor(starts),
+        "pixel_values": torch.cat(pixels),
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * len(pixels)),
+    }
+
+
+def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed: int = 0) -> list[dict]:
+    """Pairs (image + text query, text target); rows in `rows_without_image` have a text-only query."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text() -> list[int]:
+        length = int(torch.randint(1, 5, (1,), generator=generator))
+        return torch.randint(0, 30, (length,), generator=generator).tolist()
+
+    rows = []
+    for index in range(num_rows):
+        image = torch.randn(4, PATCH_VALUES, generator=generator)
+        rows.append(
+            {
+                "query": (text(), None if index in rows_without_image else image),
+                "target": (text(), None),
+                "query_id": index,
+                "target_id": 100 + index % (num_rows - 1),  # the first and the last row share a target
+            }
+        )
+    return rows
+
+
+def batch_of(rows: list[dict], chunk_size: int, num_fine: int) -> Batch:
+    """The rows as one rank's batch."""
+
+    def chunks(side: str) -> tuple[ModelInputs, ...]:
+        parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
+        return tuple(chunk([r[side][0] for r in part], [r[side][1] for r in part], num_fine) for part in parts)
+
+    return Batch(
+        query_chunks=chunks("query"),
+        target_chunks=chunks("target"),
+        query_ids_B=torch.tensor([row["query_id"] for row in rows]),
+        target_ids_B=torch.tensor([row["target_id"] for row in rows]),
+        addresses=tuple(f"rows:{row['query_id']}" for row in rows),
+    )

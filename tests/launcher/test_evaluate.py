@@ -1,0 +1,232 @@
+"""Evaluation of a model whose vectors are known: the table, the JSON, the errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agff.errors import CheckpointError
+from data_pipeline.mmeb_eval import EvalItem, EvalSet, SetInfo
+from launcher.benchmark_scores import query_blocks, score_set
+from launcher.evaluate import main
+from launcher.retrieval_example import phrasing
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+NOTE = "these sets imitate the format, not the difficulty."
+
+
+class ColourModel:
+    """Embeds an image as its colour and a text as the colour it names; `confused` maps one colour name to another."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, confused: Mapping[str, str] | None = None) -> None:
+        self.confused = confused or {}
+        self.encoded: list[tuple[str, str]] = []
+        self.batch_sizes: list[int] = []
+
+    def encode(self, items: Sequence[Mapping[str, Any]], *, batch_size: int, progress: bool) -> Tensor:
+        self.batch_sizes.append(len(items))
+        self.encoded += [(item["text"], str(item.get("image", ""))) for item in items]
+        return torch.stack([self._vector(item) for item in items])[:, None, :]
+
+    def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
+        return a_NMD[:, 0] @ b_CMD[:, 0].T
+
+    def _vector(self, item: Mapping[str, Any]) -> Tensor:
+        if "image" in item:
+            with Image.open(item["image"]) as image:
+                return torch.tensor(image.convert("RGB").getpixel((0, 0))) / 255
+        name = next(word for word in COLOURS if word in item["text"])
+        return torch.tensor(COLOURS[self.confused.get(name, name)]) / 255
+
+
+@pytest.fixture
+def benchmarks(tmp_path: Path) -> Path:
+    """`mmeb/` with one text-to-image and one image-to-text set of three colours, `mmvp/` with two pairs, `run/`."""
+    mmeb, mmvp = tmp_path / "mmeb", tmp_path / "mmvp"
+    names = list(COLOURS)
+    for folder in (mmeb / "images/T2I", mmvp / "MLLM_VLM Images/Colour", mmeb / "T2I", mmeb / "I2T", tmp_path / "run"):
+        folder.mkdir(parents=True)
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (2, 2), colour).save(mmeb / f"images/T2I/{name}.png")
+    t2i, i2t = [], []
+    for name in names:
+        order = [name, *(other for other in names if other != name)]
+        images = [f"T2I/{other}.png" for other in order]
+        t2i.append({"qry_text": f"Find {name}\n", "qry_img_path": "", "tgt_text": "", "tgt_img_path": images})
+        query = "<|image_1|>\nName it.\n"
+        i2t.append({"qry_text": query, "qry_img_path": images[0], "tgt_text": order, "tgt_img_path": [""] * 3})
+    pq.write_table(pa.Table.from_pylist(t2i), mmeb / "T2I/test.parquet")
+    pq.write_table(pa.Table.from_pylist(i2t), mmeb / "I2T/test.parquet")
+    sets = {
+        "I2T": {"meta_task": "classification", "in_distribution": True, "note": NOTE},
+        "T2I": {"meta_task": "retrieval", "in_distribution": False, "note": NOTE},
+    }
+    (mmeb / "sets.json").write_text(json.dumps(sets))
+    lines = ["Question ID,Type,Statement"]
+    for number, name in enumerate(["red", "green", "green", "blue"], start=1):
+        lines.append(f"{number},Colour,a {name} thing")
+        Image.new("RGB", (2, 2), COLOURS[name]).save(mmvp / f"MLLM_VLM Images/Colour/{number}.png")
+    (mmvp / "Questions.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def evaluate(benchmarks: Path, *options: str, model: ColourModel, mmvp: bool = True) -> int:
+    arguments = [str(benchmarks / "run"), "--mmeb_eval", str(benchmarks / "mmeb"), *options]
+    if mmvp:
+        arguments += ["--mmvp", str(benchmarks / "mmvp")]
+    return main(arguments, load=lambda path: model)
+
+
+def test_perfect_model_scores_a_hundred(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(benchmarks, model=ColourModel()) == 0
+    scores = json.loads((benchmarks / "run/scores.json").read_text())
+    assert scores["mmeb"]["overall"]["score"] == 100
+    assert scores["mmvp"]["average"]["score"] == 100
+    assert scores["notes"] == [NOTE]
+    assert (scores["num_mmeb_queries"], scores["num_mmvp_pairs"]) == (6, 2)
+    out = capsys.readouterr().out
+    assert f"Note: {NOTE}" in out
+    assert out.count(NOTE) == 1
+
+
+def test_known_confusion_gives_the_known_scores(benchmarks: Path) -> None:
+    # "green" names red: text -> image misses one of three; for the red image "red" and "green" tie, for the green one
+    # no text is right; and both pairs hold a "green" that picks the wrong image or none
+    assert evaluate(benchmarks, model=ColourModel({"green": "red"})) == 0
+    scores = json.loads((benchmarks / "run/scores.json").read_text())
+    by_name = {score["name"]: score["score"] for score in scores["mmeb"]["sets"]}
+    assert by_name == {"I2T": pytest.approx(100 / 3), "T2I": pytest.approx(200 / 3)}
+    assert scores["mmeb"]["overall"]["score"] == pytest.approx(50)
+    assert scores["mmvp"]["average"]["score"] == 0
+
+
+def test_table_is_aligned_and_complete(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(benchmarks, model=ColourModel())
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[: lines.index("")]
+    assert [line.split("  ")[0] for line in table if not line.startswith("-")] == [
+        "MMEB layout, Precision@1",
+        "I2T",
+        "T2I",
+        "mean classification",
+        "mean retrieval",
+        "mean in distribution",
+        "mean out of distribution",
+        "mean overall",
+    ]
+    assert len({len(line) for line in table}) == 1
+    assert table[2].split() == ["I2T", "classification", "yes", "3", "100.0", "33.33"]
+
+
+def test_each_item_is_encoded_once_and_in_small_batches(benchmarks: Path) -> None:
+    model = ColourModel()
+    evaluate(benchmarks, "--batch_size", "2", model=model, mmvp=False)
+    assert len(model.encoded) == len(set(model.encoded)) == 12
+    assert max(model.batch_sizes) == 2
+
+
+def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(benchmarks, "--max_queries", "1", "--out", str(benchmarks / "part/s.json"), model=ColourModel())
+    assert json.loads((benchmarks / "part/s.json").read_text())["num_mmeb_queries"] == 2
+    assert "only the first 1 queries" in capsys.readouterr().out
+    assert not (benchmarks / "run/scores.json").exists()
+
+
+def test_shown_example_ranks_candidates_and_marks_the_truth(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(benchmarks, "--show", "2", model=ColourModel({"green": "red"}), mmvp=False)
+    out = capsys.readouterr().out
+    assert 'T2I: "Find red": truth at rank 1 of 3\n  1.  +1.000  red (red)  <- truth\n' in out
+    assert 'T2I: "Find green"' in out
+    assert "Find blue" not in out
+
+
+def test_free_text_finds_its_image_and_scores_nothing(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ColourModel()
+    assert evaluate(benchmarks, "--example", "something blue", model=model, mmvp=False) == 0
+    assert 'T2I, 3 candidates: "Find something blue"\n  1.  +1.000  blue (blue)\n' in capsys.readouterr().out
+    assert model.encoded[0] == ("Find something blue\n", "")
+    assert not (benchmarks / "run/scores.json").exists()
+
+
+def test_phrasing_is_what_all_queries_share() -> None:
+    assert phrasing(["Find a photo of a cat\n", "Find a photo of a cow\n", "Find a photo of dogs\n"]) == (
+        "Find a photo of ",
+        "\n",
+    )
+    assert phrasing(["cat", "dog\n"]) == ("", "")
+    assert phrasing(["Find it\n"]) == ("", "\n")
+
+
+def test_blocks_cover_every_query_and_waste_at_most_half() -> None:
+    shared = [(0, 1, 2), (1, 0, 2), (2, 1, 0)]
+    apart = [(10, 11), (20, 21), (30, 31), (30, 32)]
+    blocks = list(query_blocks([*shared, *apart], max_rows=64))
+    assert [row for rows, _ in blocks for row in range(rows.start, rows.stop)] == list(range(7))
+    for rows, columns in blocks:
+        for candidates in [*shared, *apart][rows]:
+            assert set(candidates) <= set(columns)
+            assert len(columns) <= 2 * len(candidates)
+    assert blocks[0][0].stop >= 3
+    assert [rows.stop - rows.start for rows, _ in query_blocks([(0, 1)] * 5, max_rows=2)] == [2, 2, 1]
+    assert list(query_blocks([], max_rows=2)) == []
+
+
+def test_score_does_not_depend_on_blocks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items_NMD = torch.randn(40, 1, 8, generator=generator)
+    candidates = tuple(tuple(torch.randperm(40, generator=generator)[:5].tolist()) for _ in range(30))
+    eval_set = EvalSet(
+        name="S",
+        info=SetInfo(meta_task="vqa", in_distribution=True),
+        items=tuple(EvalItem(str(index)) for index in range(40)),
+        queries=tuple(range(30)),
+        candidates=candidates,
+    )
+    hits = 0
+    for query, (truth, *others) in enumerate(candidates):
+        best = float(items_NMD[query, 0] @ items_NMD[truth, 0])
+        hits += all(best > float(items_NMD[query, 0] @ items_NMD[other, 0]) for other in others)
+    assert score_set(ColourModel(), eval_set, items_NMD).score == pytest.approx(100 * hits / 30)
+
+
+def test_errors_are_one_line_and_exit_code_2(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_model(path: Path) -> ColourModel:
+        raise CheckpointError(f"{path}: no checkpoint")
+
+    run, mmeb = str(benchmarks / "run"), str(benchmarks / "mmeb")
+    assert main([run], load=no_model) == 2
+    assert main([run, "--mmeb_eval", mmeb], load=no_model) == 2
+    assert main([run, "--mmeb_eval", run], load=no_model) == 2
+    assert main([run, "--mmvp", str(benchmarks / "mmvp"), "--show", "1"], load=no_model) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "error: nothing to score: name --mmeb_eval DIR, --mmvp DIR or both"
+    assert errors[1] == f"error: {run}: no checkpoint"
+    assert errors[2] == f"error: {run}: found no <SET>/*.parquet"
+    assert errors[3].startswith("error: --show and --example need a set of texts with images")
+    assert len(errors) == 4
+
+
+def test_embeddings_that_are_not_finite_are_refused(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(ColourModel):
+        def _vector(self, item: Mapping[str, Any]) -> Tensor:
+            return torch.full((3,), torch.nan)
+
+    assert evaluate(benchmarks, model=Broken()) == 2
+    assert "error: I2T: the model gives embeddings that are not finite" in capsys.readouterr().err
+
+
+def test_batch_size_must_be_positive(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(benchmarks, "--batch_size", "0", model=ColourModel())
+    assert "0 must be >= 1" in capsys.readouterr().err

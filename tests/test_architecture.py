@@ -1,0 +1,140 @@
+"""Decisions that must not erode: who imports whom, names, the JSON files, the scripts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("agff", "data_pipeline", "launcher")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAY_IMPORT_DEEPSPEED = ("agff/engine.py", "agff/checkpoint.py", "launcher/")
+BATCH_SIZE_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of what a file imports; of `from a.b import c` both `a.b` and `a.b.c`, since c may be a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import; name the package"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(imported: str, module: str) -> bool:
+    return imported == module or imported.startswith(f"{module}.")
+
+
+def test_imports_run_one_way() -> None:
+    turned_back = {
+        "agff": ("data_pipeline", "launcher", "tests"),
+        "data_pipeline": ("launcher", "tests"),
+        "launcher": ("tests",),
+    }
+    wrong = [
+        f"{name_of(path)} imports {imported}"
+        for path in SOURCES
+        for imported in imports(path)
+        if any(is_within(imported, package) for package in turned_back[name_of(path).split("/")[0]])
+    ]
+    assert wrong == []
+
+
+def test_data_pipeline_knows_only_batch_and_errors_of_agff() -> None:
+    wrong = [
+        f"{name_of(path)} imports {imported}"
+        for path in SOURCES
+        if name_of(path).startswith("data_pipeline/")
+        for imported in imports(path)
+        if is_within(imported, "agff") and not any(is_within(imported, known) for known in ("agff.batch", "agff.errors"))
+    ]
+    assert wrong == []
+
+
+def test_deepspeed_is_imported_in_few_places() -> None:
+    wrong = [
+        name_of(path)
+        for path in SOURCES
+        if any(is_within(imported, "deepspeed") for imported in imports(path))
+        and not name_of(path).startswith(MAY_IMPORT_DEEPSPEED)
+    ]
+    assert wrong == []
+
+
+def test_agff_loads_without_deepspeed() -> None:
+    code = "import sys; sys.modules['deepspeed'] = None; import agff; agff.load, agff.fused_similarity, agff.ega_loss"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_no_module_hides_one_of_the_standard_library() -> None:
+    # `deepspeed launcher/train.py` puts launcher/ first on sys.path
+    names = [path.with_suffix("") for path in SOURCES] + [path.parent for path in SOURCES if path.name == "__init__.py"]
+    assert [name_of(name) for name in names if name.name in sys.stdlib_module_names] == []
+
+
+def test_modules_are_named_after_what_they_do() -> None:
+    assert [name_of(path) for path in SOURCES if path.stem in ("utils", "util", "common", "helpers", "misc")] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_deepspeed_json_holds_mechanism_only_and_states_clipping(path: Path) -> None:
+    values = json.loads(path.read_text())
+    assert "gradient_clipping" in values
+    assert BATCH_SIZE_KEYS.isdisjoint(values)
+
+
+def test_there_are_deepspeed_configurations() -> None:
+    assert {path.name for path in (ROOT / "ds_configs").glob("*.json")} >= {"zero1.json", "zero2.json", "zero3.json"}
+
+
+def test_torch_load_says_weights_only() -> None:
+    wrong = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+        if "weights_only" not in [keyword.arg for keyword in node.keywords]
+    ]
+    assert wrong == []
+
+
+def test_every_test_folder_is_a_package() -> None:
+    # without it, tests/agff would hide agff
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [name_of(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / ".ci/run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_valid_bash(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name)
+def test_script_stops_at_the_first_error(script: Path) -> None:
+    assert "set -euo pipefail" in script.read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_exported_variable_has_its_reason_on_the_line(script: Path) -> None:
+    exports = [line for line in script.read_text().splitlines() if line.startswith("export ")]
+    assert [line for line in exports if " # " not in line] == []
+
+
+def test_ci_calls_the_command_a_person_types() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith(("#", "set ", "cd "))] == ["make test"]

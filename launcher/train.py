@@ -21,7 +21,7 @@ from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.command_line import TrainArguments, parse_train_arguments, report
 from launcher.config import ResolvedRun, read_deepspeed_json, resolve
-from launcher.data import RunData, check_shards_together, open_data
+from launcher.data import RunData, check_shards_together, open_data, prepare_quickstart_if_named
 from launcher.distributed import RankInfo, export, rank_from_environment
 from launcher.model import build_model, build_processor
 from launcher.run_folder import finished_steps, write_run_folder
@@ -53,6 +53,7 @@ def run_command(arguments: TrainArguments, argv: Sequence[str]) -> None:
         world_size=arguments.config.cpu_ranks if starts_ranks else rank.world_size,
         hardware=hardware,
     )
+    prepare_quickstart_if_named(arguments.config)
     data = open_data(run)
     start_step = finished_steps(run, data.plan.fingerprint)
     processor = build_processor(run.config)

@@ -15,6 +15,7 @@ from launcher.quickstart.layouts import (
     IMAGE_TARGET,
     EvalRow,
     EvalSetInfo,
+    MetaTask,
     MinimalPair,
     TrainRow,
     image_query,
@@ -197,14 +198,22 @@ def _write_eval(mmeb_eval: Path, scenes: Sequence[Scene]) -> None:
     ]
     for name, rows in (("Shapes_t2i-eval", t2i), ("Shapes_i2t-eval", i2t), ("Shapes_VQA-eval", vqa)):
         write_eval_set(mmeb_eval, name, rows)
-    about = "drawings of our own"
     write_eval_index(
         mmeb_eval,
         {
-            "Shapes_t2i-eval": EvalSetInfo(meta_task="retrieval", in_distribution=True, about=about),
-            "Shapes_i2t-eval": EvalSetInfo(meta_task="retrieval", in_distribution=False, about=about),
-            "Shapes_VQA-eval": EvalSetInfo(meta_task="vqa", in_distribution=True, about=about),
+            "Shapes_t2i-eval": _info("retrieval", in_distribution=True),
+            "Shapes_i2t-eval": _info("retrieval", in_distribution=False),
+            "Shapes_VQA-eval": _info("vqa", in_distribution=True),
         },
+    )
+
+
+def _info(meta_task: MetaTask, *, in_distribution: bool) -> EvalSetInfo:
+    return EvalSetInfo(
+        meta_task=meta_task,
+        in_distribution=in_distribution,
+        about="drawings of our own",
+        note="drawings made for tests; their scores mean nothing.",
     )
 
 

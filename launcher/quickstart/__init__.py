@@ -1,1 +1,1 @@
-"""Real images for the quickstart: emoji drawn by eight studios, in MMEB's and MMVP-VLM's layouts."""
+"""Real images for the quickstart: emoji drawn by seven studios, in MMEB's and MMVP-VLM's layouts."""

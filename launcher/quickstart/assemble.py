@@ -25,7 +25,7 @@ from launcher.quickstart.mmvp_pairs import load_concept_pairs, write_mmvp_set
 from launcher.quickstart.render import Drawing, render_studio
 from launcher.quickstart.train_sets import write_train_sets
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise it when the same packages would give other files: existing caches are then rebuilt."""
 COMPLETE = "complete.json"
 """Written last into a built folder: what it was built from."""

@@ -25,6 +25,10 @@ MAX_CANDIDATES = 500
 """Of the near studio, which has more than a thousand drawings."""
 NUM_SHEETS = 300
 
+NOTE = (
+    "the quickstart's sets, emoji of 56 px, imitate the formats of MMEB and MMVP-VLM, not their difficulty; "
+    "in distribution = the trained foundry's older drawings, out of distribution = a studio or concepts never seen."
+)
 _UNSEEN_STUDIO = "concepts trained on, drawn by a studio (fxemoji) that training never saw"
 _NEAR_STUDIO = "concepts trained on, drawn by an older set (noto-v1) of a foundry whose newer set (noto) was trained on"
 _UNSEEN_CONCEPTS = "concepts that training never saw, drawn by a studio (twemoji) that it did see"
@@ -53,7 +57,7 @@ class EvalSet:
     def info(self) -> EvalSetInfo:
         """What sets.json says of it. Only the near studio counts as in distribution."""
         in_distribution = self.about is _NEAR_STUDIO
-        return EvalSetInfo(meta_task=_META_TASKS[self.kind], in_distribution=in_distribution, about=self.about)
+        return EvalSetInfo(meta_task=_META_TASKS[self.kind], in_distribution=in_distribution, about=self.about, note=NOTE)
 
 
 def write_eval_sets(mmeb_eval: Path, drawings: Sequence[Drawing], *, seed: int) -> dict[str, int]:

@@ -62,6 +62,9 @@ class EvalSetInfo:
     meta_task: MetaTask
     in_distribution: bool
     about: str
+    """What is in this set."""
+    note: str
+    """What a reader of its scores must know; printed once beneath them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ def write_eval_set(mmeb_eval: Path, name: str, rows: Sequence[EvalRow]) -> None:
 
 
 def write_eval_index(mmeb_eval: Path, sets: Mapping[str, EvalSetInfo]) -> None:
-    """Write `<mmeb_eval>/sets.json`: {set: {meta_task, in_distribution, about}}; an addition of ours."""
+    """Write `<mmeb_eval>/sets.json`: {set: {meta_task, in_distribution, about, note}}; an addition of ours."""
     _write_json(mmeb_eval / "sets.json", {name: asdict(info) for name, info in sets.items()})
 
 

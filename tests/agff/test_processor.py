@@ -66,14 +66,14 @@ def test_a_long_text_loses_its_end_and_an_image_is_never_cut(processor: ItemProc
     inputs = processor([Item(text="<|image_1|>\n" + "a red heart " * 50, image=IMAGE)])
     assert inputs["attention_mask"].sum() == 40
     assert inputs["mm_token_type_ids"].sum() == int(inputs["image_grid_thw"][0].prod()) // 4
+    large = ItemProcessor(
+        processor.tokenizer,
+        processor.image_processor,
+        tiny_config(processor),
+        PROMPTS,
+        ProcessorConfig(max_tokens=40, max_pixels=280 * 280),
+    )
     with pytest.raises(DataError, match=r"image of \(280, 280\) pixels needs .* lower processor.max_pixels"):
-        large = ItemProcessor(
-            processor.tokenizer,
-            processor.image_processor,
-            tiny_config(processor),
-            PROMPTS,
-            ProcessorConfig(max_tokens=40, max_pixels=280 * 280),
-        )
         large([Item(text="<|image_1|>", image=IMAGE.resize((280, 280)))])
 
 

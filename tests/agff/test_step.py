@@ -96,7 +96,9 @@ def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
     """With dropout, pass 2 must see the masks of pass 1: then the surrogate's gradient is that of the first pass."""
 
     class Recorder(PlainEngine):
-        seen: list[Tensor] = []
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__(model)
+            self.seen: list[Tensor] = []
 
         def encode(self, inputs: Any) -> Tensor:
             noise = torch.rand(())

@@ -113,7 +113,7 @@ def test_deepspeed_json_must_state_clipping_and_be_readable(tmp_path: Path) -> N
     path.write_text("[1")
     with pytest.raises(ConfigError, match=r"ds.json: cannot read"):
         read_deepspeed_json(path)
-    with pytest.raises(ConfigError, match="absent.json: cannot read"):
+    with pytest.raises(ConfigError, match=r"absent.json: cannot read"):
         read_deepspeed_json(tmp_path / "absent.json")
 
 

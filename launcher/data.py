@@ -1,0 +1,83 @@
+"""The data of a run: its shards, their plan and the batches of a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agff.batch import Batch
+from agff.collectives import gather_objects, rank, world_size
+from agff.errors import DataError
+from agff.processor import ItemProcessor
+from data_pipeline.loader import StepBatches, load_batches
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_shards, read_manifest
+from data_pipeline.plan import Mixture, Plan
+from data_pipeline.reader import ShardReader
+from launcher.config import ResolvedRun, RunConfig
+from launcher.prepare import prepare
+from launcher.quickstart_data import DEFAULT_OUT
+
+QUICKSTART_SHARDS = DEFAULT_OUT / "shards"
+QUICKSTART_BACKBONE = DEFAULT_OUT / "backbone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """An opened shard folder and the order of its samples."""
+
+    folder: Path
+    manifest: Manifest
+    plan: Plan
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        """Samples of each source in the mixture."""
+        return {name: self.manifest.sources[name].num_samples for name in self.plan.source_names}
+
+    def batches(self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int) -> Iterator[Batch]:
+        """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
+        batches = StepBatches(
+            plan=self.plan,
+            reader=ShardReader(self.folder, self.manifest),
+            encode_items=processor,
+            rank=rank,
+            world_size=run.world_size,
+            chunk_size=run.chunk_size,
+            max_bad_in_a_row=run.config.data.max_bad_in_a_row,
+        )
+        return load_batches(
+            batches, start_step=start_step, num_steps=run.config.num_steps, num_workers=run.config.data.num_workers
+        )
+
+
+def open_data(run: ResolvedRun) -> RunData:
+    """Read the manifest and lay the plan; reads only. Raises DataError or ConfigError."""
+    config, folder = run.config, Path(run.config.data.shards)
+    manifest = read_manifest(folder)
+    mixture = Mixture(weights=config.data.weights, sub_batch_size=config.data.sub_batch_size)
+    plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
+    return RunData(folder=folder, manifest=manifest, plan=plan)
+
+
+def prepare_quickstart_if_named(config: RunConfig) -> None:
+    """Make the quickstart's drawings, backbone and shards when the run names them and they are absent."""
+    wanted = {Path(config.data.shards), Path(config.backbone.path)} & {QUICKSTART_SHARDS, QUICKSTART_BACKBONE}
+    if all((path / ("config.json" if path == QUICKSTART_BACKBONE else MANIFEST_FILE)).exists() for path in wanted):
+        return
+    from launcher.quickstart.assemble import prepare_quickstart
+
+    paths = prepare_quickstart(DEFAULT_OUT)
+    prepare(paths.mmeb, QUICKSTART_SHARDS)
+
+
+def check_shards_together(data: RunData, *, hashes: bool) -> None:
+    """Compare all shards with the manifest, each rank its share. Collective.
+
+    Raises the same DataError, with the first problems found, on every rank.
+    """
+    own = check_shards(data.folder, data.manifest, part=rank(), num_parts=world_size(), hashes=hashes)
+    problems = [problem for problems in gather_objects(own) for problem in problems]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise DataError("; ".join(problems[:5]) + more)

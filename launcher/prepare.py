@@ -1,0 +1,265 @@
+"""`python launcher/prepare.py --mmeb DIR --out SHARDS`: an MMEB-train download -> WebDataset shards, index and manifest."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from agff.errors import AgffError, ConfigError, DataError
+from data_pipeline.manifest import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    MANIFEST_FILE,
+    Manifest,
+    Shard,
+    Source,
+    read_manifest,
+    write_manifest,
+)
+from data_pipeline.mmeb import count_rows, find_subsets, parquet_files, read_pairs
+from data_pipeline.shards import ShardRecord, write_shard
+from launcher.command_line import report
+
+SETTINGS_FILE = "prepare.json"
+RECORDS = ".records"
+"""Folder, below each source, of what has been written so far; gone when the conversion is complete."""
+
+ABOUT = """\
+Convert MMEB-train (one parquet a subset, loose image files) into WebDataset shards that stream.
+
+Each row becomes one sample: its texts and ids as JSON, its images byte for byte. Rows that cannot be used (missing or
+unreadable image, placeholder missing) are listed in <SUBSET>/rejected.jsonl with their reason; nothing is dropped silently.
+A run that was killed continues when the same command is given again, and the shards are byte for byte the same.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One shard to write: the unit of work."""
+
+    root: Path
+    out: Path
+    subset: str
+    split: str
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def path(self) -> Path:
+        return self.out / self.subset / f"{self.subset}-{self.index:05d}.tar"
+
+    @property
+    def record_path(self) -> Path:
+        return self.out / self.subset / RECORDS / f"{self.index:05d}.json"
+
+
+def prepare(
+    root: Path,
+    out: Path,
+    *,
+    subsets: Sequence[str] | None = None,
+    split: str = "original",
+    rows_per_shard: int = 1000,
+    max_rows: int | None = None,
+    processes: int | None = None,
+) -> Manifest:
+    """Write the shards of all (or the named) subsets of `root` and return their manifest.
+
+    A finished conversion with the same settings returns at once. Raises DataError for an unreadable input and ConfigError
+    when `out` holds another conversion; both before anything is written.
+    """
+    rows = _rows_of_subsets(root, subsets, split, max_rows)
+    settings = _settings(root, rows, split, rows_per_shard)
+    _claim(out, settings)
+    tasks = [
+        _Task(
+            root=root, out=out, subset=subset, split=split, index=index, start=start, stop=min(start + rows_per_shard, total)
+        )
+        for subset, total in rows.items()
+        for index, start in enumerate(range(0, total, rows_per_shard))
+    ]
+    if not (out / MANIFEST_FILE).exists():
+        _write_shards([task for task in tasks if not task.record_path.exists()], processes or os.cpu_count() or 1)
+        _finish(out, rows, tasks, settings)
+    return read_manifest(out)
+
+
+def _rows_of_subsets(root: Path, subsets: Sequence[str] | None, split: str, max_rows: int | None) -> dict[str, int]:
+    found = find_subsets(root, split=split)
+    if unknown := sorted(set(subsets or ()) - set(found)):
+        raise DataError(f"{root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
+    counts = {subset: count_rows(root, subset, split=split) for subset in subsets or found}
+    if empty := [subset for subset, count in counts.items() if count == 0]:
+        raise DataError(f"{root}: subset {', '.join(empty)} has no rows; name the others with --subsets")
+    return {subset: min(count, max_rows or count) for subset, count in counts.items()}
+
+
+def _settings(root: Path, rows: dict[str, int], split: str, rows_per_shard: int) -> dict[str, Any]:
+    """What decides the bytes of the shards, the images aside."""
+    inputs = {}
+    for subset in rows:
+        digest = hashlib.sha256()
+        for path in parquet_files(root, subset, split=split):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        inputs[subset] = {"rows": rows[subset], "sha256": digest.hexdigest()}
+    return {"split": split, "rows_per_shard": rows_per_shard, "subsets": inputs}
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Mark `out` as the place of this conversion, or refuse a place that belongs to something else."""
+    marker = out / SETTINGS_FILE
+    if marker.exists():
+        found = json.loads(marker.read_text())
+        changed = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
+        if changed:
+            raise ConfigError(
+                f"{out} holds a conversion with other {', '.join(changed)}; remove it, or choose another --out"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_text(marker, json.dumps(settings, indent=1) + "\n")
+
+
+def _write_shards(tasks: Sequence[_Task], processes: int) -> None:
+    for subset_folder in {task.record_path.parent for task in tasks}:
+        subset_folder.mkdir(parents=True, exist_ok=True)
+    rows = sum(task.stop - task.start for task in tasks)
+    with tqdm(total=rows, desc="prepare", unit="row", disable=not rows) as bar:
+        if processes == 1:
+            for task in tasks:
+                bar.update(_write_one(task))
+            return
+        with ProcessPoolExecutor(processes) as pool:
+            for future in as_completed([pool.submit(_write_one, task) for task in tasks]):
+                bar.update(future.result())
+
+
+def _write_one(task: _Task) -> int:
+    """Write a shard and, when it is on disk, its record; the number of rows dealt with."""
+    pairs = read_pairs(task.root, task.subset, split=task.split, start=task.start, stop=task.stop)
+    record = write_shard(task.path, pairs, first_row=task.start)
+    _write_text(task.record_path, json.dumps(asdict(record)))
+    return task.stop - task.start
+
+
+def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: dict[str, Any]) -> None:
+    """Indexes, rejected rows and last the manifest, from the shards' records."""
+    sources = {}
+    for subset, num_rows in rows.items():
+        own = [task for task in tasks if task.subset == subset]
+        records = [_read_record(task.record_path) for task in own]
+        num_rejected = _write_rejected(out / subset / "rejected.jsonl", records)
+        _write_index(out / subset / INDEX_FILE, records)
+        shards = tuple(
+            Shard(name=task.path.name, num_samples=record.num_samples, size_bytes=record.size_bytes, sha256=record.sha256)
+            for task, record in zip(own, records, strict=True)
+        )
+        sources[subset] = Source(num_rows=num_rows, num_rejected=num_rejected, shards=shards)
+        if sources[subset].num_samples + num_rejected != num_rows:
+            raise AssertionError(f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}")
+    write_manifest(out, Manifest(sources=sources, settings=settings))
+    for subset in rows:
+        shutil.rmtree(out / subset / RECORDS)
+
+
+def _read_record(path: Path) -> ShardRecord:
+    values = json.loads(path.read_text())
+    return ShardRecord(**values)
+
+
+def _write_index(path: Path, records: Iterable[ShardRecord]) -> None:
+    rows = [(shard, offset, size) for shard, record in enumerate(records) for offset, size in record.samples]
+    columns = list(zip(*rows, strict=True)) or [(), (), ()]
+    table = pa.table([pa.array(c, t) for c, t in zip(columns, INDEX_SCHEMA.types, strict=True)], schema=INDEX_SCHEMA)
+    partial = path.with_name(path.name + ".partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
+        writer.write_table(table)
+    partial.replace(path)
+
+
+def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> int:
+    rejected = [{"row": row, "reason": reason} for record in records for row, reason in record.rejected]
+    _write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
+    return len(rejected)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """In one piece and on disk: a kill at any moment leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def summary(manifest: Manifest, out: Path) -> str:
+    """A table: rows, written, rejected, shards and size of each source."""
+    lines = [f"{'source':<28} {'rows':>9} {'written':>9} {'rejected':>9} {'shards':>7} {'MB':>9}"]
+    for name, source in sorted(manifest.sources.items()):
+        size = sum(shard.size_bytes for shard in source.shards) / 1e6
+        lines.append(
+            f"{name:<28} {source.num_rows:>9,} {source.num_samples:>9,} {source.num_rejected:>9,} "
+            f"{len(source.shards):>7,} {size:>9,.1f}"
+        )
+    if any(source.num_rejected for source in manifest.sources.values()):
+        lines.append(f"rejected rows and their reasons: {out}/<source>/rejected.jsonl")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="prepare", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mmeb", type=Path, required=True, help="folder of the download: <SUBSET>/*.parquet and images/")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards, new or of an interrupted run")
+    parser.add_argument("--subsets", nargs="+", help="only these subsets (default: all)")
+    parser.add_argument(
+        "--split", choices=["original", "diverse_instruction"], default="original", help="which parquet files are read"
+    )
+    parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows of one tar file (default: %(default)s)")
+    parser.add_argument("--max_rows", type=int, help="at most so many rows of each subset (default: all)")
+    parser.add_argument("--processes", type=int, help="writers at work at once (default: one for each core)")
+    parser.add_argument("--dry-run", action="store_true", help="count rows and shards, write nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        for name in ("rows_per_shard", "max_rows", "processes"):
+            if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+                raise ConfigError(f"--{name} {getattr(arguments, name)} must be >= 1")
+        if arguments.dry_run:
+            rows = _rows_of_subsets(arguments.mmeb, arguments.subsets, arguments.split, arguments.max_rows)
+            for subset, count in rows.items():
+                sys.stdout.write(f"{subset:<28} {count:>9,} rows {-(-count // arguments.rows_per_shard):>7,} shards\n")
+            return 0
+        manifest = prepare(
+            arguments.mmeb,
+            arguments.out,
+            subsets=arguments.subsets,
+            split=arguments.split,
+            rows_per_shard=arguments.rows_per_shard,
+            max_rows=arguments.max_rows,
+            processes=arguments.processes,
+        )
+    except AgffError as error:
+        return report(error)
+    sys.stdout.write(summary(manifest, arguments.out) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -100,6 +100,7 @@ def load_batches(batches: StepBatches, *, start_step: int, num_steps: int, num_w
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         timeout=STALLED_AFTER_S if num_workers else 0,
+        generator=torch.Generator(),  # its seed for workers must not be drawn from the training's random state
     )
     steps = iter(loader)
     for step in range(start_step, num_steps):

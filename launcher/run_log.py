@@ -29,7 +29,7 @@ class RunLog:
         self._is_writer = rank() == 0
         self._run_dir = run_dir
         self._num_skipped = 0
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step) if self._is_writer else None
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1) if self._is_writer else None
         self._bar = tqdm(
             total=num_steps, initial=start_step, desc="train", unit="step", disable=not self._is_writer, dynamic_ncols=True
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Sequence
@@ -120,9 +121,12 @@ def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcesso
 def _start_cpu_ranks(num_ranks: int, argv: Sequence[str]) -> None:
     """Become DeepSpeed's launcher with that many ranks: on a machine without accelerators it starts only one by itself."""
     arguments = [a for a in argv if not a.startswith("--local_rank")]
-    port = ["--master_port", os.environ["MASTER_PORT"]] if "MASTER_PORT" in os.environ else []
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_ranks), *port]
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"):
+    with socket.socket() as probe:  # a free port: the launcher's default would let two runs on one machine collide
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    command += ["--num_accelerators", str(num_ranks)]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))

@@ -1,0 +1,164 @@
+"""The families that can be named as backbone, each built tiny from its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
+from agff.embedder import Embedder
+from agff.encoder import EmbeddingModel
+from agff.errors import ConfigError
+from agff.processor import ItemProcessor, ProcessorConfig
+from agff.prompts import PromptConfig
+from tests.drawings import tiny_backbone
+
+PROMPTS = PromptConfig(num_fine=2)
+ROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def qwen2_5_vl(folder: Path) -> None:
+    """The tiny Qwen2-VL's tokenizer and image processor with a Qwen2.5-VL beside them."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    tiny_backbone(folder)
+    tokens = json.loads((folder / "config.json").read_text())
+    special = {name: tokens[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+        },
+        **special,
+    )
+    Qwen2_5_VLModel(config).save_pretrained(folder)
+
+
+def llava_onevision(folder: Path) -> None:
+    from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionModel
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    tiny_backbone(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT, "vocab_size": 520},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    LlavaOnevisionModel(config).save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints, crop_size={"height": 28, "width": 28}
+    ).save_pretrained(folder)
+
+
+BUILDERS = {"qwen2_vl": tiny_backbone, "qwen2_5_vl": qwen2_5_vl, "llava_onevision": llava_onevision}
+
+
+@pytest.fixture(scope="module", params=sorted(BUILDERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param) / "backbone"
+    BUILDERS[request.param](path)
+    return path
+
+
+def build(folder: Path, **choices: Any) -> tuple[EmbeddingModel, ItemProcessor]:
+    torch.manual_seed(0)
+    backbone = load_backbone(folder, dtype=torch.float32, attention="sdpa")
+    model = EmbeddingModel(choose_trainable(backbone, BackboneConfig(path=str(folder), **choices)), PROMPTS)
+    torch.nn.init.normal_(model.prompted_embedding.vectors)
+    return model, ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
+
+
+def test_items_of_any_kind_and_image_shape_are_encoded_the_same_alone_and_together(folder: Path) -> None:
+    model, processor = build(folder)
+    items = [
+        "a heart",
+        Image.new("RGB", (56, 56), "red"),
+        {"text": "what is it?", "image": Image.new("RGB", (90, 31), "green")},
+        {"text": "and <|image_1|> this?", "image": Image.new("RGB", (28, 112), "blue")},
+    ]
+    embedder = Embedder(model, processor, beta=0.05)
+    together = embedder.encode(items)
+    assert together.shape == (4, 3, 32)
+    alone = torch.cat([embedder.encode([item]) for item in items])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert (together[1] - embedder.encode([Image.new("RGB", (56, 56), "blue")])[0]).abs().max() > 1e-3
+
+
+def test_every_parameter_in_use_gets_a_gradient_also_without_images(folder: Path) -> None:
+    """Under ZeRO-3 the ranks must reduce the same parameters, so the vision tower takes part in a chunk of texts."""
+    model, processor = build(folder)
+    from agff.embedder import as_item
+
+    reached = []
+    for items in (["a heart", "two"], ["a heart", Image.new("RGB", (56, 56), "red")]):
+        model.zero_grad()
+        model(processor([as_item(item) for item in items])).square().sum(dim=-1).mul(torch.rand(2, 3)).sum().backward()
+        reached.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert reached[0] == reached[1]
+    assert any("visi" in name or "visual" in name for name in reached[0])
+
+
+def test_lora_trains_adapters_of_the_language_model_and_the_prompts(folder: Path) -> None:
+    model, _ = build(folder, lora=LoraConfig(rank=2))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("lora_A" in name for name in trainable)
+    assert all("lora_" in name or name.endswith("vectors") for name in trainable)
+    assert not any("visual" in name or "vision" in name for name in trainable)
+
+
+def test_frozen_vision_leaves_the_rest_trainable(folder: Path) -> None:
+    model, _ = build(folder, freeze_vision=True)
+    for name, parameter in model.named_parameters():
+        is_vision = name.startswith(("backbone.visual.", "backbone.vision_tower."))
+        assert parameter.requires_grad != is_vision, name
+
+
+def test_pixel_limits_have_no_meaning_for_llava(tmp_path: Path) -> None:
+    llava_onevision(tmp_path)
+    with pytest.raises(ConfigError, match="no meaning for llava_onevision"):
+        ItemProcessor.from_folder(tmp_path, prompts=PROMPTS, limits=ProcessorConfig(max_pixels=1000))
+
+
+def test_other_backbones_are_refused(tmp_path: Path) -> None:
+    tiny_backbone(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    with pytest.raises(ConfigError, match="backbone of type 'qwen2' is not supported; known are qwen2_vl"):
+        ItemProcessor.from_folder(tmp_path, prompts=PROMPTS, limits=ProcessorConfig())

@@ -1,0 +1,60 @@
+"""A project folder in small: our own drawings, the tiniest backbone, and commands run as a person types them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import yaml
+
+from launcher.prepare import prepare
+from tests.drawings import tiny_backbone, write_drawings
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL_RECIPE = {
+    "name": "quickstart",
+    "num_steps": 4,
+    "save_every": 2,
+    "backbone": {"path": ".cache/quickstart/backbone"},
+    "processor": {"max_tokens": 96},
+    "loss": {"temperature": 0.05, "bidirectional": True},
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+    "batch": {"global_batch_size": 8, "chunk_size": 2},
+    "data": {"shards": ".cache/quickstart/shards", "sub_batch_size": 4},
+}
+
+
+def small_project(folder: Path) -> Path:
+    """A copy of the packages whose quickstart is 4 steps on drawings; run commands with it as working folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("agff", "data_pipeline", "launcher", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    cache = folder / ".cache" / "quickstart"
+    drawings = write_drawings(cache / "data")
+    tiny_backbone(cache / "backbone")
+    prepare(drawings.mmeb, cache / "shards", rows_per_shard=16)
+    (folder / "launcher" / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(SMALL_RECIPE))
+    return folder
+
+
+def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run a shell line of the README in `folder`; both streams in `stdout`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+    }
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )

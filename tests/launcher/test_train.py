@@ -1,0 +1,263 @@
+"""Whole runs, started as a person starts them: resume, release, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agff.checkpoint import consolidated_weights
+from launcher.convert_checkpoint import main as convert_main
+from launcher.train import main as train_main
+from tests.launcher.runs import run_command, small_project
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_project(tmp_path_factory.mktemp("project"))
+
+
+def train_command(stage: int) -> str:
+    return f"deepspeed launcher/train.py --deepspeed ds_configs/zero{stage}.json"
+
+
+@pytest.fixture(scope="module", params=[3, 1, 2], ids=lambda stage: f"zero{stage}")
+def trained(request: pytest.FixtureRequest, project: Path) -> tuple[int, Path, str]:
+    """(ZeRO stage, run folder, output) of the verbatim command, unbroken."""
+    result = run_command(train_command(request.param), project)
+    assert result.returncode == 0, result.stdout
+    return request.param, project / "runs" / f"quickstart-zero{request.param}", result.stdout
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Any]:
+    """Every value in every file of a checkpoint, flattened; our own files of this very test."""
+
+    def flatten(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in flatten(f"{prefix}/{name}", item).items()}
+        if isinstance(value, list | tuple):
+            return {k: v for index, item in enumerate(value) for k, v in flatten(f"{prefix}/{index}", item).items()}
+        return {prefix: value}
+
+    found: dict[str, Any] = {}
+    for path in sorted(checkpoint.glob("*.pt")):
+        found |= flatten(path.name, torch.load(path, weights_only=False, map_location="cpu"))
+    return found
+
+
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(trained: tuple[int, Path, str], project: Path) -> None:
+    stage, run, _ = trained
+    unbroken = project / f"unbroken-zero{stage}"
+    shutil.copytree(run, unbroken)
+    checkpoints = run / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-000002", "step-000004"]
+    (checkpoints / "step-000004").rename(checkpoints / "step-000004.partial")  # as a kill in mid-save leaves it
+    result = run_command(train_command(stage), project)
+    assert result.returncode == 0, result.stdout
+    assert "2/4" in result.stdout, "it must continue at step 2"
+    expected, found = tensors_of(unbroken / "checkpoints/step-000004"), tensors_of(checkpoints / "step-000004")
+    assert expected.keys() == found.keys()
+    compared = 0
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, found[name]), name
+            compared += value.numel()
+        elif isinstance(value, int | float | str):
+            assert value == found[name], name
+    assert compared > 3 * 100_000, "weights and both moments of Adam"
+    first, last = (consolidated_weights(unbroken, step=step) for step in (2, 4))
+    assert not torch.equal(first["backbone.visual.merger.mlp.0.weight"], last["backbone.visual.merger.mlp.0.weight"])
+
+
+def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:
+    stage, run, output = trained
+    assert f"2, ZeRO stage {stage}" in output
+    assert "chunk 2 x 2 chunks = local 4, x 2 ranks = global 8; two passes (GradCache)" in output
+    assert "negatives per query  7, less those" in output
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/similarity/positive",
+        "train/similarity/hardest_negative",
+        "train/batch_accuracy",
+        "train/ega/mean_weight",
+        *(f"train/pattern_share/{p}" for p in ("global_global", "fine_global", "global_fine", "fine_fine")),
+        "train/gradient_norm",
+        "train/learning_rate",
+        "speed/samples_per_s",
+        "speed/tokens_per_s",
+        "speed/data_wait_percent",
+        "data/skipped_samples",
+    }
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    shares = [events.Scalars(f"train/pattern_share/{p}")[0].value for p in ("global_global", "fine_global")]
+    assert 0 < sum(shares) < 1
+
+
+def test_a_finished_run_says_so(trained: tuple[int, Path, str], project: Path) -> None:
+    stage, run, _ = trained
+    result = run_command(train_command(stage), project)
+    assert result.returncode == 0, result.stdout
+    assert f"runs/{run.name}: all 4 steps are done; evaluate or convert it, or choose another --run_dir" in result.stdout
+
+
+def test_release_loads_without_deepspeed(trained: tuple[int, Path, str], project: Path, tmp_path: Path) -> None:
+    _, run, _ = trained
+    monkey = Path.cwd()
+    os.chdir(project)
+    try:
+        assert convert_main([str(run), str(tmp_path / "release")]) == 0
+    finally:
+        os.chdir(monkey)
+    script = f"""
+import sys
+sys.modules["deepspeed"] = None
+import agff
+from PIL import Image
+model = agff.load({str(tmp_path / "release")!r})
+image = Image.new("RGB", (56, 56), "red")
+a = model.encode(["one red circle top", image, {{"text": "what?", "image": image}}])
+assert a.shape == (3, 5, 32), a.shape
+print("similarity", model.similarity(a, a).diagonal().tolist())
+from transformers import AutoModel, AutoTokenizer
+AutoModel.from_pretrained({str(tmp_path / "release/backbone")!r})
+"""
+    result = run_command(f"python - <<'EOF'\n{script}\nEOF", project)
+    assert result.returncode == 0, result.stdout
+    assert "similarity [" in result.stdout
+    assert convert_main([str(run), str(tmp_path / "release")]) == 2, "an existing release is not overwritten"
+
+
+def test_lora_run_resumes_and_is_released(project: Path, tmp_path: Path) -> None:
+    command = f"{train_command(3)} --backbone.lora.rank 2 --run_dir runs/lora --backbone.lora.dropout 0.1"
+    result = run_command(command, project)
+    assert result.returncode == 0, result.stdout
+    expected = tensors_of(project / "runs/lora/checkpoints/step-000004")
+    shutil.rmtree(project / "runs/lora/checkpoints/step-000004")
+    result = run_command(f"{command} && python launcher/convert_checkpoint.py runs/lora {tmp_path}/release", project)
+    assert result.returncode == 0, result.stdout
+    found = tensors_of(project / "runs/lora/checkpoints/step-000004")
+    tensors = [name for name, value in expected.items() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert all(torch.equal(expected[name], found[name]) for name in tensors)
+    assert "every weight read back equal" in result.stdout
+    weights = consolidated_weights(project / "runs/lora", step=4)
+    adapters = [weight for name, weight in weights.items() if "lora_B" in name]
+    assert adapters
+    assert all(weight.abs().max() > 0 for weight in adapters), "an adapter that never moved was saved"
+
+
+# ------------------------------------------------------------------ wrong input, before the first step
+
+
+@pytest.fixture
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The project's folder as working folder, with shards of its own to damage."""
+    shutil.copytree(project / ".cache", tmp_path / ".cache")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+SMALL = [
+    *("--num_steps", "4", "--optimizer.warmup_steps", "1", "--data.weights", "null"),
+    *("--batch.global_batch_size", "8", "--batch.chunk_size", "2", "--data.sub_batch_size", "4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch.global_batch_size", "9"], "global_batch_size=9 is not a multiple of 2 ranks; use 8 or 10"),
+        (
+            ["--data.shards", "nowhere"],
+            "nowhere: no shards here (manifest.json is missing); make them with launcher/prepare.py",
+        ),
+        (["--backbone.path", "nowhere"], "nowhere: not a backbone folder"),
+        (["--data.weights", "{Shapes: 1.0}"], "data.weights names Shapes, absent from the shards"),
+        (["--data.sub_batch_size", "8", "--data.weights", "{Shapes_t2i: -1}"], "data.weights.Shapes_t2i=-1.0 must be > 0"),
+        (["--run_dir", ".cache"], ".cache exists and holds no run"),
+        (["--loss.temperature", "0"], "loss.temperature=0.0 must be > 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    in_project: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    before = sorted(in_project.rglob("*"))
+    assert train_main([*SMALL, *arguments]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert sorted(in_project.rglob("*")) == before, "nothing may be written"
+
+
+def test_dry_run_prints_the_table_and_writes_nothing(in_project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = sorted(in_project.rglob("*"))
+    recipe = ["--recipe", "mmeb_qwen2vl_2b", "--backbone.path", ".cache/quickstart/backbone"]
+    shards = ["--data.shards", ".cache/quickstart/shards", "--data.sub_batch_size", "8"]
+    assert train_main([*recipe, *shards, "--dry-run"]) == 0
+    output = capfd.readouterr().out
+    assert "LoRA rank 16" in output
+    assert "chunk 8 x 64 chunks = local 512, x 2 ranks = global 1024" in output
+    assert sorted(in_project.rglob("*")) == before
+
+
+def test_a_run_folder_of_another_configuration(project: Path, trained: tuple[int, Path, str]) -> None:
+    stage, run, _ = trained
+    result = run_command(f"{train_command(stage)} --loss.beta 0.1", project)
+    assert result.returncode == 2, result.stdout
+    assert f"runs/{run.name} belongs to another configuration: loss.beta: 0.05 -> 0.1" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("remove", "shard is missing; restore it"),
+        ("flip", "SHA-256 of the shard is"),
+    ],
+)
+def test_damaged_shards_stop_all_ranks_before_the_first_step(
+    project: Path, tmp_path: Path, damage: str, message: str
+) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns("runs"))
+    shard = copy / ".cache/quickstart/shards/Shapes_i2t/Shapes_i2t-00000.tar"
+    if damage == "remove":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[-20_000] ^= 1
+        shard.write_bytes(content)
+    result = run_command(train_command(3), copy)
+    assert result.returncode == 2, result.stdout
+    assert message in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not (copy / "runs").exists()
+
+
+def test_a_bad_sample_is_skipped_and_logged_and_too_many_stop_all_ranks(project: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "project"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns("runs"))
+    shards = copy / ".cache/quickstart/shards"
+    for shard in sorted((shards / "Shapes_i2t").glob("*.tar")):  # every image of one source becomes undecodable
+        shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"XXXX"))
+    rest = "--data.check_hashes false --data.weights '{Shapes_i2t: 1, Shapes_text: 3}' --data.max_bad_in_a_row 3"
+    result = run_command(f"{train_command(3)} {rest}", copy)
+    assert result.returncode == 2, result.stdout
+    assert "4 bad samples in a row for row" in result.stdout
+    assert "Shapes_i2t-0000" in result.stdout
+    assert result.stdout.count("error: ") == 1
+    first = sorted((shards / "Shapes_i2t").glob("*.tar"))[0]
+    manifest = json.loads((shards / "manifest.json").read_text())
+    assert manifest["sources"]["Shapes_i2t"]["shards"][0]["name"] == first.name

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agff.batch import IMAGE_PLACEHOLDER, Item
 from agff.errors import DataError
@@ -58,6 +58,8 @@ def decode_image(content: bytes, address: str) -> Image.Image:
                     raise DataError(f"{address}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise DataError(f"{address}: {len(content):,} bytes that are no image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{address}: cannot decode {len(content):,} bytes: {error}") from None
 

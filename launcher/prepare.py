@@ -94,6 +94,8 @@ def prepare(
     if not (out / MANIFEST_FILE).exists():
         _write_shards([task for task in tasks if not task.record_path.exists()], processes or os.cpu_count() or 1)
         _finish(out, rows, tasks, settings)
+    for subset in rows:
+        shutil.rmtree(out / subset / RECORDS, ignore_errors=True)
     return read_manifest(out)
 
 
@@ -174,8 +176,6 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
         if sources[subset].num_samples + num_rejected != num_rows:
             raise AssertionError(f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}")
     write_manifest(out, Manifest(sources=sources, settings=settings))
-    for subset in rows:
-        shutil.rmtree(out / subset / RECORDS)
 
 
 def _read_record(path: Path) -> ShardRecord:

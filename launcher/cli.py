@@ -1,0 +1,31 @@
+"""`agff VERB ...`: the same programs as `python launcher/<verb>.py`, under one name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "train": ("launcher.train", "run a recipe, or continue an interrupted run"),
+    "prepare": ("launcher.prepare", "MMEB-train download -> WebDataset shards"),
+    "evaluate": ("launcher.evaluate", "score a run or release on MMEB and MMVP-VLM layouts"),
+    "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
+    "quickstart-data": ("launcher.quickstart_data", "real images and a small backbone for a first run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code of the verb."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] not in VERBS:
+        lines = "\n".join(f"  agff {verb:<16} {about}" for verb, (_, about) in VERBS.items())
+        wanted_help = argv[:1] in ([], ["-h"], ["--help"])
+        (sys.stdout if wanted_help else sys.stderr).write(f"usage: agff VERB ...; agff VERB --help tells more\n{lines}\n")
+        return 0 if wanted_help else 2
+    module, _ = VERBS[argv[0]]
+    return importlib.import_module(module).main(argv[1:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

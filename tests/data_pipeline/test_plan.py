@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agff.errors import ConfigError
+from data_pipeline.manifest import Manifest, Shard, Source
+from data_pipeline.plan import PERIOD, WINDOW, Mixture, Plan
+
+
+def manifest(**sizes: list[int]) -> Manifest:
+    sources = {}
+    for name, shards in sizes.items():
+        sources[name] = Source(
+            num_rows=sum(shards),
+            num_rejected=0,
+            shards=tuple(
+                Shard(name=f"{name}-{i:05d}.tar", num_samples=size, size_bytes=0, sha256=f"{name}{i}")
+                for i, size in enumerate(shards)
+            ),
+        )
+    return Manifest(sources=sources, settings={})
+
+
+shard_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=2 * WINDOW + 3).filter(lambda sizes: sum(sizes) >= 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=shard_sizes, b=shard_sizes, seed=st.integers(0, 2**31))
+def test_every_sample_exactly_once_in_each_epoch_of_its_source(a: list[int], b: list[int], seed: int) -> None:
+    plan = Plan(manifest(a=a, b=b), Mixture(sub_batch_size=2), seed=seed, global_batch_size=4)
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    step = 0
+    while min(len(seen[0]) / sum(a), len(seen[1]) / sum(b)) < 2 and step < 2000:
+        for source, sample in plan.global_batch(step):
+            seen[int(source)].append(int(sample))
+        step += 1
+    for source, total in ((0, sum(a)), (1, sum(b))):
+        for epoch in range(len(seen[source]) // total):
+            assert sorted(seen[source][epoch * total : (epoch + 1) * total]) == list(range(total))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(shard_sizes, min_size=1, max_size=3),
+    seed=st.integers(0, 100),
+    step=st.integers(0, 10**7),
+    sub_batch=st.sampled_from([1, 2, 4]),
+)
+def test_global_batch_is_the_same_for_any_number_of_ranks_and_of_single_source_parts(
+    sizes: list[list[int]], seed: int, step: int, sub_batch: int
+) -> None:
+    source_sizes = {f"s{i}": s for i, s in enumerate(sizes)}
+    plan = Plan(manifest(**source_sizes), Mixture(sub_batch_size=sub_batch), seed=seed, global_batch_size=8)
+    whole = plan.global_batch(step)
+    for world_size in (1, 2, 4, 8):
+        parts = [plan.rank_rows(step, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert all(len(part) == 8 // world_size for part in parts)
+        assert np.array_equal(np.concatenate(parts), whole)
+    for start in range(0, 8, sub_batch):
+        assert len(set(whole[start : start + sub_batch, 0].tolist())) == 1
+
+
+def test_looking_up_a_step_equals_iterating_to_it() -> None:
+    def new_plan() -> Plan:
+        return Plan(manifest(a=[5] * 20, b=[3] * 30), Mixture(sub_batch_size=4), seed=3, global_batch_size=16)
+
+    iterated = [new_plan_batch for plan in [new_plan()] for new_plan_batch in map(plan.global_batch, range(600))]
+    for step in (0, 1, 255, 256, 599):
+        assert np.array_equal(new_plan().global_batch(step), iterated[step])
+
+
+def test_shares_of_sources_follow_the_weights_exactly_in_every_period() -> None:
+    plan = Plan(
+        manifest(a=[50], b=[50], c=[50]),
+        Mixture(sub_batch_size=2, weights={"a": 5, "b": 3}),
+        seed=0,
+        global_batch_size=8,
+    )
+    assert plan.source_names == ("a", "b")
+    steps_per_period = PERIOD // 4
+    for period in range(2):
+        steps = range(period * steps_per_period, (period + 1) * steps_per_period)
+        counts = Counter(int(source) for step in steps for source in plan.global_batch(step)[::2, 0])
+        assert counts == {0: 640, 1: 384}
+
+
+def test_order_depends_on_the_seed_and_mixes_shards_inside_a_window_only() -> None:
+    sizes = manifest(a=[10] * (3 * WINDOW))
+    plans = [Plan(sizes, Mixture(sub_batch_size=10), seed=seed, global_batch_size=10) for seed in (0, 1)]
+    orders = [np.concatenate([plan.global_batch(step)[:, 1] for step in range(3 * WINDOW)]) for plan in plans]
+    assert not np.array_equal(*orders)
+    window = orders[0][: 10 * WINDOW] // 10
+    assert len(set(window.tolist())) == WINDOW, "the first window's samples come from WINDOW shards"
+    assert not (np.diff(window) == 0).all()
+
+
+def test_redraw_is_deterministic_and_stays_in_the_source() -> None:
+    plan = Plan(manifest(a=[50], b=[7]), Mixture(sub_batch_size=4), seed=0, global_batch_size=8)
+    for step in range(20):
+        rows = plan.global_batch(step)
+        for row in (0, 5):
+            drawn = [plan.redraw(step, row, attempt=attempt) for attempt in range(1, 6)]
+            assert drawn == [plan.redraw(step, row, attempt=attempt) for attempt in range(1, 6)]
+            assert all(0 <= sample < (50, 7)[rows[row, 0]] for sample in drawn)
+    assert len({plan.redraw(0, 0, attempt=attempt) for attempt in range(1, 20)}) > 3
+
+
+def test_fingerprint_changes_with_whatever_changes_the_order() -> None:
+    base = {"mixture": Mixture(sub_batch_size=2), "seed": 0, "global_batch_size": 8}
+    sizes = manifest(a=[5, 5], b=[10])
+    prints = {Plan(sizes, **base).fingerprint}
+    for changed in (
+        {"seed": 1},
+        {"global_batch_size": 4},
+        {"mixture": Mixture(sub_batch_size=4)},
+        {"mixture": Mixture(sub_batch_size=2, weights={"a": 1, "b": 2})},
+    ):
+        prints.add(Plan(sizes, **{**base, **changed}).fingerprint)
+    prints.add(Plan(manifest(a=[5, 6], b=[10]), **base).fingerprint)
+    assert len(prints) == 6
+    assert Plan(manifest(a=[5, 5], b=[10]), **base).fingerprint in prints
+
+
+@pytest.mark.parametrize(
+    ("weights", "sub_batch", "batch", "message"),
+    [
+        ({"a": 1, "c": 1}, 2, 8, "data.weights names c, absent from the shards; they hold a, b"),
+        ({"a": 0, "b": 1}, 2, 8, "data.weights.a=0 must be > 0; leave a source out to drop it"),
+        ({"a": -1}, 2, 8, "data.weights.a=-1 must be > 0"),
+        ({}, 2, 8, "the mixture names no source"),
+        (None, 4, 8, "source b holds 3 samples, fewer than data.sub_batch_size=4"),
+        (None, 3, 8, "global_batch_size=8 is not a multiple of data.sub_batch_size=3"),
+    ],
+)
+def test_impossible_mixtures_are_named(weights: dict | None, sub_batch: int, batch: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan(
+            manifest(a=[10], b=[3]),
+            Mixture(sub_batch_size=sub_batch, weights=weights),
+            seed=0,
+            global_batch_size=batch,
+        )
+
+
+def test_more_ranks_than_rows_is_a_wrong_call() -> None:
+    plan = Plan(manifest(a=[10]), Mixture(sub_batch_size=2), seed=0, global_batch_size=8)
+    with pytest.raises(ValueError, match="global batch of 8 rows for 3 ranks"):
+        plan.rank_rows(0, rank=0, world_size=3)

@@ -18,11 +18,11 @@ from typing import Any
 from PIL import Image
 
 from agff.errors import DataError
+from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.mmeb import Pair, Side
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_IMAGE_BYTES = 64 * 2**20
-MAX_IMAGE_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,8 @@ def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
             raise DataError(f"{role}: {side.image} is larger than {MAX_IMAGE_BYTES:,} bytes")
         content = side.image.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DataError(f"{role}: {side.image} has {image.size} pixels, more than {MAX_IMAGE_PIXELS:,}")
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{role}: {side.image} has {image.size} pixels, more than {MAX_PIXELS:,}")
             return content, SUFFIX[image.format or ""]
     except FileNotFoundError:
         raise DataError(f"{role}: image {side.image} is missing") from None

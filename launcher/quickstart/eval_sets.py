@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.quickstart import wording
 from launcher.quickstart.layouts import (
+    BARE_IMAGE,
     IMAGE_TARGET,
     EvalRow,
     EvalSetInfo,
@@ -116,7 +117,7 @@ def t2i_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     return [
         EvalRow(
             qry_text=wording.find_by_name(drawing.concept.text),
-            tgt_text=[IMAGE_TARGET] * len(paths),
+            tgt_text=[BARE_IMAGE] * len(paths),
             tgt_img_path=truth_first(paths, path),
         )
         for drawing, path in zip(drawings, paths, strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.quickstart import wording
 from launcher.quickstart.concepts import STUDIOS
 from launcher.quickstart.layouts import (
+    BARE_IMAGE,
     IMAGE_TARGET,
     MetaTask,
     TrainRow,
@@ -62,7 +63,7 @@ def _rows_of(subset: str, drawing: Drawing) -> list[TrainRow]:
         case "EmojiGroup":
             return [TrainRow(qry=wording.which_group(), qry_image_path=path, pos_text=concept.group)]
         case "Emoji_t2i":
-            return [TrainRow(qry=wording.find_by_name(concept.text), pos_text=IMAGE_TARGET, pos_image_path=path)]
+            return [TrainRow(qry=wording.find_by_name(concept.text), pos_text=BARE_IMAGE, pos_image_path=path)]
         case "Emoji_i2t":
             return [TrainRow(qry=wording.name_it(), qry_image_path=path, pos_text=concept.text)]
         case "EmojiKeywords_t2i" if concept.keywords:

@@ -10,8 +10,8 @@ MAX_KEYWORDS = 4
 
 
 def find_by_name(name: str) -> str:
-    """Text -> image. Holds "a photo of NAME", which is how MMVP-VLM asks."""
-    return f"Find a photo of {name}\n"
+    """Text -> image. Worded as MMVP-VLM asks: "a photo of NAME"."""
+    return f"a photo of {name}\n"
 
 
 def find_by_keywords(keywords: Sequence[str]) -> str:

@@ -40,6 +40,11 @@ def small_project(folder: Path) -> Path:
     return folder
 
 
+def train_command(stage: int) -> str:
+    """As the README has it."""
+    return f"deepspeed launcher/train.py --deepspeed ds_configs/zero{stage}.json"
+
+
 def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
     """Run a shell line of the README in `folder`; both streams in `stdout`."""
     environment = {

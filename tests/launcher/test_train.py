@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,15 @@ import torch
 from agff.checkpoint import consolidated_weights
 from launcher.convert_checkpoint import main as convert_main
 from launcher.train import main as train_main
-from tests.launcher.runs import run_command, small_project
+from tests.launcher.runs import run_command, train_command
 
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_project(tmp_path_factory.mktemp("project"))
-
-
-def train_command(stage: int) -> str:
-    return f"deepspeed launcher/train.py --deepspeed ds_configs/zero{stage}.json"
-
-
-@pytest.fixture(scope="module", params=[3, 1, 2], ids=lambda stage: f"zero{stage}")
-def trained(request: pytest.FixtureRequest, project: Path) -> tuple[int, Path, str]:
-    """(ZeRO stage, run folder, output) of the verbatim command, unbroken."""
-    result = run_command(train_command(request.param), project)
-    assert result.returncode == 0, result.stdout
-    return request.param, project / "runs" / f"quickstart-zero{request.param}", result.stdout
+@pytest.fixture(params=[3, 1, 2], ids=lambda stage: f"zero{stage}")
+def trained(request: pytest.FixtureRequest, train_once: Callable[[int], tuple[Path, str]]) -> tuple[int, Path, str]:
+    """(ZeRO stage, run folder, output)."""
+    return request.param, *train_once(request.param)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Any]:
@@ -103,8 +93,8 @@ def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int,
     assert 0 < sum(shares) < 1
 
 
-def test_a_finished_run_says_so(trained: tuple[int, Path, str], project: Path) -> None:
-    stage, run, _ = trained
+def test_a_finished_run_says_so(train_once: Callable[[int], tuple[Path, str]], project: Path) -> None:
+    stage, (run, _) = 3, train_once(3)
     result = run_command(train_command(stage), project)
     assert result.returncode == 0, result.stdout
     assert f"runs/{run.name}: all 4 steps are done; evaluate or convert it, or choose another --run_dir" in result.stdout
@@ -212,8 +202,8 @@ def test_dry_run_prints_the_table_and_writes_nothing(in_project: Path, capfd: py
     assert sorted(in_project.rglob("*")) == before
 
 
-def test_a_run_folder_of_another_configuration(project: Path, trained: tuple[int, Path, str]) -> None:
-    stage, run, _ = trained
+def test_a_run_folder_of_another_configuration(train_once: Callable[[int], tuple[Path, str]], project: Path) -> None:
+    stage, (run, _) = 3, train_once(3)
     result = run_command(f"{train_command(stage)} --loss.beta 0.1", project)
     assert result.returncode == 2, result.stdout
     assert f"runs/{run.name} belongs to another configuration: loss.beta: 0.05 -> 0.1" in result.stdout

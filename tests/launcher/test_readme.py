@@ -1,0 +1,48 @@
+"""Every command of the README is run: here, in test_train.py, or by the command that runs these tests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.launcher.runs import REPOSITORY, run_command, train_command
+
+README = (REPOSITORY / "README.md").read_text()
+COMMANDS = re.findall(r"^    ((?:make|python|deepspeed|sbatch|agff|tensorboard) [^#\n]*[^#\s])", README, flags=re.MULTILINE)
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+ELSEWHERE = {
+    "make test": "runs this test",
+    "make demo": "needs the package registries; run by hand, its figures stand in the README",
+    "python launcher/quickstart_data.py": "needs the package registries; part of make demo",
+    "tensorboard --logdir runs": "a server; test_train.py reads the events it shows",
+    **{train_command(stage): "the fixture `trained` of test_train.py" for stage in (1, 2, 3)},
+}
+
+
+def test_readme_has_commands_and_those_run_elsewhere_are_still_in_it() -> None:
+    assert len(COMMANDS) > 8
+    assert set(ELSEWHERE) <= set(COMMANDS)
+
+
+@pytest.mark.timeout(600)
+def test_the_other_commands_run_as_they_stand(project: Path, train_once: Callable[[int], tuple[Path, str]]) -> None:
+    train_once(3)
+    for command in COMMANDS:
+        if command in ELSEWHERE:
+            continue
+        result = run_command(command, project)
+        assert result.returncode == 0, f"{command}\n{result.stdout}"
+        assert "Traceback" not in result.stdout
+    assert (project / "releases/quickstart/agff_config.json").exists()
+    assert (project / "runs/quickstart-zero3/scores.json").exists()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (56, 56), "red").save(project / name)
+    for snippet in SNIPPETS:
+        (project / "snippet.py").write_text(snippet)
+        result = run_command("python snippet.py", project)
+        assert result.returncode == 0, f"{snippet}\n{result.stdout}"

@@ -20,14 +20,13 @@ help: ## list the targets
 
 install: $(STAMP) ## make ./.venv with everything in requirements.txt
 
-demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> scores -> release, about 12 minutes on 2 cores
+demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> release -> scores, about 9 minutes on 2 cores
 	python launcher/quickstart_data.py --out $(DATA)
 	python launcher/prepare.py --mmeb $(DATA)/data/mmeb --out $(DATA)/shards
 	deepspeed launcher/train.py --deepspeed ds_configs/zero3.json
-	python launcher/evaluate.py $(RUN) $(EVAL_DATA)
 	rm -rf $(RELEASE)
 	python launcher/convert_checkpoint.py $(RUN) $(RELEASE)
-	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --example "red heart"
+	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 1
 
 test: lint ## format, lint, types, and every test but the slow ones
 	python -m pytest -m 'not slow'

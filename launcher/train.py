@@ -36,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by names torch 2.13 renamed
     try:
-        run_command(parse_train_arguments(argv), argv)
+        rank = rank_from_environment(os.environ)
+        if rank.world_size > 1:
+            export(rank, os.environ)  # also tells `report` which rank speaks
+        run_command(parse_train_arguments(argv), argv, rank)
     except AgffError as error:
         return report(error)
     return 0
 
 
-def run_command(arguments: TrainArguments, argv: Sequence[str]) -> None:
+def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) -> None:
     """Check everything that can be checked alone, then train; nothing is written before."""
-    rank = rank_from_environment(os.environ)
     hardware = Hardware.of_this_machine()
     starts_ranks = rank.world_size == 1 and not hardware.has_gpu and arguments.config.cpu_ranks > 1
     run = resolve(

@@ -10,13 +10,13 @@ MAX_KEYWORDS = 4
 
 
 def find_by_name(name: str) -> str:
-    """Text -> image. Worded as MMVP-VLM asks: "a photo of NAME"."""
-    return f"a photo of {name}\n"
+    """Text -> image: the name alone, as it is the target of image -> text; see layouts.BARE_IMAGE."""
+    return name
 
 
 def find_by_keywords(keywords: Sequence[str]) -> str:
-    """Keywords -> image."""
-    return f"Find: {', '.join(keywords[:MAX_KEYWORDS])}\n"
+    """Keywords -> image, worded as MMVP-VLM asks: "a photo of ..."."""
+    return f"a photo of {', '.join(keywords[:MAX_KEYWORDS])}\n"
 
 
 def name_it() -> str:

@@ -6,13 +6,17 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import uuid
 from pathlib import Path
 
+import psutil
 import yaml
 
 from launcher.prepare import prepare
 from tests.drawings import tiny_backbone, write_drawings
 
+MARK = "AGFF_TEST_RUN"
+"""Environment variable by which the processes of one command are found again."""
 REPOSITORY = Path(__file__).parents[2]
 SMALL_RECIPE = {
     "name": "quickstart",
@@ -52,8 +56,9 @@ def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subpro
         "PYTHONPATH": str(folder),
         "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
+        MARK: (mark := uuid.uuid4().hex),
     }
-    return subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
         env=environment,
@@ -63,3 +68,13 @@ def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subpro
         timeout=timeout_s,
         check=False,
     )
+    left_behind = [process.cmdline() for process in psutil.process_iter() if _is_marked(process, mark)]
+    assert not left_behind, f"{command} left processes behind: {left_behind}"
+    return result
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

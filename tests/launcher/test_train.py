@@ -251,3 +251,10 @@ def test_a_bad_sample_is_skipped_and_logged_and_too_many_stop_all_ranks(project:
     first = sorted((shards / "Shapes_i2t").glob("*.tar"))[0]
     manifest = json.loads((shards / "manifest.json").read_text())
     assert manifest["sources"]["Shapes_i2t"]["shards"][0]["name"] == first.name
+
+
+def test_nothing_was_compiled(train_once: Callable[[int], tuple[Path, str]]) -> None:
+    """DeepSpeed builds operators into this folder when it needs one: minutes, and a lock that a kill leaves behind."""
+    train_once(3)
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert not [path for path in folder.rglob("*") if path.is_file()]

@@ -39,7 +39,7 @@ def small_project(folder: Path) -> Path:
     cache = folder / ".cache" / "quickstart"
     drawings = write_drawings(cache / "data")
     tiny_backbone(cache / "backbone")
-    prepare(drawings.mmeb, cache / "shards", rows_per_shard=16)
+    prepare(drawings.mmeb, cache / "shards")
     (folder / "launcher" / "recipes" / "quickstart.yaml").write_text(yaml.safe_dump(SMALL_RECIPE))
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ class Embedder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.prompted_embedding.vectors.device
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of all weights, to tell whose scores these are."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def encode(self, items: Sequence[AnyItem], *, batch_size: int = 32, progress: bool = False) -> Tensor:
         """(N, 1 + K, D) float32 unit embeddings on the CPU; index 0 is the global one.

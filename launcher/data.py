@@ -61,14 +61,20 @@ def open_data(run: ResolvedRun) -> RunData:
 
 
 def prepare_quickstart_if_named(config: RunConfig) -> None:
-    """Make the quickstart's drawings, backbone and shards when the run names them and they are absent."""
-    wanted = {Path(config.data.shards), Path(config.backbone.path)} & {QUICKSTART_SHARDS, QUICKSTART_BACKBONE}
-    if all((path / ("config.json" if path == QUICKSTART_BACKBONE else MANIFEST_FILE)).exists() for path in wanted):
-        return
-    from launcher.quickstart.assemble import prepare_quickstart
+    """Make the quickstart's drawings, backbone and shards when the run names them and they are absent.
 
-    paths = prepare_quickstart(DEFAULT_OUT)
-    prepare(paths.mmeb, QUICKSTART_SHARDS)
+    Ranks that call at once wait for the first one; all must see the same folder.
+    """
+    marks = {QUICKSTART_SHARDS: MANIFEST_FILE, QUICKSTART_BACKBONE: "config.json"}
+    wanted = {Path(config.data.shards), Path(config.backbone.path)} & marks.keys()
+    if all((path / marks[path]).exists() for path in wanted):
+        return
+    from launcher.quickstart.assemble import exclusive, prepare_quickstart
+
+    DEFAULT_OUT.mkdir(parents=True, exist_ok=True)
+    with exclusive(DEFAULT_OUT / ".shards.lock"):
+        paths = prepare_quickstart(DEFAULT_OUT)
+        prepare(paths.mmeb, QUICKSTART_SHARDS)
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:

@@ -56,7 +56,8 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
         world_size=arguments.config.cpu_ranks if starts_ranks else rank.world_size,
         hardware=hardware,
     )
-    prepare_quickstart_if_named(arguments.config)
+    if not arguments.dry_run:
+        prepare_quickstart_if_named(arguments.config)
     data = open_data(run)
     start_step = finished_steps(run, data.plan.fingerprint)
     processor = build_processor(run.config)

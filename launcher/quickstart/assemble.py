@@ -105,7 +105,7 @@ def _build_once(folder: Path, fingerprint: dict[str, Any], build: Callable[[Path
     if _marker(folder) == fingerprint:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder.with_name(f".{folder.name}.lock")):
+    with exclusive(folder.with_name(f".{folder.name}.lock")):
         if _marker(folder) == fingerprint:
             return
         if folder.exists() and _marker(folder) is None and any(folder.iterdir()):
@@ -140,7 +140,7 @@ def _marker(folder: Path) -> Any:
 
 
 @contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
+def exclusive(lock: Path) -> Iterator[None]:
     """Held by one process at a time; the kernel frees it when that process dies."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -118,6 +118,9 @@ def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(folder: Path
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert embedder.similarity(together, together).shape == (4, 4)
     assert embedder.encode([]).shape == (0, 3, 32)
+    before = embedder.weights_sha256
+    torch.nn.init.zeros_(model.prompted_embedding.vectors)
+    assert embedder.weights_sha256 != before
 
 
 def test_what_encode_accepts(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 IMAGE_PLACEHOLDER = "<|image_1|>"
-"""Where the image stands in a text, whatever the backbone; MMEB's own spelling (METHOD.md 7)."""
+"""Where the image stands in a text, whatever the backbone; MMEB's own spelling."""
 
 
 @dataclass(frozen=True, kw_only=True)

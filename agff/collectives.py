@@ -26,7 +26,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     """(B, ...) on each rank -> (W * B, ...) in rank order on every rank. B must be equal on all ranks.
 
     The gradient is summed over ranks and handed back to the rank that owns the row. With a mean loss over local rows and
-    ZeRO's mean over ranks this is the exact gradient of the global mean, without any world-size factor (PITFALLS 1).
+    ZeRO's mean over ranks this is the exact gradient of the global mean, without any world-size factor.
     """
     if world_size() == 1:
         return rows

@@ -13,7 +13,7 @@ from agff.prompts import PromptConfig, PromptedEmbedding
 class EmbeddingModel(nn.Module):
     """Backbone (without language-model head) + soft tokens -> (B, M, D) unit embeddings, the global one at index 0.
 
-    A vector is the last hidden state at the last soft token of its block, L2-normalised (METHOD.md 1, our definition).
+    A vector is the last hidden state at the last soft token of its block, L2-normalised (README, Method 1, our definition).
     """
 
     def __init__(self, backbone: Any, prompts: PromptConfig) -> None:

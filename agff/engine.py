@@ -68,7 +68,7 @@ class Engine:
         """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.
 
         The boundary is moved by hand: with several backwards in a step, ZeRO-1 and 2 would otherwise keep only part of the
-        gradient, silently (PITFALLS 2).
+        gradient, silently.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)

@@ -32,7 +32,7 @@ def ega_loss(
     """InfoNCE whose gradient is amplified at hard negatives: Explicit Gradient Amplifier (arXiv 2506.02020).
 
     The value is the InfoNCE loss. Its gradient with respect to the similarity is (P_bar - I) / (N temperature), where
-    P_bar re-weights the softmax P by `ega_weights` (METHOD.md 2: the idea is the paper's, the weights are our definition).
+    P_bar re-weights the softmax P by `ega_weights` (README, Method 2: the weights are our definition).
     Amplification 0 is InfoNCE bit for bit. Differentiable once; no gradient flows through the weights.
 
     amplification: >= 0; the hardest negative weighs 1 + amplification.
@@ -61,7 +61,7 @@ def ega_loss(
 
 
 def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: float, width: float) -> Tensor:
-    """(B, C) weights 1 + amplification * exp(-|s_ij - s_ii| / width); 1 at the positive. No gradient (METHOD.md 2, ours).
+    """(B, C) weights 1 + amplification * exp(-|s_ij - s_ii| / width); 1 at the positive. No gradient (ours).
 
     Hard is what comes close to the positive's own similarity, not what is similar in itself (relative-similarity hardness).
     """

@@ -84,7 +84,7 @@ class ItemProcessor:
 
         input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token stands; and the image
         processor's own tensors. There is always at least one image: a chunk of texts carries a small blank one behind the
-        first row, outside its attention, so that every rank calls the same modules under ZeRO-3 (METHOD: exact, its
+        first row, outside its attention, so that every rank calls the same modules under ZeRO-3 (exact: its
         gradient is zero).
 
         Raises DataError for a text that holds the image placeholder or the backbone's own image token wrongly, or an image

@@ -1,6 +1,6 @@
 """Learnable prompts: soft tokens after the content, whose hidden states become the global and fine-grained embeddings.
 
-M = 1 + K blocks of `tokens_per_prompt` soft tokens, the global block first (METHOD.md 1, our definition). In `input_ids` a
+M = 1 + K blocks of `tokens_per_prompt` soft tokens, the global block first (our definition). In `input_ids` a
 soft token has an id beyond the vocabulary: `vocabulary_size + m * tokens_per_prompt + l`. So prompts travel through any
 backbone as ordinary ids: no model code, position index or attention mask needs to know of them.
 """

@@ -126,7 +126,7 @@ def mmeb_report(sets: Sequence[SetScore]) -> MmebReport:
 
 
 def mmvp_pair_hits(similarity_P22: Tensor) -> Tensor:
-    """(P,) bool: both texts of a pair pick the right image. A tie is no hit (METHOD.md 9, ours).
+    """(P,) bool: both texts of a pair pick the right image. A tie is no hit (ours).
 
     similarity_P22: [pair, text, image]; text i belongs to image i.
     """

@@ -1,6 +1,6 @@
 """The fused similarity of AGFF-Embed: four global/fine patterns joined by log-sum-exp, in memory of one block.
 
-The four patterns and their fusion (METHOD.md 1, our definition: the paper's equations could not be obtained) are one
+The four patterns and their fusion (README, Method 1, our definition: the paper's equations could not be obtained) are one
 weighted log-sum-exp over all M x M pairs of vectors, because a log-mean-exp is a log-sum-exp with constant weights:
 
     S = beta * log sum_{m,n} w_mn exp(q_m . t_n / beta),   w_gg = 1/4, w_fg = w_gf = 1/(4 K), w_ff = 1/(4 K^2)
@@ -45,7 +45,7 @@ def fused_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> T
 def pattern_shares(query_BMD: Tensor, target_BMD: Tensor, *, beta: float) -> Tensor:
     """(4,) mean share of each of PATTERNS in the fused score of the pairs (query i, target i); sums to 1.
 
-    The share is dS/ds_p, the adaptive weight of METHOD.md 1. No gradient.
+    The share is dS/ds_p, the adaptive weight of README, Method 1. No gradient.
     """
     with torch.no_grad():
         dtype = torch.promote_types(query_BMD.dtype, torch.float32)

@@ -107,7 +107,7 @@ def _pair(root: Path, values: dict[str, str]) -> Pair:
 def _side(root: Path, text: str | None, image_path: str | None, column: str) -> Side:
     text = text or ""
     if not image_path:
-        # WebQA's queries carry a placeholder though the row has no image (METHOD.md 7)
+        # WebQA's queries carry a placeholder though the row has no image
         stripped = text.replace(IMAGE_PLACEHOLDER, "").strip("\n") if IMAGE_PLACEHOLDER in text else text
         if not stripped.strip():
             raise DataError(f"{column}: neither text nor image")

@@ -1,4 +1,4 @@
-"""MMEB-eval's layout -> evaluation sets of unique items (METHOD.md 8).
+"""MMEB-eval's layout -> evaluation sets of unique items.
 
 One folder per set under the root: `<root>/<SET>/*.parquet`. Two column variants are read: `qry_text, qry_img_path, tgt_text,
 tgt_img_path`, whose texts are complete, and the newer one with `qry_inst` and `tgt_inst`, whose texts are put together
@@ -26,7 +26,7 @@ from agff.batch import IMAGE_PLACEHOLDER
 from agff.errors import DataError
 
 IMAGE_TARGET_TEXT = f"{IMAGE_PLACEHOLDER}\nRepresent the given image.\n"
-"""What stands beside an image that is a target (METHOD.md 7)."""
+"""What stands beside an image that is a target."""
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")
@@ -239,7 +239,7 @@ def _instructed_text(instruction: str, text: str, *, is_query: bool, has_image: 
 def _checked_text(text: str, address: str, *, has_image: bool) -> str:
     """The text with the placeholder exactly once beside an image and never without one."""
     if not has_image:
-        # WebQA's query texts carry a placeholder though the rows have no image (METHOD.md 7)
+        # WebQA's query texts carry a placeholder though the rows have no image
         text = text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "")
         if not text.strip():
             raise DataError(f"{address} is empty and there is no image")

@@ -1,4 +1,4 @@
-"""MMVP-VLM's layout -> pairs of texts and images that differ in one visual pattern (METHOD.md 9).
+"""MMVP-VLM's layout -> pairs of texts and images that differ in one visual pattern.
 
 `<root>/Questions.csv` (Question ID, Type, Statement) and `<root>/MLLM_VLM Images/<Type>/<Question ID>.jpg`, or .png.
 Rows 2k-1 and 2k are a pair, the odd id first.

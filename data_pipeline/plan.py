@@ -3,7 +3,7 @@
 A step's global batch is a list of single-source sub-batches. Which source a sub-batch comes from is fixed by quotas over
 periods of PERIOD sub-batches; which samples it holds, by the source's endless row of epochs: each epoch permutes the shards
 and mixes the samples of WINDOW neighbouring shards, so that reads stay near-sequential. Both are looked up directly, so
-resume is a seek. (Ours; DESIGN.md "Data".)
+resume is a seek. (Ours.)
 """
 
 from __future__ import annotations

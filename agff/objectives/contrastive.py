@@ -17,7 +17,7 @@ from agff.similarity import PATTERNS, fused_similarity, pattern_shares
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Fused similarity and EGA (METHOD.md 1 and 2)."""
+    """Fused similarity and EGA (README, Method)."""
 
     temperature: float = 0.02
     """Divides the fused similarity; 0.01 to 0.1 in practice."""

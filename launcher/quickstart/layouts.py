@@ -1,4 +1,4 @@
-"""Writers of the three public layouts: MMEB-train (METHOD.md 7), MMEB-eval (8) and MMVP-VLM (9)."""
+"""Writers of the three public layouts: MMEB-train, MMEB-eval (8) and MMVP-VLM (9)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ MASK = torch.rand(4, 7, generator=torch.Generator().manual_seed(5)) > 0.3
 def oracle(
     similarity: Tensor, positive: Tensor, amplification: float, width: float, renormalize: bool, mask: Tensor
 ) -> tuple[float, Tensor]:
-    """METHOD.md 2, row by row and term by term: (value, gradient with respect to the similarity)."""
+    """README, Method 2, row by row and term by term: (value, gradient with respect to the similarity)."""
     num_rows, num_candidates = similarity.shape
     value, gradient = 0.0, torch.zeros_like(similarity)
     for i in range(num_rows):

@@ -18,7 +18,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 
 def oracle_patterns(query_MD: Tensor, target_MD: Tensor, beta: float) -> list[float]:
-    """METHOD.md 1 for one pair, term by term, in Python floats."""
+    """README, Method 1 for one pair, term by term, in Python floats."""
     u, f = query_MD[0], query_MD[1:]
     v, g = target_MD[0], target_MD[1:]
 

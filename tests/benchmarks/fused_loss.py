@@ -1,6 +1,6 @@
 """`python tests/benchmarks/fused_loss.py`: time and peak memory of fused similarity + EGA loss, forward and backward.
 
-naive: all M x M pairs of vectors of all candidates at once, in plain autograd, straight from METHOD.md 1.
+naive: all M x M pairs of vectors of all candidates at once, in plain autograd, straight from README, Method 1.
 ours:  agff.similarity.fused_similarity and agff.losses.ega_loss.
 
 Peak memory is what the computation needs beyond its inputs; the gradients of the inputs, which no method can do without,

@@ -58,9 +58,9 @@ def _loss_bytes(run: ResolvedRun) -> int:
 
 
 def _parameter_gathers(run: ResolvedRun) -> str:
-    """ZeRO-3 gathers every parameter in each forward and in each backward of a chunk; the other stages once, updated."""
+    """ZeRO-3 gathers in each forward and each backward of a chunk what it has not kept; the other stages once, updated."""
     if run.zero_stage < 3:
         return "1 per step: the updated parameters" if run.zero_stage else "none"
     per_chunk = 3 if run.num_chunks > 1 else 2
     passes = "forward, forward, backward" if run.num_chunks > 1 else "forward, backward"
-    return f"{per_chunk * 2 * run.num_chunks} per step: {2 * run.num_chunks} chunks x ({passes})"
+    return f"up to {per_chunk * 2 * run.num_chunks} per step: {2 * run.num_chunks} chunks x ({passes})"

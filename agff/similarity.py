@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**23
-"""Pairs of vectors compared at once (32 MB in float32): large enough for full matmul speed, small beside any model."""
+BLOCK_ELEMENTS = 2**22
+"""Pairs of vectors compared at once (16 MB in float32): large enough for full matmul speed, small beside any model."""
 
 PATTERNS = ("global_global", "fine_global", "global_fine", "fine_fine")
 

@@ -26,7 +26,7 @@ def fused_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> T
 
     Any float dtype in; float32 or better inside and out. Differentiable once in both arguments. Between the mean and the
     maximum of the four patterns, so within [-1, 1]; without fine vectors (M = 1) it is the plain dot product, exactly.
-    Memory beyond the result: BLOCK_ELEMENTS, whatever B and C.
+    Memory beyond the result and the gradients: a few times BLOCK_ELEMENTS, whatever C.
 
     beta: softness of the fusion in units of cosine, > 0; towards 0 the fusion becomes a maximum.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from itertools import product
 from typing import Any
@@ -219,8 +218,3 @@ def test_a_nan_on_one_rank_makes_all_ranks_skip_the_step() -> None:
     for result in run_ranks(train_with_poison, world_size=2):
         for stage, log in result.items():
             assert [applied for applied, _ in log] == [True, False, True], f"stage {stage}"
-
-
-def test_model_copies_do_not_share_state() -> None:
-    model = tiny_model(4)
-    assert torch.equal(copy.deepcopy(model).prompted_embedding.vectors, model.prompted_embedding.vectors)

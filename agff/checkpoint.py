@@ -2,7 +2,7 @@
 
 <run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial` and then renamed
                               random-00000.pt ...   each rank's random state
-                              state.json            step, ranks, fingerprint of the data plan; written last
+                              state.json            step, ranks, description of the data plan; written last
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ All of them are the identity in a world of one, also without a process group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ def all_ranks_agree(condition: bool, *, device: torch.device) -> bool:
     flag = torch.tensor([condition], dtype=torch.int32, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
+    """The largest of each value over all ranks."""
+    if world_size() == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:

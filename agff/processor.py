@@ -83,8 +83,8 @@ class ItemProcessor:
         """Inputs of one chunk of rows.
 
         input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token stands; and the image
-        processor's own tensors. There is always at least one image: a chunk of texts carries a small blank one behind the
-        first row, outside its attention, so that every rank calls the same modules under ZeRO-3 (exact: its
+        processor's own tensors. There is always at least one image: a chunk of texts carries a small blank one behind its
+        shortest row, outside the attention, so that every rank calls the same modules under ZeRO-3 (exact: its
         gradient is zero).
 
         Raises DataError for a text that holds the image placeholder or the backbone's own image token wrongly, or an image
@@ -98,7 +98,8 @@ class ItemProcessor:
         prompt_start_B = torch.tensor([len(row) - self.prompts.num_tokens for row in rows])
         lengths = [len(row) for row in rows]
         if not images:
-            rows[0] = rows[0] + self._image_ids(num_image_tokens[0])
+            shortest = lengths.index(min(lengths))
+            rows[shortest] = rows[shortest] + self._image_ids(num_image_tokens[0])
         input_ids = torch.full((len(rows), max(map(len, rows))), self._pad_id)
         attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(rows):
@@ -111,6 +112,15 @@ class ItemProcessor:
             "prompt_start_B": prompt_start_B,
             **{name: pixels[name] for name in self.family.image_inputs},
         }
+
+    def num_tokens(self, item: Item) -> int:
+        """Length of the item's row (see `__call__`), from the size of its image and its text."""
+        return len(self._row(item, self._num_image_tokens(item)))
+
+    @property
+    def max_image_pixels(self) -> int:
+        """Pixels that the model sees of one image at most; more is lost when it is resized."""
+        return self.family.max_image_pixels(self.image_processor)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a plain text. Special tokens spelled out in it are text too: content cannot steer the model."""
@@ -135,6 +145,11 @@ class ItemProcessor:
         before_ids = self.tokenize(before)[:room]
         after_ids = self.tokenize(after)[: room - len(before_ids)]
         return before_ids + image_ids + after_ids + self._prompt_ids
+
+    def _num_image_tokens(self, item: Item) -> int:
+        if item.image is None:
+            return 0
+        return self.family.num_tokens_of_size(item.image.height, item.image.width, self.image_processor)
 
     def _image_ids(self, num_image_tokens: int) -> list[int]:
         return self._before_image + [self._image_token_id] * num_image_tokens + self._after_image
@@ -174,6 +189,12 @@ class _QwenVL:
     def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
         return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
 
+    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
+        return image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
+
+    def max_image_pixels(self, image_processor: Any) -> int:
+        return image_processor.size["longest_edge"]
+
     def set_pixel_limits(self, image_processor: Any, limits: ProcessorConfig) -> None:
         size = dict(image_processor.size)
         size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
@@ -199,13 +220,16 @@ class _LlavaOneVision:
         return self.view_size
 
     def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
-        return [self._num_tokens((int(height), int(width))) for height, width in pixels["image_sizes"]]
+        return [self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]]
 
-    def _num_tokens(self, size: tuple[int, int]) -> int:
+    def max_image_pixels(self, image_processor: Any) -> int:
+        return max(height * width for height, width in self.pinpoints)
+
+    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """What the model's own packing leaves of an image, found by packing an image without storage."""
         from transformers.models.llava_onevision import modeling_llava_onevision as model
 
-        side = self.view_size // self.patch_size
+        size, side = (height, width), self.view_size // self.patch_size
         rows, columns = model.get_anyres_image_grid_shape(size, self.pinpoints, self.view_size)
         packed = model.unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size)
         height, width = packed.shape[1:]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agff.batch import Batch, ModelInputs
+from agff.collectives import max_over_ranks
 from agff.grad_cache import backward_through_chunks, encode_without_graph
 
 
@@ -26,8 +27,8 @@ class StepEngine(Protocol):
         """Update the parameters; False when the gradient was not finite and nothing was changed."""
 
 
-Objective = Callable[[Tensor, Tensor, Batch], tuple[Tensor, Tensor]]
-"""(query_BMD, target_BMD, batch) -> (loss, metrics without gradient); a collective."""
+Objective = Callable[[Tensor, Tensor, Tensor, Batch], tuple[Tensor, Tensor]]
+"""(query_BMD, target_BMD, negative_NMD, batch) -> (loss, metrics without gradient); a collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +44,28 @@ class StepResult:
 def train_step(engine: StepEngine, objective: Objective, batch: Batch) -> StepResult:
     """Encode, compare with all ranks, go back, update.
 
-    Collective: every rank must call it with a batch of the same number of chunks and rows.
+    Collective: every rank must call it with a batch of the same number of pairs. Chunks and explicit negatives may differ
+    between ranks: the ranks agree on the largest numbers and fill up with blank ones.
     """
-    accumulate = _one_pass if len(batch.query_chunks) == 1 else _two_passes
+    num_chunks, num_negatives = max_over_ranks([len(batch.chunks), batch.num_negatives], device=batch.order_R.device)
+    batch = batch.leveled(num_chunks=num_chunks, num_negatives=num_negatives)
+    accumulate = _one_pass if batch.one_pass else _two_passes
     metrics = accumulate(engine, objective, batch)
     return StepResult(metrics=metrics, applied=engine.step())
 
 
 def _one_pass(engine: StepEngine, objective: Objective, batch: Batch) -> Tensor:
-    """The whole local batch is one chunk: plain forward and backward."""
-    query_BMD, target_BMD = engine.encode(batch.query_chunks[0]), engine.encode(batch.target_chunks[0])
-    loss, metrics = objective(query_BMD, target_BMD, batch)
+    """Every chunk is small enough to keep its graph: plain forward and backward."""
+    rows = torch.cat([engine.encode(chunk) for chunk in batch.chunks])
+    loss, metrics = objective(*batch.split(rows), batch)
     engine.backward(loss, True)
     return metrics
 
 
 def _two_passes(engine: StepEngine, objective: Objective, batch: Batch) -> Tensor:
-    chunks = (*batch.query_chunks, *batch.target_chunks)
-    embeddings, random_states = encode_without_graph(engine.encode, chunks)
+    embeddings, random_states = encode_without_graph(engine.encode, batch.chunks)
     leaves = [embedding.requires_grad_() for embedding in embeddings]
-    num_queries = len(batch.query_chunks)
-    loss, metrics = objective(torch.cat(leaves[:num_queries]), torch.cat(leaves[num_queries:]), batch)
+    loss, metrics = objective(*batch.split(torch.cat(leaves)), batch)
     gradients = torch.autograd.grad(loss, leaves)
-    backward_through_chunks(engine.encode, chunks, gradients, random_states, engine.backward)
+    backward_through_chunks(engine.encode, batch.chunks, gradients, random_states, engine.backward)
     return metrics

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from agff.batch import Batch
+from agff.batch import Batch, SkippedSample
 from agff.collectives import all_ranks_agree, gather_objects
 from agff.engine import Engine
 from agff.errors import AgffError, DataError
@@ -27,15 +27,15 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     """What this step used."""
-    num_rows: int
+    num_pairs: int
     num_tokens: int
-    """Real tokens of this rank's queries and targets."""
+    """Real tokens of this rank's queries, targets and explicit negatives."""
     wait_s: float
     """Time spent waiting for the batch."""
     step_s: float
     """Time of the whole step, the wait included."""
-    skipped: tuple[str, ...]
-    """Samples of this rank's batch that were redrawn because they could not be decoded."""
+    skipped: tuple[SkippedSample, ...]
+    """Samples of this rank's batch that were redrawn because they could not be used."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
                 applied=result.applied,
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,
-                num_rows=batch.num_rows,
+                num_pairs=batch.num_pairs,
                 num_tokens=batch.num_tokens,
                 wait_s=waited - started,
                 step_s=time.perf_counter() - started,

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from agff.batch import Batch, EncodeItems
+from agff.batch import Batch, EncodeItems, SkippedSample
 from agff.errors import DataError
-from data_pipeline.collate import collate
+from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
 from data_pipeline.plan import Plan
 from data_pipeline.reader import RawSample, ShardReader
 
-STALLED_AFTER_S = 600
-"""A batch that takes longer is an error: a hanging file system must not hang the job."""
+WARN_AFTER_S = 30
+"""Waiting so long for a batch is worth a warning that names the shard being read."""
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StepBatches(Dataset[Batch | DataError]):
     """Batch of this rank at any step, by index. The same whatever the number of workers and ranks' history."""
 
@@ -28,31 +34,52 @@ class StepBatches(Dataset[Batch | DataError]):
     encode_items: EncodeItems
     rank: int
     world_size: int
-    chunk_size: int
+    chunking: Chunking
     max_bad_in_a_row: int
     """Redraws of one row before giving up."""
+    with_negatives: bool = True
+    """Explicit hard negatives, where a source has them, are part of the batch."""
+    seen_pixels: int | None = None
+    """What the model sees of one image at most; much larger JPEGs are decoded at a fraction of their size."""
+    fetch_ahead_steps: int = 0
+    """Remote shards are fetched so many steps before they are read."""
+    watch: Watch | None = None
+
+    def __post_init__(self) -> None:
+        self._announced_until = -1
 
     def __getitem__(self, step: int) -> Batch | DataError:
         """The batch, or the error that prevents it: a value, so that it crosses the process border as it is."""
+        self._fetch_ahead(step)
         try:
             return self._batch(step)
         except DataError as error:
             return error
+        finally:
+            if self.watch:
+                self.watch.done()
+
+    def _fetch_ahead(self, step: int) -> None:
+        last = step + self.fetch_ahead_steps
+        for coming in range(max(step + 1, self._announced_until + 1), last + 1):
+            for source, sample in self.plan.rank_rows(coming, rank=self.rank, world_size=self.world_size):
+                self.reader.fetch_ahead(self.plan.source_names[source], int(sample))
+        self._announced_until = max(last, self._announced_until)
 
     def _batch(self, step: int) -> Batch:
         try:
-            return self._assemble(step, decode)
+            return self._assemble(step, self._decode)
         except DataError:  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
             return self._assemble(step, self._decode_and_encode)
 
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
-        skipped: list[str] = []
+        skipped: list[SkippedSample] = []
         examples = [
             self._example(step, self.rank * len(rows) + row, int(source), int(sample), decode_sample, skipped)
             for row, (source, sample) in enumerate(rows)
         ]
-        return collate(examples, self.encode_items, chunk_size=self.chunk_size, skipped=skipped)
+        return collate(examples, self.encode_items, chunking=self.chunking, skipped=skipped)
 
     def _example(
         self,
@@ -61,25 +88,31 @@ class StepBatches(Dataset[Batch | DataError]):
         source: int,
         sample: int,
         decode_sample: Callable[[RawSample], Example],
-        skipped: list[str],
+        skipped: list[SkippedSample],
     ) -> Example:
         """The row's example; one that cannot be used is noted in `skipped` and another of its source drawn."""
         failures: list[str] = []
+        name = self.plan.source_names[source]
         while len(failures) <= self.max_bad_in_a_row:
+            if self.watch:
+                self.watch.reading(step, source, sample)
             try:
-                return decode_sample(self.reader.read(self.plan.source_names[source], sample))
+                return decode_sample(self.reader.read(name, sample))
             except DataError as error:
                 failures.append(str(error))
-                skipped.append(str(error))
+                skipped.append(SkippedSample(name, str(error)))
                 sample = self.plan.redraw(step, row, attempt=len(failures))
         raise DataError(
             f"{len(failures)} bad samples in a row for row {row} of step {step}, allowed are {self.max_bad_in_a_row} "
             f"(data.max_bad_in_a_row); the last: {'; '.join(failures[-3:])}"
         )
 
+    def _decode(self, raw: RawSample) -> Example:
+        return decode(raw, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)
+
     def _decode_and_encode(self, raw: RawSample) -> Example:
-        example = decode(raw)
-        for item in (example.query, example.target):
+        example = self._decode(raw)
+        for item in example.items:
             try:
                 self.encode_items([item])
             except DataError as error:
@@ -87,27 +120,78 @@ class StepBatches(Dataset[Batch | DataError]):
         return example
 
 
-def load_batches(batches: StepBatches, *, start_step: int, num_steps: int, num_workers: int) -> Iterator[Batch]:
+class Watch:
+    """What each worker reads, in shared memory: so that a stall has a name."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._board = torch.full((num_workers, 4), -1, dtype=torch.float64).share_memory_()
+
+    def reading(self, step: int, source: int, sample: int) -> None:
+        """Called by a worker before it reads."""
+        self._own().copy_(torch.tensor([step, source, sample, time.monotonic()], dtype=torch.float64))
+
+    def done(self) -> None:
+        """Called by a worker when its batch is complete."""
+        self._own()[0] = -1
+
+    def describe(self, step: int, batches: StepBatches) -> str:
+        """Who is at work on `step`, with what, since when."""
+        for worker, (at_step, source, sample, since) in enumerate(self._board.tolist()):
+            if int(at_step) == step:
+                name = batches.plan.source_names[int(source)]
+                shard = f"{batches.reader.folder.location}/{name}/{batches.reader.shard_name(name, int(sample))}"
+                return f"worker {worker} has been reading {shard} for {time.monotonic() - since:.0f} s"
+        return "no worker has begun with it"
+
+    def _own(self) -> Tensor:
+        worker = get_worker_info()
+        return self._board[worker.id if worker else 0]
+
+
+def load_batches(
+    batches: StepBatches, *, start_step: int, num_steps: int, num_workers: int, stalled_after_s: float = 300
+) -> Iterator[Batch]:
     """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes.
 
-    Resume is start_step. Raises DataError when a batch cannot be made or none comes within STALLED_AFTER_S.
+    Resume is start_step. Raises DataError when a batch cannot be made, a worker dies, or none comes within
+    `stalled_after_s`; without workers nothing watches the reading.
     """
+    watch = Watch(max(1, num_workers))
     loader = DataLoader(
-        batches,
+        dataclasses.replace(batches, watch=watch),
         batch_size=None,
         sampler=range(start_step, num_steps),
         num_workers=num_workers,
         prefetch_factor=2 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        timeout=STALLED_AFTER_S if num_workers else 0,
+        timeout=min(WARN_AFTER_S, stalled_after_s) if num_workers else 0,
         generator=torch.Generator(),  # its seed for workers must not be drawn from the training's random state
     )
     steps = iter(loader)
     for step in range(start_step, num_steps):
-        try:
-            batch = next(steps)
-        except RuntimeError as error:
-            raise DataError(f"step {step}: the loader's worker died or stalled: {error}") from error
+        batch = _next_batch(steps, step, batches, watch, stalled_after_s)
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _next_batch(
+    steps: Iterator[Batch | DataError], step: int, batches: StepBatches, watch: Watch, stalled_after_s: float
+) -> Batch | DataError:
+    started = time.monotonic()
+    while True:
+        try:
+            return next(steps)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise DataError(
+                    f"rank {batches.rank}: a loader worker died before step {step} ({error}); if it was killed for memory, "
+                    "lower data.num_workers. The same command continues from the last checkpoint"
+                ) from error
+        waited = time.monotonic() - started
+        message = (
+            f"rank {batches.rank} has waited {waited:.0f} s for the batch of step {step}: {watch.describe(step, batches)}"
+        )
+        if waited >= stalled_after_s:
+            raise DataError(f"{message}; gave up after data.stalled_after_s={stalled_after_s:g}")
+        log.warning(message)

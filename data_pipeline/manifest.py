@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,19 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
+from data_pipeline.storage import Folder, LocalFolder, StoredFile
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
-FORMAT = 1
+FORMAT = 2
 INDEX_SCHEMA = pa.schema([("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar file of a source."""
+class Shard(StoredFile):
+    """One tar file of a source; its name is a file name inside the source's folder."""
 
-    name: str
-    """File name inside the source's folder."""
     num_samples: int
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +42,18 @@ class Source:
     """Rows of the original data; each was written or rejected."""
     num_rejected: int
     shards: tuple[Shard, ...]
+    index: StoredFile
 
     @property
     def num_samples(self) -> int:
         """Pairs that can be trained on."""
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal shards: names, counts and hashes, all that decides what a sample's number means."""
+        shards = [(shard.name, shard.num_samples, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,41 +64,36 @@ class Manifest:
     settings: Mapping[str, Any]
     """What the conversion was told; another conversion into the same folder must agree."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal shards: names, counts and hashes, all that decides what a sample index means."""
-        shards = {
-            name: [(shard.name, shard.num_samples, shard.sha256) for shard in source.shards]
-            for name, source in sorted(self.sources.items())
-        }
-        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a shard folder. Raises DataError when there is none or it is damaged."""
-    path = folder / MANIFEST_FILE
+def read_manifest(folder: Folder) -> Manifest:
+    """The manifest of a shard folder. Raises DataError when there is none, it is damaged, or a name leaves the folder."""
+    where = f"{folder.location}/{MANIFEST_FILE}"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(folder.read_bytes(MANIFEST_FILE).decode("utf-8"))
         if values["format"] != FORMAT:
             raise DataError(
-                f"{path}: format {values['format']} is not {FORMAT}, the one this version reads; prepare it again"
+                f"{where}: format {values['format']} is not {FORMAT}, the one this version reads; prepare it again"
             )
         sources = {
             name: Source(
                 num_rows=source["num_rows"],
                 num_rejected=source["num_rejected"],
                 shards=tuple(Shard(**shard) for shard in source["shards"]),
+                index=StoredFile(**source["index"]),
             )
             for name, source in values["sources"].items()
         }
+        names = [*sources, *(file.name for source in sources.values() for file in (*source.shards, source.index))]
+        if wrong := [name for name in names if not re.fullmatch(r"\w[\w.+-]*", name)]:
+            raise DataError(f"{where}: {wrong[0]!r} is no name of a source or shard: letters, digits, and . _ + - inside")
         return Manifest(sources=sources, settings=values["settings"])
     except FileNotFoundError:
         raise DataError(
-            f"{folder}: no shards here ({MANIFEST_FILE} is missing); "
-            f"make them with launcher/prepare.py --mmeb DIR --out {folder}"
+            f"{folder.location}: no shards here ({MANIFEST_FILE} is missing); "
+            "make them with launcher/prepare.py --mmeb DIR --out SHARDS"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged manifest: {error!r}; run launcher/prepare.py again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: damaged manifest: {error!r}; run launcher/prepare.py again") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -108,36 +108,61 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial.replace(folder / MANIFEST_FILE)
 
 
-def read_index(folder: Path, source: str) -> pa.Table:
-    """The source's index, memory-mapped: its pages are read when they are looked at."""
-    path = folder / source / INDEX_FILE
+def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequence[int]]]) -> StoredFile:
+    """Write index.arrow from the (offset, size) of each sample of each shard; what the manifest says of it."""
+    path = source_folder / INDEX_FILE
+    partial = path.with_name(path.name + ".partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
+        for shard, samples in enumerate(samples_of_shards):
+            columns = [[shard] * len(samples), [offset for offset, _ in samples], [size for _, size in samples]]
+            writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
+    size_bytes = partial.stat().st_size
+    with partial.open("rb") as written:
+        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    partial.replace(path)
+    return StoredFile(name=INDEX_FILE, size_bytes=size_bytes, sha256=sha256)
+
+
+def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
+    """The index of source `name`, memory-mapped: its pages are read when they are looked at. Raises DataError."""
+    where = f"{name}/{INDEX_FILE}"
+    remedy = "rebuild it with launcher/verify.py DIR --repair-index"
     try:
-        with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
+        with pa.memory_map(str(folder.local_path(name, source.index))) as file:
+            index = pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot read the index: {error}; run launcher/prepare.py again") from None
+        raise DataError(f"{where}: cannot read the index: {error}; {remedy}") from None
+    if not index.schema.equals(INDEX_SCHEMA) or len(index) != source.num_samples:
+        raise DataError(f"{where}: the index has {len(index)} samples, the manifest {source.num_samples}; {remedy}")
+    return index
 
 
-def check_shards(folder: Path, manifest: Manifest, *, part: int, num_parts: int, hashes: bool) -> list[str]:
-    """One line for each missing or changed shard among every `num_parts`-th one; empty when all is well.
+def check_files(folder: LocalFolder, manifest: Manifest, *, part: int, num_parts: int, hashes: bool) -> list[str]:
+    """One line for each missing or changed shard or index among every `num_parts`-th one; empty when all is well.
 
     hashes: read the files and compare SHA-256; else only their presence and size.
     """
-    shards = [(name, shard) for name, source in sorted(manifest.sources.items()) for shard in source.shards]
-    problems = (_problem(folder / name / shard.name, shard, hashes=hashes) for name, shard in shards[part::num_parts])
-    return [problem for problem in problems if problem]
+    files = [(name, file) for name, source in sorted(manifest.sources.items()) for file in (*source.shards, source.index)]
+    return [problem for name, file in files[part::num_parts] if (problem := file_problem(folder, name, file, hashes=hashes))]
 
 
-def _problem(path: Path, shard: Shard, *, hashes: bool) -> str | None:
-    remedy = "restore it, or remove it and run launcher/prepare.py again"
-    if not path.is_file():
-        return f"{path}: shard is missing; {remedy}"
-    if path.stat().st_size != shard.size_bytes:
-        return f"{path}: shard has {path.stat().st_size:,} bytes, the manifest says {shard.size_bytes:,}; {remedy}"
-    if not hashes:
-        return None
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != shard.sha256:
-        return f"{path}: SHA-256 of the shard is {found[:12]}..., the manifest says {shard.sha256[:12]}...; {remedy}"
+def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: bool) -> str | None:
+    """What is wrong with one file, by presence, size and (if asked) hash."""
+    path = folder.local_path(source, file)
+    what, remedy = "shard", "restore it, or remove the folder and run launcher/prepare.py again"
+    if file.name == INDEX_FILE:
+        what, remedy = "index", "rebuild it with launcher/verify.py DIR --repair-index"
+    try:
+        if (found := path.stat().st_size) != file.size_bytes:
+            return f"{path}: {what} has {found:,} bytes, the manifest says {file.size_bytes:,}; {remedy}"
+        if not hashes:
+            return None
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        return f"{path}: {what} is missing; {remedy}"
+    except OSError as error:
+        return f"{path}: cannot read the {what}: {error}; {remedy}"
+    if digest != file.sha256:
+        return f"{path}: SHA-256 of the {what} is {digest[:12]}..., the manifest says {file.sha256[:12]}...; {remedy}"
     return None

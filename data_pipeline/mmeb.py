@@ -1,7 +1,11 @@
 """MMEB-train's layout: parquet rows and loose image files -> pairs, each with its reason when it cannot be used.
 
 <root>/<SUBSET>/original-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path
+               diverse_instruction-...parquet      the other split: the same columns
 <root>/images/<SUBSET>/Train/<file>                named by those columns, relative to the root ("" when absent)
+
+In these columns instruction and content are one text. A source of one's own may keep them apart in qry_inst, pos_inst,
+neg_inst, as the newer MMEB-eval does: then they are joined as MMEB's texts are, and the shard says which part is which.
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ from agff.batch import IMAGE_PLACEHOLDER
 from agff.errors import DataError
 
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-OPTIONAL = ("neg_text", "neg_image_path")
+OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
+SPLITS = ("original", "diverse_instruction")
+IMAGE_TARGET_TEXT = f"{IMAGE_PLACEHOLDER}\nRepresent the given image.\n"
+"""What stands beside an image that is a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,8 @@ class Side:
     text: str
     image: Path | None
     """The file, below the MMEB root."""
+    instruction: str = ""
+    """The part of `text` that is instruction, where the source keeps it apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +70,7 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
             raise DataError(f"{path}: cannot read the parquet file: {error}") from None
         if missing := [name for name in REQUIRED if name not in file.schema_arrow.names]:
             raise DataError(
-                f"{path}: columns {', '.join(missing)} are missing; MMEB-train has {', '.join((*REQUIRED, *OPTIONAL))}"
+                f"{path}: columns {', '.join(missing)} are missing; MMEB-train has {', '.join((*REQUIRED, *OPTIONAL[:2]))}"
             )
         total += file.metadata.num_rows
     return total
@@ -77,44 +86,66 @@ def read_pairs(root: Path, subset: str, *, split: str, start: int, stop: int) ->
 
 
 def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[dict[str, str]]:
+    """Row groups outside of start .. stop are not read."""
     position = 0
     for path in parquet_files(root, subset, split=split):
-        file = pq.ParquetFile(path)
-        columns = [name for name in (*REQUIRED, *OPTIONAL) if name in file.schema_arrow.names]
-        if position + file.metadata.num_rows <= start:
-            position += file.metadata.num_rows
-            continue
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            if position >= stop:
-                return
-            first, last = max(start - position, 0), min(stop - position, batch.num_rows)
-            if first < last:
-                yield from batch.slice(first, last - first).to_pylist()
-            position += batch.num_rows
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            columns = [name for name in (*REQUIRED, *OPTIONAL) if name in file.schema_arrow.names]
+            for group in range(file.num_row_groups):
+                num_rows = file.metadata.row_group(group).num_rows
+                if position < stop and position + num_rows > start:
+                    yield from _rows_of_group(file, group, columns, start - position, stop - position)
+                position += num_rows
+
+
+def _rows_of_group(file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int) -> Iterator[dict[str, str]]:
+    position = 0
+    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+        first, last = max(start - position, 0), min(stop - position, batch.num_rows)
+        if first < last:
+            yield from batch.slice(first, last - first).to_pylist()
+        position += batch.num_rows
+        if position >= stop:
+            return
 
 
 def _pair(root: Path, values: dict[str, str]) -> Pair:
     negative = None
     if values.get("neg_text") or values.get("neg_image_path"):
-        negative = _side(root, values.get("neg_text"), values.get("neg_image_path"), "neg")
+        negative = _side(root, values, "neg", "neg_text", "neg_image_path")
     return Pair(
-        query=_side(root, values["qry"], values["qry_image_path"], "qry"),
-        target=_side(root, values["pos_text"], values["pos_image_path"], "pos"),
+        query=_side(root, values, "qry", "qry", "qry_image_path"),
+        target=_side(root, values, "pos", "pos_text", "pos_image_path"),
         negative=negative,
     )
 
 
-def _side(root: Path, text: str | None, image_path: str | None, column: str) -> Side:
-    text = text or ""
+def instructed_text(instruction: str, text: str, *, is_query: bool, has_image: bool) -> str:
+    """Instruction and content as one text, as MMEB's own complete texts have it; a text target stands bare."""
+    if not is_query and not has_image:
+        return text
+    parts = (part.replace(IMAGE_PLACEHOLDER, "").strip() for part in (instruction, text))
+    body = " ".join(part for part in parts if part)
+    if not has_image:
+        return f"{body}\n" if body else ""
+    return f"{IMAGE_PLACEHOLDER}\n{body}\n" if body else IMAGE_TARGET_TEXT
+
+
+def _side(root: Path, values: dict[str, str], column: str, text_column: str, image_column: str) -> Side:
+    text, image_path = values[text_column] or "", values[image_column]
+    instruction = ""
+    if given := values.get(f"{column}_inst"):
+        instruction = given.replace(IMAGE_PLACEHOLDER, "").strip()
+        text = instructed_text(given, text, is_query=column == "qry", has_image=bool(image_path))
     if not image_path:
         # WebQA's queries carry a placeholder though the row has no image
         stripped = text.replace(IMAGE_PLACEHOLDER, "").strip("\n") if IMAGE_PLACEHOLDER in text else text
         if not stripped.strip():
             raise DataError(f"{column}: neither text nor image")
-        return Side(text=stripped, image=None)
+        return Side(text=stripped, image=None, instruction=instruction if instruction in stripped else "")
     if (found := text.count(IMAGE_PLACEHOLDER)) != 1:
         raise DataError(f"{column}: {IMAGE_PLACEHOLDER} stands {found} times in the text of an image, it must stand once")
     relative = PurePosixPath(image_path)
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{column}: image path {image_path!r} leaves the MMEB folder")
-    return Side(text=text, image=root / relative)
+    return Side(text=text, image=root / relative, instruction=instruction)

@@ -24,9 +24,7 @@ import pyarrow.parquet as pq
 
 from agff.batch import IMAGE_PLACEHOLDER
 from agff.errors import DataError
-
-IMAGE_TARGET_TEXT = f"{IMAGE_PLACEHOLDER}\nRepresent the given image.\n"
-"""What stands beside an image that is a target."""
+from data_pipeline.mmeb import IMAGE_TARGET_TEXT, instructed_text
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")
@@ -175,7 +173,7 @@ class _UniqueItems:
 
     def _item(self, role: str, instruction: str | None, text: str, image: str, address: str) -> EvalItem:
         if instruction is not None:
-            text = _instructed_text(instruction, text, is_query=role == "qry", has_image=bool(image))
+            text = instructed_text(instruction, text, is_query=role == "qry", has_image=bool(image))
         text = _checked_text(text, f"{address}: {role}_text", has_image=bool(image))
         return EvalItem(text, _find_image(image, self._image_roots, address) if image else None)
 
@@ -223,17 +221,6 @@ def _column(name: str, value: Any, size: int, address: str) -> list[str | None]:
     if len(value) != size:
         raise DataError(f"{address}: {name} has {len(value)} entries for {size} candidates")
     return value
-
-
-def _instructed_text(instruction: str, text: str, *, is_query: bool, has_image: bool) -> str:
-    """What the variant with complete texts would say; a text target stands bare, as in training."""
-    if not is_query and not has_image:
-        return text
-    parts = (part.replace(IMAGE_PLACEHOLDER, "").strip() for part in (instruction, text))
-    body = " ".join(part for part in parts if part)
-    if not has_image:
-        return f"{body}\n" if body else ""
-    return f"{IMAGE_PLACEHOLDER}\n{body}\n" if body else IMAGE_TARGET_TEXT
 
 
 def _checked_text(text: str, address: str, *, has_image: bool) -> str:

@@ -4,15 +4,18 @@ A step's global batch is a list of single-source sub-batches. Which source a sub
 periods of PERIOD sub-batches; which samples it holds, by the source's endless row of epochs: each epoch permutes the shards
 and mixes the samples of WINDOW neighbouring shards, so that reads stay near-sequential. Both are looked up directly, so
 resume is a seek. (Ours.)
+
+An epoch of a source is each of its samples once. With a cap it is each sample of a fixed part of it once: the same share of
+every shard, chosen by the seed, so that a source whose rows are sorted keeps all its kinds. Weights change how soon a
+source's next epoch begins, never what an epoch holds.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,8 @@ from numpy.typing import NDArray
 from agff.errors import ConfigError
 from data_pipeline.manifest import Manifest
 
+VERSION = 2
+"""Of the order below; a checkpoint of another one cannot be continued."""
 PERIOD = 1024
 """Sub-batches after which each source has had exactly its quota."""
 WINDOW = 8
@@ -31,7 +36,9 @@ class Mixture:
     """Which sources make a global batch, and in what shares."""
 
     weights: Mapping[str, float] | None = None
-    """Share of the sub-batches of each source, relative to the others; None: its number of samples."""
+    """Share of the sub-batches of each source, relative to the others; None: its number of samples, capped."""
+    caps: int | Mapping[str, int] | None = None
+    """Samples used of a source at most: one number for all, or for some by name."""
     sub_batch_size: int
     """Pairs in turn from one source."""
 
@@ -43,21 +50,31 @@ class Plan:
         """Raises ConfigError for a mixture that the manifest cannot serve."""
         _check(manifest, mixture, global_batch_size)
         self.source_names = tuple(sorted(mixture.weights or manifest.sources))
-        self._shard_sizes = [
-            np.array([shard.num_samples for shard in manifest.sources[name].shards]) for name in self.source_names
+        sources = [manifest.sources[name] for name in self.source_names]
+        self._shard_sizes = [np.array([shard.num_samples for shard in source.shards]) for source in sources]
+        self._kept_sizes = [
+            _share_out(_cap(mixture, name), sizes) for name, sizes in zip(self.source_names, self._shard_sizes, strict=True)
         ]
-        weights = mixture.weights or {name: manifest.sources[name].num_samples for name in self.source_names}
-        self._quota = _quotas(np.array([weights[name] for name in self.source_names], dtype=np.float64))
+        num_kept = [int(sizes.sum()) for sizes in self._kept_sizes]
+        weights = [float((mixture.weights or {}).get(n, kept)) for n, kept in zip(self.source_names, num_kept, strict=True)]
+        self._quota = _quotas(np.array(weights))
         self._seed, self._size, self._sub_batch = seed, global_batch_size, mixture.sub_batch_size
-        decided_by = {
-            "manifest": manifest.fingerprint,
-            "weights": {name: float(weights[name]) for name in self.source_names},
-            "sub_batch_size": mixture.sub_batch_size,
+        self.description: dict[str, Any] = {
+            "version": VERSION,
             "seed": seed,
             "global_batch_size": global_batch_size,
+            "sub_batch_size": mixture.sub_batch_size,
+            "sources": {
+                name: {"shards": source.fingerprint, "samples": kept, "weight": weight}
+                for name, source, kept, weight in zip(self.source_names, sources, num_kept, weights, strict=True)
+            },
         }
-        self.fingerprint = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()
-        """Equal for equal orders; stored in checkpoints."""
+        """Everything that decides the order; equal for equal orders; stored in checkpoints."""
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        """Samples in an epoch of each source."""
+        return {name: int(kept.sum()) for name, kept in zip(self.source_names, self._kept_sizes, strict=True)}
 
     def global_batch(self, step: int) -> NDArray[np.int64]:
         """(global_batch_size, 2): index into `source_names`, index of the sample in that source. Looked up, not replayed."""
@@ -80,12 +97,15 @@ class Plan:
         """
         source, _ = self._source_of(step * (self._size // self._sub_batch) + row // self._sub_batch)
         generator = np.random.default_rng([self._seed, 3, step, row, attempt])
-        return int(generator.integers(self._shard_sizes[source].sum()))
+        ends = np.cumsum(self._kept_sizes[source])
+        position = int(generator.integers(ends[-1]))
+        shard = np.searchsorted(ends, [position], side="right")
+        return int(self._sample_numbers(source, shard, position - (ends[shard] - self._kept_sizes[source][shard]))[0])
 
     def _sub_batch_rows(self, index: int) -> NDArray[np.int64]:
         source, turn = self._source_of(index)
         position = np.arange(turn * self._sub_batch, (turn + 1) * self._sub_batch)
-        epoch, within = np.divmod(position, self._shard_sizes[source].sum())
+        epoch, within = np.divmod(position, self._kept_sizes[source].sum())
         samples = [self._samples(source, int(e), within[epoch == e]) for e in np.unique(epoch)]
         return np.stack([np.full_like(position, source), np.concatenate(samples)], axis=1)
 
@@ -102,31 +122,79 @@ class Plan:
         return np.random.default_rng([self._seed, 1, period]).permutation(order)
 
     def _samples(self, source: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sample indices at increasing positions of one epoch."""
-        starts, window_ends, first_sample = self._epoch(source, epoch)
+        """Sample numbers at increasing positions of one epoch."""
+        order, starts, window_ends = self._epoch(source, epoch)
         windows = np.searchsorted(window_ends, positions, side="right")
         found = []
         for window in np.unique(windows):
             begin = int(window_ends[window - 1]) if window else 0
-            order = self._window_order(source, epoch, int(window), int(window_ends[window]) - begin)
-            mixed = begin + order[positions[windows == window] - begin]
-            shard = np.searchsorted(starts, mixed, side="right") - 1
-            found.append(first_sample[shard] + mixed - starts[shard])
+            mixing = self._window_order(source, epoch, int(window), int(window_ends[window]) - begin)
+            mixed = begin + mixing[positions[windows == window] - begin]
+            place = np.searchsorted(starts, mixed, side="right") - 1
+            found.append(self._sample_numbers(source, order[place], mixed - starts[place]))
         return np.concatenate(found)
 
-    @functools.lru_cache(maxsize=128)  # noqa: B019
+    def _sample_numbers(self, source: int, shards: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number in the source of the `within`-th kept sample of each shard."""
+        kept = within.copy()
+        for shard in np.unique(shards):
+            if self._kept_sizes[source][shard] < self._shard_sizes[source][shard]:
+                kept[shards == shard] = self._kept(source, int(shard))[within[shards == shard]]
+        return self._first_samples(source)[shards] + kept
+
+    @functools.lru_cache(maxsize=PERIOD)  # noqa: B019 - a plan lives as long as its run
+    def _first_samples(self, source: int) -> NDArray[np.int64]:
+        return np.cumsum(self._shard_sizes[source]) - self._shard_sizes[source]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def _kept(self, source: int, shard: int) -> NDArray[np.int64]:
+        """Places in the shard of the samples that a cap leaves of it."""
+        generator = np.random.default_rng([self._seed, 5, source, shard])
+        return np.sort(generator.permutation(self._shard_sizes[source][shard])[: self._kept_sizes[source][shard]])
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019
     def _epoch(self, source: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(start of each shard in the epoch, end of each window, first sample of each shard), shards in epoch order."""
-        sizes = self._shard_sizes[source]
+        """(shards in the epoch's order, where each starts in the epoch, end of each window)."""
+        sizes = self._kept_sizes[source]
         order = np.random.default_rng([self._seed, 2, source, epoch]).permutation(len(sizes))
-        first_sample = (np.cumsum(sizes) - sizes)[order]
         ends = np.cumsum(sizes[order])
         window_ends = ends[np.minimum(np.arange(WINDOW - 1, len(sizes) + WINDOW - 1, WINDOW), len(sizes) - 1)]
-        return ends - sizes[order], window_ends, first_sample
+        return order, ends - sizes[order], window_ends
 
     @functools.lru_cache(maxsize=128)  # noqa: B019
     def _window_order(self, source: int, epoch: int, window: int, size: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, 4, source, epoch, window]).permutation(size)
+
+
+def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two descriptions of plans, one line each; empty for equal orders."""
+    names = ("version", "seed", "global_batch_size", "sub_batch_size")
+    changes = [f"{name}: {old[name]} -> {new[name]}" for name in names if old[name] != new[name]]
+    for name in sorted({*old["sources"], *new["sources"]}):
+        before, after = old["sources"].get(name), new["sources"].get(name)
+        if before is None or after is None:
+            changes.append(f"source {name} was {'added' if before is None else 'removed'}")
+            continue
+        if before["shards"] != after["shards"]:
+            changes.append(f"source {name}: its shards are others")
+        changes += [
+            f"source {name}: {key} {before[key]} -> {after[key]}"
+            for key in ("samples", "weight")
+            if before[key] != after[key]
+        ]
+    return changes
+
+
+def _cap(mixture: Mixture, name: str) -> int | None:
+    return mixture.caps.get(name) if isinstance(mixture.caps, Mapping) else mixture.caps
+
+
+def _share_out(cap: int | None, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many samples are kept of each shard: `cap` in all, the same share of each."""
+    total = int(sizes.sum())
+    if cap is None or cap >= total:
+        return sizes
+    return np.diff(np.cumsum(sizes) * cap // total, prepend=0)
 
 
 def _quotas(weights: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -149,6 +217,8 @@ def _check(manifest: Manifest, mixture: Mixture, global_batch_size: int) -> None
             f"data.weights names {', '.join(unknown)}, absent from the shards; "
             f"they hold {', '.join(sorted(manifest.sources))}"
         )
+    if isinstance(mixture.caps, Mapping) and (unknown := sorted(set(mixture.caps) - set(manifest.sources))):
+        raise ConfigError(f"data.caps names {', '.join(unknown)}, absent from the shards")
     if global_batch_size % mixture.sub_batch_size:
         raise ConfigError(
             f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={mixture.sub_batch_size}"
@@ -157,6 +227,14 @@ def _check(manifest: Manifest, mixture: Mixture, global_batch_size: int) -> None
         if mixture.weights is not None and not mixture.weights[name] > 0:
             raise ConfigError(f"data.weights.{name}={mixture.weights[name]} must be > 0; leave a source out to drop it")
         num_samples = manifest.sources[name].num_samples
+        if num_samples == 0:
+            raise ConfigError(f"source {name} is empty; leave it out with data.weights")
+        if (cap := _cap(mixture, name)) is not None:
+            if cap < mixture.sub_batch_size:
+                raise ConfigError(
+                    f"data.caps: {cap} samples of {name} are fewer than data.sub_batch_size={mixture.sub_batch_size}"
+                )
+            num_samples = min(cap, num_samples)
         if num_samples < mixture.sub_batch_size:
             raise ConfigError(
                 f"source {name} holds {num_samples} samples, fewer than data.sub_batch_size={mixture.sub_batch_size}; "

@@ -1,59 +1,115 @@
-"""One sample by (shard, offset): a single read, parsed in memory."""
+"""One sample by (source, number): one read for the sample, one for each image that an earlier sample of the shard holds."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from agff.errors import DataError
-from data_pipeline.manifest import Manifest, read_index
+from data_pipeline.manifest import Manifest, Shard, read_index
+from data_pipeline.storage import Folder
+
+ROLES = ("query", "target", "negative")
+MAX_IMAGE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawImage:
+    """The bytes of an image file, undecoded."""
+
+    address: str
+    """`shard.tar:member`."""
+    content: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """The members of one sample, undecoded."""
+    """The record of one sample and its images."""
 
     address: str
     """`shard.tar:key`."""
-    members: dict[str, bytes]
-    """By their name after the key: `json`, `query.jpg`, ..."""
+    record: Mapping[str, Any]
+    """The sample's JSON (data_pipeline/shards.py)."""
+    images: Mapping[str, RawImage]
+    """By role: query, target, negative."""
 
 
 class ShardReader:
-    """Reads samples of a shard folder by (source, index). Keeps the memory-mapped indexes, no shard file open."""
+    """Reads samples of a shard folder by (source, number). Keeps the memory-mapped indexes, no shard file open."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder, self._manifest = folder, manifest
-        self._indexes = {name: read_index(folder, name) for name in manifest.sources}
-        for name, index in self._indexes.items():
-            if len(index) != manifest.sources[name].num_samples:
-                raise DataError(
-                    f"{folder / name}: the index has {len(index)} samples, the manifest "
-                    f"{manifest.sources[name].num_samples}; run launcher/prepare.py again"
-                )
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        """Raises DataError for an index that is missing, damaged or of other shards."""
+        self.folder, self._manifest = folder, manifest
+        self._indexes = {name: read_index(folder, name, source) for name, source in manifest.sources.items()}
 
     def read(self, source: str, sample: int) -> RawSample:
-        """The sample's members. Raises DataError with the shard's name when they are not what the index says."""
+        """The sample. Raises DataError with the shard's name, and its key if known, when it is not what the index says."""
+        shard, offset, size = self._where(source, sample)
+        try:
+            descriptor = self.folder.open(source, shard)
+        except OSError as error:
+            raise DataError(f"{shard.name}: cannot read the shard: {error}") from None
+        try:
+
+            def read_range(start: int, length: int) -> bytes:
+                return _read_range(descriptor, shard, start, length)
+
+            return parse_sample(read_range(offset, size), shard.name, read_range)
+        except OSError as error:
+            raise DataError(f"{shard.name}: cannot read the shard: {error}") from None
+        finally:
+            os.close(descriptor)
+
+    def shard_name(self, source: str, sample: int) -> str:
+        """File name of the shard that holds the sample."""
+        return self._where(source, sample)[0].name
+
+    def fetch_ahead(self, source: str, sample: int) -> None:
+        """Say that the sample will be wanted soon; returns at once."""
+        self.folder.fetch_ahead(source, self._where(source, sample)[0])
+
+    def _where(self, source: str, sample: int) -> tuple[Shard, int, int]:
         index = self._indexes[source]
         shard, offset, size = (index.column(name)[sample].as_py() for name in ("shard", "offset", "size"))
-        path = self._folder / source / self._manifest.sources[source].shards[shard].name
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                content = os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise DataError(f"{path.name}: cannot read the shard: {error}") from None
-        if len(content) != size:
-            raise DataError(f"{path.name}: truncated at byte {offset + len(content):,}, a sample ends at {offset + size:,}")
-        return _parse(content, path.name)
+        shards = self._manifest.sources[source].shards
+        if not 0 <= shard < len(shards):
+            raise DataError(f"{source}: the index names shard {shard} for sample {sample}, there are {len(shards)}")
+        return shards[shard], offset, size
 
 
-def _parse(content: bytes, shard: str) -> RawSample:
+def parse_sample(content: bytes, shard: str, read_range: Callable[[int, int], bytes]) -> RawSample:
+    """The sample whose members are `content`. read_range: (offset, size) in the shard -> bytes. Raises DataError."""
+    key, members = _members(content, shard)
+    address = f"{shard}:{key}"
+    try:
+        record = json.loads(members["json"].decode("utf-8"))
+        sides = {role: record[role] for role in ROLES if role in record}
+        images = {role: _image(side, shard, key, members, read_range) for role, side in sides.items() if side["image"]}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{address}.json: text is not UTF-8: {error}") from None
+    except KeyError as error:
+        raise DataError(f"{address}: member or field {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{address}.json: not a sample's record: {error}") from None
+    return RawSample(address=address, record=record, images=images)
+
+
+def _image(
+    side: Mapping[str, Any], shard: str, key: str, members: Mapping[str, bytes], read_range: Callable[[int, int], bytes]
+) -> RawImage:
+    name = str(side["image"])
+    if "at" not in side:
+        return RawImage(address=f"{shard}:{key}.{name}", content=members[name])
+    offset, size = map(int, side["at"])
+    return RawImage(address=f"{shard}:{name}", content=read_range(offset, size))
+
+
+def _members(content: bytes, shard: str) -> tuple[str, dict[str, bytes]]:
     members: dict[str, bytes] = {}
     keys = set()
     try:
@@ -63,10 +119,21 @@ def _parse(content: bytes, shard: str) -> RawSample:
                 file = tar.extractfile(member) if member.isreg() else None
                 if file is None or "/" in member.name or not key or not name:
                     raise DataError(f"{shard}:{member.name}: not a plain member `<key>.<name>`")
+                if name in members:
+                    raise DataError(f"{shard}:{member.name}: the member stands there twice")
                 keys.add(key)
                 members[name] = file.read()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, UnicodeError) as error:
         raise DataError(f"{shard}: the index points at no tar member: {error}") from None
     if len(keys) != 1:
         raise DataError(f"{shard}: the index joins members of {len(keys)} samples ({', '.join(sorted(keys)[:3])})")
-    return RawSample(address=f"{shard}:{keys.pop()}", members=members)
+    return keys.pop(), members
+
+
+def _read_range(descriptor: int, shard: Shard, offset: int, size: int) -> bytes:
+    if offset < 0 or not 0 < size <= 4 * MAX_IMAGE_BYTES or offset + size > shard.size_bytes:
+        raise DataError(f"{shard.name}: bytes {offset:,} to {offset + size:,} are not in a shard of {shard.size_bytes:,}")
+    content = os.pread(descriptor, size, offset)
+    if len(content) != size:
+        raise DataError(f"{shard.name}: truncated at byte {offset + len(content):,}, a sample ends at {offset + size:,}")
+    return content

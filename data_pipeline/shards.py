@@ -1,6 +1,8 @@
 """Writing one WebDataset shard: deterministic bytes, complete or absent, with a record of what is in it.
 
 Members of a sample: `<key>.json`, and the original bytes of its images as `<key>.query.jpg`, `<key>.target.png`, ...
+An image that several rows of a shard use is stored with the first of them; the others' JSON names that member, and where its
+bytes stand in the file: {"image": "000000012.query.jpg", "at": [offset, size]}.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from PIL import Image
 from agff.errors import DataError
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.mmeb import Pair, Side
+from data_pipeline.reader import MAX_IMAGE_BYTES
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-MAX_IMAGE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,12 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
     """
     samples: list[tuple[int, int]] = []
     rejected: list[tuple[int, str]] = []
+    stored: dict[bytes, _Stored] = {}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, pair in enumerate(pairs, start=first_row):
             try:
-                members = _members(pair, row)
+                members = _members(pair, row, stored)
             except DataError as error:
                 rejected.append((row, str(error)))
                 continue
@@ -57,6 +60,8 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
             for name, content in members:
                 header = tarfile.TarInfo(f"{row:09d}.{name}")
                 header.size, header.mode = len(content), 0o644
+                if name != "json":
+                    stored[_sha256(content)] = _Stored(name=header.name, offset=tar.offset + tarfile.BLOCKSIZE)
                 tar.addfile(header, io.BytesIO(content))
             samples.append((offset, tar.offset - offset))
     with partial.open("rb") as written:
@@ -69,25 +74,44 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
 
 def content_id(text: str, image: bytes | None) -> int:
     """63-bit id of an item's content; equal ids mean equal text and image bytes."""
-    digest = hashlib.sha256(text.encode() + b"\0" + (hashlib.sha256(image).digest() if image is not None else b""))
-    return int.from_bytes(digest.digest()[:8], "big") >> 1
+    digest = _sha256(text.encode() + b"\0" + (_sha256(image) if image is not None else b""))
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _members(pair: Pair | str, row: int) -> list[tuple[str, bytes]]:
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Where the bytes of an image stand in the shard."""
+
+    name: str
+    offset: int
+
+
+def _members(pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]) -> list[tuple[str, bytes]]:
     if isinstance(pair, str):
         raise DataError(pair)
     record: dict[str, Any] = {"row": row}
-    images: list[tuple[str, bytes]] = []
+    images: dict[bytes, tuple[str, bytes]] = {}
     for role, side in (("query", pair.query), ("target", pair.target), ("negative", pair.negative)):
         if side is None:
             continue
         image, suffix = _read_image(side, role)
-        if image is not None:
-            images.append((f"{role}.{suffix}", image))
-        record[role] = {"text": side.text, "image": f"{role}.{suffix}" if image is not None else None}
-        record[role]["id"] = content_id(side.text, image)
+        record[role] = {"text": side.text, "image": None, "id": content_id(side.text, image)}
+        if side.instruction:
+            record[role]["instruction"] = side.instruction
+        if image is None:
+            continue
+        digest = _sha256(image)
+        if earlier := stored.get(digest):
+            record[role] |= {"image": earlier.name, "at": [earlier.offset, len(image)]}
+        else:
+            name, _ = images.setdefault(digest, (f"{role}.{suffix}", image))
+            record[role]["image"] = name
     content = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-    return [("json", content), *images]
+    return [("json", content), *images.values()]
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:

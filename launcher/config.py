@@ -16,6 +16,8 @@ from agff.precision import Hardware, Precision
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.schedule import OptimizerConfig
+from data_pipeline.collate import Chunking, FixedRows, TokenBudget
+from data_pipeline.storage import CacheConfig
 
 FILLED_IN = (
     "train_batch_size",
@@ -36,8 +38,26 @@ MAY_CHANGE_ON_RESUME = (
     "data.num_workers",
     "data.check_hashes",
     "data.max_bad_in_a_row",
+    "data.stalled_after_s",
+    "data.accept_changes",
+    "data.cache.dir",
+    "data.cache.max_gib",
+    "data.cache.fetch_ahead_steps",
 )
 """Settings that leave the mathematics of a run as it is."""
+
+FOLLOW_FROM_THE_BATCH = ("deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu")
+"""Filled in from the global batch and the number of ranks, which are compared themselves."""
+
+DECIDE_THE_ORDER = (
+    "seed",
+    "batch.global_batch_size",
+    "data.shards",
+    "data.weights",
+    "data.caps",
+    "data.sub_batch_size",
+)
+"""Settings of which the plan says more exactly whether and how it changed (data_pipeline.plan.plan_changes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +66,20 @@ class BatchConfig:
 
     global_batch_size: int
     """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
-    chunk_size: int
-    """Rows encoded at once; memory grows with it, the result does not change. Below the local batch: GradCache."""
+    chunk_size: int | None = None
+    """Items encoded at once; memory grows with it, the result does not change. Below the local batch: GradCache."""
+    max_tokens_per_chunk: int | None = None
+    """Instead of chunk_size: as many items of similar length at once as have so many tokens, padding included. GradCache."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "chunk_size"):
-            if getattr(self, name) < 1:
+        for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"batch.{name}={getattr(self, name)} must be >= 1")
+        if (self.chunk_size is None) == (self.max_tokens_per_chunk is None):
+            raise ConfigError(
+                f"batch.chunk_size={self.chunk_size} and batch.max_tokens_per_chunk={self.max_tokens_per_chunk}: "
+                "give one of them and leave the other null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +87,28 @@ class DataConfig:
     """Which shards are read, and in what mixture."""
 
     shards: str
-    """Folder written by launcher/prepare.py."""
+    """Folder written by launcher/prepare.py, or its URL: s3://, gs://, hf://, https:// (read through a local cache)."""
     weights: dict[str, float] | None = None
     """Share of the sub-batches each source gets, relative to the others; null: its number of samples."""
+    caps: int | dict[str, int] | None = None
+    """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some by name."""
+    with_negatives: bool = True
+    """Explicit hard negatives, where a source has them, are candidates of the whole global batch."""
     sub_batch_size: int
     """Consecutive pairs of a global batch that come from one source; divides the global batch."""
     num_workers: int = 1
     """Loader processes of each rank; 0 loads in the training process. The batches do not depend on it."""
     max_bad_in_a_row: int = 10
-    """Undecodable samples drawn in a row for one row of a batch before all ranks stop."""
+    """Unusable samples drawn in a row for one row of a batch before all ranks stop."""
     check_hashes: bool = True
-    """Compare every shard's SHA-256 with the manifest before the first step; false compares names and sizes only."""
+    """Compare every local shard's SHA-256 with the manifest before the first step; false compares names and sizes only.
+    Remote shards are always compared when they are fetched."""
+    stalled_after_s: float = 300
+    """A batch that does not come for so long stops all ranks, with the name of the shard that a worker hangs at."""
+    accept_changes: bool = False
+    """Continue a run although its shards, mixture, seed or global batch changed: steps count on, the order is the new one,
+    so samples of the running epoch may come twice or not at all."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         if self.sub_batch_size < 1:
@@ -79,6 +117,8 @@ class DataConfig:
             raise ConfigError(f"data.num_workers={self.num_workers} must be >= 0")
         if self.max_bad_in_a_row < 0:
             raise ConfigError(f"data.max_bad_in_a_row={self.max_bad_in_a_row} must be >= 0")
+        if self.stalled_after_s <= 0:
+            raise ConfigError(f"data.stalled_after_s={self.stalled_after_s} must be > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +164,12 @@ class ResolvedRun:
     run_dir: Path
     world_size: int
     local_batch_size: int
-    chunk_size: int
-    """At most the local batch."""
+    chunking: Chunking
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of the local queries, and as many of the local targets."""
-        return self.local_batch_size // self.chunk_size
+    def one_pass(self) -> bool:
+        """The whole local batch keeps its graph; else two passes (GradCache)."""
+        return isinstance(self.chunking, FixedRows) and self.chunking.rows == self.local_batch_size
 
     @property
     def zero_stage(self) -> int:
@@ -185,12 +224,12 @@ def resolve(
         run_dir=run_dir,
         world_size=world_size,
         local_batch_size=local_batch_size,
-        chunk_size=min(config.batch.chunk_size, local_batch_size),
+        chunking=_chunking(config, local_batch_size),
     )
 
 
 def _local_batch_size(config: RunConfig, world_size: int) -> int:
-    global_batch_size, chunk_size = config.batch.global_batch_size, config.batch.chunk_size
+    global_batch_size = config.batch.global_batch_size
     if global_batch_size % world_size:
         lower = global_batch_size // world_size * world_size
         nearest = " or ".join(str(size) for size in (lower, lower + world_size) if size)
@@ -198,7 +237,24 @@ def _local_batch_size(config: RunConfig, world_size: int) -> int:
             f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks; "
             f"use {nearest} (--batch.global_batch_size)"
         )
-    local_batch_size = global_batch_size // world_size
+    if global_batch_size % config.data.sub_batch_size:
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={config.data.sub_batch_size}; "
+            "a global batch is made of whole single-source sub-batches"
+        )
+    return global_batch_size // world_size
+
+
+def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
+    chunk_size, max_tokens = config.batch.chunk_size, config.batch.max_tokens_per_chunk
+    if max_tokens is not None:
+        if max_tokens < config.processor.max_tokens:
+            raise ConfigError(
+                f"batch.max_tokens_per_chunk={max_tokens} is below processor.max_tokens={config.processor.max_tokens}, "
+                "so the longest item would not fit; raise the one or lower the other"
+            )
+        return TokenBudget(max_tokens=max_tokens)
+    assert chunk_size is not None, "BatchConfig has seen to it"
     if chunk_size < local_batch_size and local_batch_size % chunk_size:
         divisors = [size for size in range(1, local_batch_size + 1) if local_batch_size % size == 0]
         nearest_sizes = sorted(divisors, key=lambda size: abs(size - chunk_size))[:2]
@@ -206,12 +262,7 @@ def _local_batch_size(config: RunConfig, world_size: int) -> int:
             f"chunk_size={chunk_size} does not divide the local batch of {local_batch_size} rows; "
             f"use {' or '.join(map(str, sorted(nearest_sizes)))} (--batch.chunk_size)"
         )
-    if global_batch_size % config.data.sub_batch_size:
-        raise ConfigError(
-            f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={config.data.sub_batch_size}; "
-            "a global batch is made of whole single-source sub-batches"
-        )
-    return local_batch_size
+    return FixedRows(rows=min(chunk_size, local_batch_size))
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
@@ -220,11 +271,15 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for each setting that differs and changes the mathematics of a run."""
+    """`key: old -> new` for each setting that differs and changes the mathematics of a run, the order of data aside."""
     found = []
     for key in sorted({*old, *new}):
         name, before, after = prefix + key, old.get(key), new.get(key)
-        if name in MAY_CHANGE_ON_RESUME or name == "run_dir" or before == after:
+        if (
+            name in (*MAY_CHANGE_ON_RESUME, *DECIDE_THE_ORDER, *FOLLOW_FROM_THE_BATCH)
+            or name == "run_dir"
+            or before == after
+        ):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{name}.")

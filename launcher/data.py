@@ -11,9 +11,10 @@ from agff.collectives import gather_objects, rank, world_size
 from agff.errors import DataError
 from agff.processor import ItemProcessor
 from data_pipeline.loader import StepBatches, load_batches
-from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_shards, read_manifest
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
+from data_pipeline.storage import CachedFolder, LocalFolder, open_folder
 from launcher.config import ResolvedRun, RunConfig
 from launcher.prepare import prepare
 from launcher.quickstart_data import DEFAULT_OUT
@@ -26,36 +27,40 @@ QUICKSTART_BACKBONE = DEFAULT_OUT / "backbone"
 class RunData:
     """An opened shard folder and the order of its samples."""
 
-    folder: Path
+    folder: LocalFolder | CachedFolder
     manifest: Manifest
     plan: Plan
 
-    @property
-    def num_samples(self) -> dict[str, int]:
-        """Samples of each source in the mixture."""
-        return {name: self.manifest.sources[name].num_samples for name in self.plan.source_names}
-
     def batches(self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int) -> Iterator[Batch]:
         """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
+        config = run.config.data
         batches = StepBatches(
             plan=self.plan,
             reader=ShardReader(self.folder, self.manifest),
             encode_items=processor,
             rank=rank,
             world_size=run.world_size,
-            chunk_size=run.chunk_size,
-            max_bad_in_a_row=run.config.data.max_bad_in_a_row,
+            chunking=run.chunking,
+            max_bad_in_a_row=config.max_bad_in_a_row,
+            with_negatives=config.with_negatives,
+            seen_pixels=processor.max_image_pixels,
+            fetch_ahead_steps=config.cache.fetch_ahead_steps if isinstance(self.folder, CachedFolder) else 0,
         )
         return load_batches(
-            batches, start_step=start_step, num_steps=run.config.num_steps, num_workers=run.config.data.num_workers
+            batches,
+            start_step=start_step,
+            num_steps=run.config.num_steps,
+            num_workers=config.num_workers,
+            stalled_after_s=config.stalled_after_s,
         )
 
 
 def open_data(run: ResolvedRun) -> RunData:
     """Read the manifest and lay the plan; reads only. Raises DataError or ConfigError."""
-    config, folder = run.config, Path(run.config.data.shards)
+    config = run.config
+    folder = open_folder(config.data.shards, config.data.cache)
     manifest = read_manifest(folder)
-    mixture = Mixture(weights=config.data.weights, sub_batch_size=config.data.sub_batch_size)
+    mixture = Mixture(weights=config.data.weights, caps=config.data.caps, sub_batch_size=config.data.sub_batch_size)
     plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
     return RunData(folder=folder, manifest=manifest, plan=plan)
 
@@ -78,11 +83,13 @@ def prepare_quickstart_if_named(config: RunConfig) -> None:
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:
-    """Compare all shards with the manifest, each rank its share. Collective.
+    """Compare all local shards and indexes with the manifest, each rank its share. Collective.
 
-    Raises the same DataError, with the first problems found, on every rank.
+    Remote ones are compared when they are fetched. Raises the same DataError, with the first problems found, on every rank.
     """
-    own = check_shards(data.folder, data.manifest, part=rank(), num_parts=world_size(), hashes=hashes)
+    if not isinstance(data.folder, LocalFolder):
+        return
+    own = check_files(data.folder, data.manifest, part=rank(), num_parts=world_size(), hashes=hashes)
     problems = [problem for problems in gather_objects(own) for problem in problems]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

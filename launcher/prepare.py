@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from tqdm import tqdm
 
 from agff.errors import AgffError, ConfigError, DataError
 from data_pipeline.manifest import (
-    INDEX_FILE,
-    INDEX_SCHEMA,
     MANIFEST_FILE,
     Manifest,
     Shard,
     Source,
     read_manifest,
+    write_index,
     write_manifest,
 )
-from data_pipeline.mmeb import count_rows, find_subsets, parquet_files, read_pairs
+from data_pipeline.mmeb import SPLITS, count_rows, find_subsets, parquet_files, read_pairs
 from data_pipeline.shards import ShardRecord, write_shard
+from data_pipeline.storage import LocalFolder
 from launcher.command_line import report
+from launcher.distributed import rank_from_environment
 
 SETTINGS_FILE = "prepare.json"
 RECORDS = ".records"
@@ -42,6 +45,9 @@ Convert MMEB-train (one parquet a subset, loose image files) into WebDataset sha
 Each row becomes one sample: its texts and ids as JSON, its images byte for byte. Rows that cannot be used (missing or
 unreadable image, placeholder missing) are listed in <SUBSET>/rejected.jsonl with their reason; nothing is dropped silently.
 A run that was killed continues when the same command is given again, and the shards are byte for byte the same.
+
+On several nodes: mpirun -n 64 python launcher/prepare.py ... or srun --mpi=pmix -n 64 python launcher/prepare.py ...; one
+task hands out the shards, the others write them. All must see the same folders.
 """
 
 
@@ -74,12 +80,15 @@ def prepare(
     split: str = "original",
     rows_per_shard: int = 1000,
     max_rows: int | None = None,
-    processes: int | None = None,
+    executor: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Manifest:
     """Write the shards of all (or the named) subsets of `root` and return their manifest.
 
     A finished conversion with the same settings returns at once. Raises DataError for an unreadable input and ConfigError
-    when `out` holds another conversion; both before anything is written.
+    when `out` holds another conversion, both before anything is written; and DataError when the disk is full or a writer
+    died: the same call then continues.
+
+    executor: makes the pool of writers, for example `lambda: ProcessPoolExecutor(8)`; None writes in this process.
     """
     rows = _rows_of_subsets(root, subsets, split, max_rows)
     settings = _settings(root, rows, split, rows_per_shard)
@@ -92,11 +101,25 @@ def prepare(
         for index, start in enumerate(range(0, total, rows_per_shard))
     ]
     if not (out / MANIFEST_FILE).exists():
-        _write_shards([task for task in tasks if not task.record_path.exists()], processes or os.cpu_count() or 1)
-        _finish(out, rows, tasks, settings)
+        with _write_errors(out):
+            _write_shards([task for task in tasks if not task.record_path.exists()], executor)
+            _finish(out, rows, tasks, settings)
     for subset in rows:
         shutil.rmtree(out / subset / RECORDS, ignore_errors=True)
-    return read_manifest(out)
+    return read_manifest(LocalFolder(out))
+
+
+@contextlib.contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise DataError(f"{out}: a writer died ({error}); give the same command again to continue") from None
+    except OSError as error:
+        raise DataError(
+            f"cannot write {error.filename or out}: {error.strerror or error}; free space or mend the cause, then give the "
+            "same command again: what is complete stays"
+        ) from None
 
 
 def _rows_of_subsets(root: Path, subsets: Sequence[str] | None, split: str, max_rows: int | None) -> dict[str, int]:
@@ -138,18 +161,24 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     _write_text(marker, json.dumps(settings, indent=1) + "\n")
 
 
-def _write_shards(tasks: Sequence[_Task], processes: int) -> None:
+def _write_shards(tasks: Sequence[_Task], executor: Callable[[], AbstractContextManager[Any]] | None) -> None:
     for subset_folder in {task.record_path.parent for task in tasks}:
         subset_folder.mkdir(parents=True, exist_ok=True)
     rows = sum(task.stop - task.start for task in tasks)
     with tqdm(total=rows, desc="prepare", unit="row", disable=not rows) as bar:
-        if processes == 1:
+        if executor is None:
             for task in tasks:
                 bar.update(_write_one(task))
             return
-        with ProcessPoolExecutor(processes) as pool:
-            for future in as_completed([pool.submit(_write_one, task) for task in tasks]):
-                bar.update(future.result())
+        with executor() as pool:
+            futures = [pool.submit(_write_one, task) for task in tasks]
+            try:
+                for future in as_completed(futures):
+                    bar.update(future.result())
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
 
 
 def _write_one(task: _Task) -> int:
@@ -167,12 +196,12 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
         own = [task for task in tasks if task.subset == subset]
         records = [_read_record(task.record_path) for task in own]
         num_rejected = _write_rejected(out / subset / "rejected.jsonl", records)
-        _write_index(out / subset / INDEX_FILE, records)
+        index = write_index(out / subset, (record.samples for record in records))
         shards = tuple(
             Shard(name=task.path.name, num_samples=record.num_samples, size_bytes=record.size_bytes, sha256=record.sha256)
             for task, record in zip(own, records, strict=True)
         )
-        sources[subset] = Source(num_rows=num_rows, num_rejected=num_rejected, shards=shards)
+        sources[subset] = Source(num_rows=num_rows, num_rejected=num_rejected, shards=shards, index=index)
         if sources[subset].num_samples + num_rejected != num_rows:
             raise AssertionError(f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}")
     write_manifest(out, Manifest(sources=sources, settings=settings))
@@ -181,16 +210,6 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
 def _read_record(path: Path) -> ShardRecord:
     values = json.loads(path.read_text())
     return ShardRecord(**values)
-
-
-def _write_index(path: Path, records: Iterable[ShardRecord]) -> None:
-    rows = [(shard, offset, size) for shard, record in enumerate(records) for offset, size in record.samples]
-    columns = list(zip(*rows, strict=True)) or [(), (), ()]
-    table = pa.table([pa.array(c, t) for c, t in zip(columns, INDEX_SCHEMA.types, strict=True)], schema=INDEX_SCHEMA)
-    partial = path.with_name(path.name + ".partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
-        writer.write_table(table)
-    partial.replace(path)
 
 
 def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> int:
@@ -229,9 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mmeb", type=Path, required=True, help="folder of the download: <SUBSET>/*.parquet and images/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards, new or of an interrupted run")
     parser.add_argument("--subsets", nargs="+", help="only these subsets (default: all)")
-    parser.add_argument(
-        "--split", choices=["original", "diverse_instruction"], default="original", help="which parquet files are read"
-    )
+    parser.add_argument("--split", choices=SPLITS, default="original", help="which parquet files are read")
     parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows of one tar file (default: %(default)s)")
     parser.add_argument("--max_rows", type=int, help="at most so many rows of each subset (default: all)")
     parser.add_argument("--processes", type=int, help="writers at work at once (default: one for each core)")
@@ -241,24 +258,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("rows_per_shard", "max_rows", "processes"):
             if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
                 raise ConfigError(f"--{name} {getattr(arguments, name)} must be >= 1")
-        if arguments.dry_run:
-            rows = _rows_of_subsets(arguments.mmeb, arguments.subsets, arguments.split, arguments.max_rows)
-            for subset, count in rows.items():
-                sys.stdout.write(f"{subset:<28} {count:>9,} rows {-(-count // arguments.rows_per_shard):>7,} shards\n")
-            return 0
-        manifest = prepare(
-            arguments.mmeb,
-            arguments.out,
-            subsets=arguments.subsets,
-            split=arguments.split,
-            rows_per_shard=arguments.rows_per_shard,
-            max_rows=arguments.max_rows,
-            processes=arguments.processes,
-        )
+        if rank_from_environment(os.environ).world_size == 1:
+            pool = functools.partial(ProcessPoolExecutor, arguments.processes)
+            return _run(arguments, pool if arguments.processes != 1 else None)
+        return _run_under_mpi(arguments)
     except AgffError as error:
         return report(error)
+
+
+def _run(arguments: argparse.Namespace, executor: Callable[[], AbstractContextManager[Any]] | None) -> int:
+    if arguments.dry_run:
+        rows = _rows_of_subsets(arguments.mmeb, arguments.subsets, arguments.split, arguments.max_rows)
+        for subset, count in rows.items():
+            sys.stdout.write(f"{subset:<28} {count:>9,} rows {-(-count // arguments.rows_per_shard):>7,} shards\n")
+        return 0
+    manifest = prepare(
+        arguments.mmeb,
+        arguments.out,
+        subsets=arguments.subsets,
+        split=arguments.split,
+        rows_per_shard=arguments.rows_per_shard,
+        max_rows=arguments.max_rows,
+        executor=executor,
+    )
     sys.stdout.write(summary(manifest, arguments.out) + "\n")
     return 0
+
+
+def _run_under_mpi(arguments: argparse.Namespace) -> int:
+    """Task 0 runs the conversion, the others write shards for it until it is done. Collective."""
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"several tasks were started, but mpi4py finds no MPI library ({error}); install one (README), or start one task"
+        ) from None
+    started = rank_from_environment(os.environ).world_size
+    if MPI.COMM_WORLD.Get_size() != started:
+        raise ConfigError(
+            f"{started} tasks were started, MPI knows {MPI.COMM_WORLD.Get_size()}; use srun --mpi=pmix, or mpirun of the "
+            "same MPI that mpi4py loads"
+        )
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
+        if pool is None:
+            return 0  # a writer: its work was done inside the call above
+        return _run(arguments, lambda: contextlib.nullcontext(pool))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from agff.checkpoint import latest_step, read_state
 from agff.errors import CheckpointError, ConfigError
+from data_pipeline.plan import plan_changes
 from launcher.command_line import config_from_values
 from launcher.config import ResolvedRun, RunConfig, as_dict, differences
 
@@ -17,10 +19,11 @@ CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 
 
-def finished_steps(run: ResolvedRun, data_fingerprint: str) -> int:
+def finished_steps(run: ResolvedRun, data_plan: Mapping[str, Any]) -> int:
     """Steps of the newest complete checkpoint, 0 for a new run. Reads only.
 
-    Raises ConfigError when the folder belongs to another configuration, world size or data.
+    Raises ConfigError when the folder belongs to another configuration or world size, or to another order of the data
+    and data.accept_changes is not set. data_plan: `Plan.description`.
     """
     folder = run.run_dir
     if not folder.exists() or not any(folder.iterdir()):
@@ -43,10 +46,11 @@ def finished_steps(run: ResolvedRun, data_fingerprint: str) -> int:
             f"{folder}: step {step} was saved by {state['world_size']} ranks, this job has {run.world_size}; "
             f"continue with {state['world_size']} ranks"
         )
-    if state["data_fingerprint"] != data_fingerprint:
+    changed = plan_changes(state["data_plan"], data_plan)
+    if changed and not run.config.data.accept_changes:
         raise ConfigError(
-            f"{folder}: the shards of {run.config.data.shards} changed since step {step}; "
-            "restore them to continue, or choose another --run_dir to start anew"
+            f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to continue "
+            "exactly, choose another --run_dir to start anew, or continue in the new order with --data.accept_changes true"
         )
     return step
 

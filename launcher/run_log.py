@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ class RunLog:
         self._log_every = log_every
         self._is_writer = rank() == 0
         self._run_dir = run_dir
-        self._num_skipped = 0
+        self._skipped: Counter[str] = Counter()
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1) if self._is_writer else None
         self._bar = tqdm(
             total=num_steps, initial=start_step, desc="train", unit="step", disable=not self._is_writer, dynamic_ncols=True
@@ -61,27 +62,30 @@ class RunLog:
         )
 
     def _measure(self, report: StepReport) -> dict[str, float]:
-        own = torch.tensor([report.num_rows, report.num_tokens, report.wait_s, report.step_s], device=report.metrics.device)
+        own = torch.tensor([report.num_pairs, report.num_tokens, report.wait_s, report.step_s], device=report.metrics.device)
         mean = mean_over_ranks(torch.cat([report.metrics.float(), own])).tolist()
-        metrics, (num_rows, num_tokens, wait_s, step_s) = mean[:-4], mean[-4:]
+        metrics, (num_pairs, num_tokens, wait_s, step_s) = mean[:-4], mean[-4:]
         return {
             **{f"train/{name}": value for name, value in zip(self._names, metrics, strict=True)},
             "train/gradient_norm": report.gradient_norm,
             "train/learning_rate": report.learning_rate,
-            "speed/samples_per_s": world_size() * num_rows / step_s,
+            "speed/samples_per_s": world_size() * num_pairs / step_s,
             "speed/tokens_per_s": world_size() * num_tokens / step_s,
             "speed/data_wait_percent": 100 * wait_s / step_s,
-            "data/skipped_samples": self._num_skipped,
+            "data/skipped_samples": self._skipped.total(),
+            **{f"data/skipped_samples/{source}": count for source, count in self._skipped.items()},
         }
 
     def _note_skipped(self, report: StepReport) -> None:
         any_skipped = mean_over_ranks(torch.tensor([float(len(report.skipped))], device=report.metrics.device)).item()
         if not any_skipped:
             return
-        skipped = [message for messages in gather_objects(report.skipped) for message in messages]
-        self._num_skipped += len(skipped)
+        skipped = [sample for samples in gather_objects(report.skipped) for sample in samples]
+        self._skipped.update(sample.source for sample in skipped)
         if self._is_writer:
             with (self._run_dir / "skipped.jsonl").open("a") as file:
-                for message in skipped:
-                    log.warning("step %d: sample left out: %s", report.step, message)
-                    file.write(json.dumps({"step": report.step, "sample": message}) + "\n")
+                for sample in skipped:
+                    log.warning(
+                        "step %d: sample left out, another of %s taken: %s", report.step, sample.source, sample.reason
+                    )
+                    file.write(json.dumps({"step": report.step, "source": sample.source, "sample": sample.reason}) + "\n")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel
 from agff.backbone import choose_trainable
 from agff.encoder import EmbeddingModel
 from agff.similarity import BLOCK_ELEMENTS
+from data_pipeline.collate import TokenBudget
 from launcher.config import ResolvedRun, RunConfig
 
 
@@ -19,16 +20,16 @@ def startup_table(run: ResolvedRun, num_samples: Mapping[str, int], num_trainabl
     config = run.config
     num_pairs = config.batch.global_batch_size
     lora = f"LoRA rank {config.backbone.lora.rank}" if config.backbone.lora else "full tuning"
-    passes = "two passes (GradCache)" if run.num_chunks > 1 else "one pass"
     total = sum(num_samples.values())
     rows = {
         "backbone": f"{config.backbone.path}, {num_parameters / 1e6:,.1f} M parameters",
         "trainable": f"{num_trainable / 1e6:,.1f} M ({lora}), {run.precision}",
         "embeddings per item": f"{config.prompts.num_vectors} = 1 global + {config.prompts.num_fine} fine-grained",
         "ranks": f"{run.world_size}, ZeRO stage {run.zero_stage}",
-        "batch": f"chunk {run.chunk_size} x {run.num_chunks} chunks = local {run.local_batch_size}, "
-        f"x {run.world_size} ranks = global {num_pairs}; {passes}",
-        "negatives per query": f"{num_pairs - 1}, less those that share a target or a query; "
+        "batch": f"{_chunks(run)}local {run.local_batch_size}, x {run.world_size} ranks = global {num_pairs}; "
+        + ("one pass" if run.one_pass else "two passes (GradCache)"),
+        "negatives per query": f"{num_pairs - 1}, less those that share a target or a query"
+        f"{', and the explicit ones of the data' if config.data.with_negatives else ''}; "
         "gradient accumulation would add none, so there is none",
         "loss memory": f"about {_loss_bytes(run) / 2**20:,.0f} MiB a rank, whatever the backbone",
         "parameter gathers": _parameter_gathers(run),
@@ -57,10 +58,20 @@ def _loss_bytes(run: ResolvedRun) -> int:
     return 6 * matrix + 2 * min(4 * BLOCK_ELEMENTS, pairs)
 
 
+def _chunks(run: ResolvedRun) -> str:
+    if isinstance(run.chunking, TokenBudget):
+        return f"chunks of {run.chunking.max_tokens:,} tokens, "
+    return f"chunk {run.chunking.rows} x {run.local_batch_size // run.chunking.rows} chunks = "
+
+
 def _parameter_gathers(run: ResolvedRun) -> str:
     """ZeRO-3 gathers in each forward and each backward of a chunk what it has not kept; the other stages once, updated."""
     if run.zero_stage < 3:
         return "1 per step: the updated parameters" if run.zero_stage else "none"
-    per_chunk = 3 if run.num_chunks > 1 else 2
-    passes = "forward, forward, backward" if run.num_chunks > 1 else "forward, backward"
-    return f"up to {per_chunk * 2 * run.num_chunks} per step: {2 * run.num_chunks} chunks x ({passes})"
+    per_chunk = 2 if run.one_pass else 3
+    passes = "forward, backward" if run.one_pass else "forward, forward, backward"
+    if isinstance(run.chunking, TokenBudget):
+        return f"up to {per_chunk} per chunk ({passes})"
+    num_chunks = 2 * run.local_batch_size // run.chunking.rows
+    more = ", more with explicit negatives" if run.config.data.with_negatives else ""
+    return f"up to {per_chunk * num_chunks} per step: {num_chunks} chunks x ({passes}){more}"

@@ -59,10 +59,10 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
     if not arguments.dry_run:
         prepare_quickstart_if_named(arguments.config)
     data = open_data(run)
-    start_step = finished_steps(run, data.plan.fingerprint)
+    start_step = finished_steps(run, data.plan.description)
     processor = build_processor(run.config)
     if rank.rank == 0 and (arguments.dry_run or not starts_ranks):
-        _say(startup_table(run, data.num_samples, *count_parameters(run.config)))
+        _say(startup_table(run, data.plan.num_samples, *count_parameters(run.config)))
     if arguments.dry_run:
         return
     if start_step >= run.config.num_steps:
@@ -112,7 +112,7 @@ def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcesso
                     engine,
                     run.run_dir,
                     step=step,
-                    state={"data_fingerprint": data.plan.fingerprint},
+                    state={"data_plan": data.plan.description},
                     trainable_only=trainable_only,
                 ),
             )

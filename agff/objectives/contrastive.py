@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agff.batch import Batch
+from agff.batch import NO_CONTENT, Batch
 from agff.collectives import all_gather_rows, rank
 from agff.errors import ConfigError
 from agff.losses import ega_loss, ega_weights
@@ -51,17 +51,33 @@ METRICS = (
 """What `contrastive_loss` measures, in the order of its second result."""
 
 
-def contrastive_loss(query_BMD: Tensor, target_BMD: Tensor, batch: Batch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """(loss, metrics): the mean loss over this rank's rows against the targets of all ranks; METRICS without gradient.
+def contrastive_loss(
+    query_BMD: Tensor, target_BMD: Tensor, negative_NMD: Tensor, batch: Batch, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics): the mean loss over this rank's rows against all candidates; METRICS without gradient.
 
-    Collective: every rank must call it, with the same number of rows. The gradient that reaches the embeddings is the sum
-    over ranks of the gradients of their local means (see `all_gather_rows`).
+    Candidates of a query are the targets and the explicit negatives of all ranks; of a target (bidirectional), all queries.
+    Collective: every rank must call it, with the same number of rows and of negatives. The gradient that reaches the
+    embeddings is the sum over ranks of the gradients of their local means (see `all_gather_rows`).
     """
+    no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
     loss, similarity_BC, mask_BC, positive_B = _one_direction(
-        query_BMD, target_BMD, batch.query_ids_B, batch.target_ids_B, config
+        query_BMD,
+        torch.cat([target_BMD, negative_NMD]),
+        batch.query_ids_B,
+        candidate_ids=torch.cat([batch.target_ids_B, batch.negative_ids_N]),
+        partner_ids=torch.cat([batch.query_ids_B, no_partner_N]),
+        config=config,
     )
     if config.bidirectional:
-        backward_loss, *_ = _one_direction(target_BMD, query_BMD, batch.target_ids_B, batch.query_ids_B, config)
+        backward_loss, *_ = _one_direction(
+            target_BMD,
+            query_BMD,
+            batch.target_ids_B,
+            candidate_ids=batch.query_ids_B,
+            partner_ids=batch.target_ids_B,
+            config=config,
+        )
         loss = (loss + backward_loss) / 2
     with torch.no_grad():
         measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_B, config)]
@@ -70,12 +86,14 @@ def contrastive_loss(query_BMD: Tensor, target_BMD: Tensor, batch: Batch, config
 
 
 def _one_direction(
-    row_BMD: Tensor, candidate_BMD: Tensor, row_ids_B: Tensor, candidate_ids_B: Tensor, config: LossConfig
+    row_BMD: Tensor, candidates: Tensor, row_ids_B: Tensor, *, candidate_ids: Tensor, partner_ids: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    candidate_CMD = all_gather_rows(candidate_BMD)
-    ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids_B, row_ids_B], dim=1)).unbind(dim=1)
-    positive_B = torch.arange(row_BMD.shape[0], device=row_BMD.device) + rank() * row_BMD.shape[0]
-    mask_BC = negative_mask(row_ids_B, candidate_ids_B, ids_C, partner_ids_C)
+    """candidates: this rank's, of which the first B are the rows' positives, in order."""
+    candidate_CMD = all_gather_rows(candidates)
+    ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
+    num_rows = row_BMD.shape[0]
+    positive_B = torch.arange(num_rows, device=row_BMD.device) + rank() * candidates.shape[0]
+    mask_BC = negative_mask(row_ids_B, candidate_ids[:num_rows], ids_C, partner_ids_C)
     similarity_BC = fused_similarity(row_BMD, candidate_CMD, beta=config.beta)
     loss = ega_loss(
         similarity_BC,

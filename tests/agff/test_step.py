@@ -107,8 +107,8 @@ def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
     engine = Recorder(tiny_model(0))
     rows = global_rows(4, 0, rows_without_image=range(0))
     train_step(engine, partial(contrastive_loss, config=LossConfig()), batch_of(rows, 2, 0))
-    assert len(engine.seen) == 8
-    assert torch.equal(torch.stack(engine.seen[:4]), torch.stack(engine.seen[4:]))
+    assert len(engine.seen) == 2 * 6, "queries, targets and negatives in chunks of 2, twice"
+    assert torch.equal(torch.stack(engine.seen[:6]), torch.stack(engine.seen[6:]))
 
 
 # ---------------------------------------------------------------- the real engine under ZeRO
@@ -156,7 +156,7 @@ def train_with_zero(stage: int, chunk_size: int, poison_step: int | None = None)
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
         batch = batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 4)
         if step == poison_step and rank == 1:  # rank 1 alone sees a NaN, in a text-only chunk's blank image
-            batch.query_chunks[0]["pixel_values"].fill_(float("nan"))
+            batch.chunks[0]["pixel_values"].fill_(float("nan"))
         result = train_step(engine, partial(contrastive_loss, config=LossConfig(amplification=2.0)), batch)
         log.append((result.applied, engine.gradient_norm))
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):

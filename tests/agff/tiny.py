@@ -82,14 +82,17 @@ def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) ->
 
 
 def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed: int = 0) -> list[dict]:
-    """Pairs (image + text query, text target); rows in `rows_without_image` have a text-only query."""
+    """Pairs (image + text query, text target); rows in `rows_without_image` have a text-only query.
+
+    Rows 0, 1 and 3 have an explicit negative; that of row 3 is row 1's target, so for row 1 it is none.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def text() -> list[int]:
         length = int(torch.randint(1, 5, (1,), generator=generator))
         return torch.randint(0, 30, (length,), generator=generator).tolist()
 
-    rows = []
+    rows: list[dict] = []
     for index in range(num_rows):
         image = torch.randn(4, PATCH_VALUES, generator=generator)
         rows.append(
@@ -100,20 +103,25 @@ def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed
                 "target_id": 100 + index % (num_rows - 1),  # the first and the last row share a target
             }
         )
+    for index in (0, 1):
+        rows[index] |= {"negative": (text(), None), "negative_id": 200 + index}
+    if num_rows > 3:
+        rows[3] |= {"negative": rows[1]["target"], "negative_id": rows[1]["target_id"]}
     return rows
 
 
 def batch_of(rows: list[dict], chunk_size: int, num_fine: int) -> Batch:
     """The rows as one rank's batch."""
-
-    def chunks(side: str) -> tuple[ModelInputs, ...]:
-        parts = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
-        return tuple(chunk([r[side][0] for r in part], [r[side][1] for r in part], num_fine) for part in parts)
-
+    with_negative = [row for row in rows if "negative" in row]
+    items = [row[side] for side, of in (("query", rows), ("target", rows), ("negative", with_negative)) for row in of]
+    parts = [items[start : start + chunk_size] for start in range(0, len(items), chunk_size)]
     return Batch(
-        query_chunks=chunks("query"),
-        target_chunks=chunks("target"),
+        chunks=tuple(chunk([text for text, _ in part], [image for _, image in part], num_fine) for part in parts),
+        order_R=torch.arange(len(items)),
         query_ids_B=torch.tensor([row["query_id"] for row in rows]),
         target_ids_B=torch.tensor([row["target_id"] for row in rows]),
+        negative_ids_N=torch.tensor([row["negative_id"] for row in with_negative], dtype=torch.int64),
         addresses=tuple(f"rows:{row['query_id']}" for row in rows),
+        filler=chunk([[]], [None], num_fine),
+        one_pass=chunk_size == len(rows),
     )

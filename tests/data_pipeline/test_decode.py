@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from agff.errors import DataError
 from data_pipeline import decode as decode_module
 from data_pipeline.decode import decode, decode_image
 from data_pipeline.manifest import Manifest, read_manifest
-from data_pipeline.reader import RawSample, ShardReader
+from data_pipeline.reader import ShardReader, parse_sample
+from data_pipeline.storage import LocalFolder
 from launcher.prepare import prepare
 from tests.drawings import write_drawings
 
@@ -25,9 +27,19 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def raw(record: object, **members: bytes) -> RawSample:
+def tar_of(record: object, **members: bytes) -> bytes:
     content = record if isinstance(record, bytes) else json.dumps(record).encode()
-    return RawSample(address="s.tar:k", members={"json": content, **{k.replace("_", "."): v for k, v in members.items()}})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, value in {"json": content, **{k.replace("_", "."): v for k, v in members.items()}}.items():
+            header = tarfile.TarInfo(f"k.{name}")
+            header.size = len(value)
+            tar.addfile(header, io.BytesIO(value))
+    return buffer.getvalue()
+
+
+def no_other_bytes(offset: int, size: int) -> bytes:
+    raise AssertionError("every image is in the sample")
 
 
 def record(text: str = "<|image_1|>\nx", image: str | None = "query.png") -> dict:
@@ -41,7 +53,7 @@ RED = encoded(Image.new("RGB", (4, 4), "red"))
 
 
 def test_a_whole_sample() -> None:
-    example = decode(raw(record(), query_png=RED))
+    example = decode(parse_sample(tar_of(record(), query_png=RED), "s.tar", no_other_bytes))
     assert (example.query_id, example.target_id, example.address) == (1, 2, "s.tar:k")
     assert example.query.image is not None
     assert example.query.image.getpixel((0, 0)) == (255, 0, 0)
@@ -49,21 +61,21 @@ def test_a_whole_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sample", "message"),
+    ("content", "message"),
     [
-        (raw(record()), r"^s.tar:k: member or field 'query.png' is missing"),
-        (raw({"query": {}}), r"^s.tar:k: member or field 'text' is missing"),
-        (raw(b"\xff\xfe"), r"^s.tar:k.json: text is not UTF-8"),
-        (raw(b"{"), r"^s.tar:k.json: not a sample's record"),
-        (raw(record("no placeholder"), query_png=RED), r"^s.tar:k.json: <\|image_1\|> stands 0 times, images: 1"),
-        (raw(record("<|image_1|>", None)), r"^s.tar:k.json: <\|image_1\|> stands 1 times, images: 0"),
-        (raw(record(), query_png=b"no image"), r"^s.tar:k.query.png: 8 bytes that are no image"),
-        (raw(record(), query_png=RED[:-20]), r"^s.tar:k.query.png: cannot decode \d+ bytes"),
+        (tar_of(record()), r"^s.tar:k: member or field 'query.png' is missing"),
+        (tar_of({"query": {}}), r"^s.tar:k: member or field 'image' is missing"),
+        (tar_of(b"\xff\xfe"), r"^s.tar:k.json: text is not UTF-8"),
+        (tar_of(b"{"), r"^s.tar:k.json: not a sample's record"),
+        (tar_of(record("no placeholder"), query_png=RED), r"^s.tar:k.json: <\|image_1\|> stands 0 times, images: 1"),
+        (tar_of(record("<|image_1|>", None)), r"^s.tar:k.json: <\|image_1\|> stands 1 times, images: 0"),
+        (tar_of(record(), query_png=b"no image"), r"^s.tar:k.query.png: 8 bytes that are no image"),
+        (tar_of(record(), query_png=RED[:-20]), r"^s.tar:k.query.png: cannot decode \d+ bytes"),
     ],
 )
-def test_each_error_starts_with_the_address(sample: RawSample, message: str) -> None:
+def test_each_error_starts_with_the_address(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        decode(sample)
+        decode(parse_sample(content, "s.tar", no_other_bytes))
 
 
 def test_truncated_jpeg_is_an_error_not_half_an_image() -> None:
@@ -108,15 +120,15 @@ def test_images_of_every_mode_become_upright_rgb_on_white() -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> tuple[Path, Manifest]:
-    manifest = prepare(write_drawings(tmp_path / "d").mmeb, tmp_path / "out", rows_per_shard=10, processes=1)
+    manifest = prepare(write_drawings(tmp_path / "d").mmeb, tmp_path / "out", rows_per_shard=10)
     return tmp_path / "out", manifest
 
 
 def test_reader_finds_every_sample_of_every_source(shards: tuple[Path, Manifest]) -> None:
     folder, manifest = shards
-    reader = ShardReader(folder, manifest)
+    reader = ShardReader(LocalFolder(folder), manifest)
     for name, source in manifest.sources.items():
-        rows = [json.loads(reader.read(name, i).members["json"])["row"] for i in range(source.num_samples)]
+        rows = [reader.read(name, i).record["row"] for i in range(source.num_samples)]
         assert rows == list(range(source.num_samples))
         assert reader.read(name, 10).address == f"{name}-00001.tar:000000010"
 
@@ -126,7 +138,7 @@ def test_truncated_shard_wrong_offset_and_missing_file_are_named(shards: tuple[P
     shard = folder / "Shapes_t2i/Shapes_t2i-00000.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    reader = ShardReader(folder, manifest)
+    reader = ShardReader(LocalFolder(folder), manifest)
     with pytest.raises(DataError, match=r"^Shapes_t2i-00000.tar: truncated at byte"):
         reader.read("Shapes_t2i", 9)
     shard.write_bytes(b"x" * len(content))
@@ -143,8 +155,8 @@ def test_truncated_shard_wrong_offset_and_missing_file_are_named(shards: tuple[P
 def test_index_that_disagrees_with_the_manifest_is_refused(shards: tuple[Path, Manifest]) -> None:
     folder, _ = shards
     (folder / "Shapes_t2i/index.arrow").write_bytes((folder / "Shapes_VQA/index.arrow").read_bytes())
-    with pytest.raises(DataError, match=r"Shapes_t2i: the index has .* samples, the manifest"):
-        ShardReader(folder, read_manifest(folder))
+    with pytest.raises(DataError, match=r"Shapes_t2i/index.arrow: the index has .* samples, the manifest"):
+        ShardReader(LocalFolder(folder), read_manifest(LocalFolder(folder)))
     (folder / "Shapes_t2i/index.arrow").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"index.arrow: cannot read the index"):
-        ShardReader(folder, read_manifest(folder))
+        ShardReader(LocalFolder(folder), read_manifest(LocalFolder(folder)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from agff.errors import ConfigError
 from data_pipeline.manifest import Manifest, Shard, Source
-from data_pipeline.plan import PERIOD, WINDOW, Mixture, Plan
+from data_pipeline.plan import PERIOD, WINDOW, Mixture, Plan, plan_changes
+from data_pipeline.storage import StoredFile
 
 
 def manifest(**sizes: list[int]) -> Manifest:
@@ -22,6 +24,7 @@ def manifest(**sizes: list[int]) -> Manifest:
                 Shard(name=f"{name}-{i:05d}.tar", num_samples=size, size_bytes=0, sha256=f"{name}{i}")
                 for i, size in enumerate(shards)
             ),
+            index=StoredFile(name="index.arrow", size_bytes=0, sha256=""),
         )
     return Manifest(sources=sources, settings={})
 
@@ -110,20 +113,38 @@ def test_redraw_is_deterministic_and_stays_in_the_source() -> None:
     assert len({plan.redraw(0, 0, attempt=attempt) for attempt in range(1, 20)}) > 3
 
 
-def test_fingerprint_changes_with_whatever_changes_the_order() -> None:
+def test_changes_of_whatever_decides_the_order_are_named() -> None:
     base = {"mixture": Mixture(sub_batch_size=2), "seed": 0, "global_batch_size": 8}
     sizes = manifest(a=[5, 5], b=[10])
-    prints = {Plan(sizes, **base).fingerprint}
-    for changed in (
-        {"seed": 1},
-        {"global_batch_size": 4},
-        {"mixture": Mixture(sub_batch_size=4)},
-        {"mixture": Mixture(sub_batch_size=2, weights={"a": 1, "b": 2})},
+    old = json.loads(json.dumps(Plan(sizes, **base).description))  # as a checkpoint keeps it
+    assert plan_changes(old, Plan(manifest(a=[5, 5], b=[10]), **base).description) == []
+    for changed, message in (
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"global_batch_size": 4}, "global_batch_size: 8 -> 4"),
+        ({"mixture": Mixture(sub_batch_size=4)}, "sub_batch_size: 2 -> 4"),
+        ({"mixture": Mixture(sub_batch_size=2, weights={"a": 1, "b": 10})}, "source a: weight 10.0 -> 1.0"),
+        ({"mixture": Mixture(sub_batch_size=2, caps={"a": 4})}, "source a: samples 10 -> 4"),
+        ({"mixture": Mixture(sub_batch_size=2, weights={"b": 10})}, "source a was removed"),
     ):
-        prints.add(Plan(sizes, **{**base, **changed}).fingerprint)
-    prints.add(Plan(manifest(a=[5, 6], b=[10]), **base).fingerprint)
-    assert len(prints) == 6
-    assert Plan(manifest(a=[5, 5], b=[10]), **base).fingerprint in prints
+        assert message in plan_changes(old, Plan(sizes, **{**base, **changed}).description)
+    assert "source a: its shards are others" in plan_changes(old, Plan(manifest(a=[5, 6], b=[10]), **base).description)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=shard_sizes, share=st.floats(0.05, 1), seed=st.integers(0, 1000))
+def test_a_cap_is_a_fixed_part_spread_over_all_shards(sizes: list[int], share: float, seed: int) -> None:
+    cap = max(2, int(sum(sizes) * share))
+    plan = Plan(manifest(a=sizes), Mixture(sub_batch_size=1, caps=cap), seed=seed, global_batch_size=1)
+    assert plan.num_samples == {"a": min(cap, sum(sizes))}
+    kept = min(cap, sum(sizes))
+    epochs = [[int(plan.global_batch(epoch * kept + step)[0, 1]) for step in range(kept)] for epoch in range(2)]
+    assert len(set(epochs[0])) == kept
+    assert set(epochs[0]) == set(epochs[1]), "the same part in every epoch"
+    starts = np.cumsum([0, *sizes])
+    for shard, size in enumerate(sizes):
+        count = sum(starts[shard] <= sample < starts[shard + 1] for sample in epochs[0])
+        assert abs(count - size * kept / sum(sizes)) <= 1
+    assert {plan.redraw(0, 0, attempt=attempt) for attempt in range(1, 30)} <= set(epochs[0])
 
 
 @pytest.mark.parametrize(

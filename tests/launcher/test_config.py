@@ -8,6 +8,7 @@ import pytest
 
 from agff.errors import ConfigError
 from agff.precision import Hardware
+from data_pipeline.collate import FixedRows
 from launcher.command_line import DEEPSPEED_CONFIGS, RECIPES, config_from_values, parse_train_arguments
 from launcher.config import RunConfig, as_dict, differences, read_deepspeed_json, resolve
 
@@ -91,7 +92,8 @@ def test_batch_sizes_and_precision_are_filled_into_the_deepspeed_config() -> Non
     assert run.deepspeed["train_batch_size"] == 128
     assert run.deepspeed["train_micro_batch_size_per_gpu"] == run.local_batch_size == 32
     assert run.deepspeed["gradient_accumulation_steps"] == 1
-    assert run.num_chunks == 2
+    assert run.chunking == FixedRows(rows=16)
+    assert not run.one_pass
     assert run.precision == "bf16_autocast"
     assert run.deepspeed["bf16"] == {"enabled": False}
     assert run.run_dir == Path("runs/quickstart-zero3")

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import webdataset
 from PIL import Image
 
 from agff.errors import ConfigError, DataError
-from data_pipeline.manifest import check_shards, read_index, read_manifest
+from data_pipeline.manifest import check_files, read_index, read_manifest
+from data_pipeline.reader import ShardReader
+from data_pipeline.storage import LocalFolder
 from launcher.prepare import main, prepare
 from tests.drawings import write_drawings
 
@@ -57,12 +61,14 @@ def drawings(tmp_path: Path) -> Path:
 
 
 def test_plain_webdataset_reads_what_the_parquet_says(drawings: Path, tmp_path: Path) -> None:
-    manifest = prepare(drawings, tmp_path / "out", rows_per_shard=10, processes=1)
+    manifest = prepare(drawings, tmp_path / "out", rows_per_shard=10)
+    shared = 0
     for name, source in manifest.sources.items():
         rows = pq.read_table(next((drawings / name).glob("*.parquet"))).to_pylist()
         samples = read_with_webdataset([tmp_path / "out" / name / shard.name for shard in source.shards])
         assert len(samples) == len(rows) == source.num_samples
-        for sample, expected in zip(samples, rows, strict=True):
+        reader = ShardReader(LocalFolder(tmp_path / "out"), manifest)
+        for number, (sample, expected) in enumerate(zip(samples, rows, strict=True)):
             record = json.loads(sample["json"])
             assert record["query"]["text"] == expected["qry"]
             assert record["target"]["text"] == expected["pos_text"]
@@ -70,13 +76,22 @@ def test_plain_webdataset_reads_what_the_parquet_says(drawings: Path, tmp_path: 
                 image = record[role]["image"]
                 assert (image is not None) == bool(expected[column])
                 if image:
-                    assert sample[image] == (drawings / expected[column]).read_bytes()
+                    content = (drawings / expected[column]).read_bytes()
+                    assert reader.read(name, number).images[role].content == content
+                    assert sample.get(image, content) == content
+                    shared += image not in sample
+    assert shared > 3 * 24 / 2, "four rows of Shapes_VQA use one image; it is stored once in a shard"
     assert any(" " in path for path in contents(drawings)), "the drawings' file names hold spaces"
 
 
 def test_shards_do_not_depend_on_the_number_of_processes(drawings: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        prepare(drawings, tmp_path / f"out{processes}", rows_per_shard=10, processes=processes)
+        prepare(
+            drawings,
+            tmp_path / f"out{processes}",
+            rows_per_shard=10,
+            executor=partial(ProcessPoolExecutor, processes) if processes > 1 else None,
+        )
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 
 
@@ -93,7 +108,7 @@ def killing(*arguments, **options):
     written += 1
     return original(*arguments, **options)
 {function} = killing
-module.prepare(Path(sys.argv[1]), Path(sys.argv[2]), rows_per_shard=10, processes=1)
+module.prepare(Path(sys.argv[1]), Path(sys.argv[2]), rows_per_shard=10)
 """
 
 
@@ -109,7 +124,7 @@ module.prepare(Path(sys.argv[1]), Path(sys.argv[2]), rows_per_shard=10, processe
     ],
 )
 def test_a_killed_conversion_continues_to_the_same_bytes(drawings: Path, tmp_path: Path, function: str, moment: int) -> None:
-    prepare(drawings, tmp_path / "whole", rows_per_shard=10, processes=1)
+    prepare(drawings, tmp_path / "whole", rows_per_shard=10)
     script = KILLED.format(function=function)
     killed = subprocess.run(
         [sys.executable, "-c", script, str(drawings), str(tmp_path / "out"), str(moment)],
@@ -118,7 +133,7 @@ def test_a_killed_conversion_continues_to_the_same_bytes(drawings: Path, tmp_pat
         check=False,
     )
     assert killed.returncode == -9, killed.stderr.decode()
-    prepare(drawings, tmp_path / "out", rows_per_shard=10, processes=1)
+    prepare(drawings, tmp_path / "out", rows_per_shard=10)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -145,7 +160,7 @@ def test_every_row_is_written_or_listed_with_its_reason(tmp_path: Path) -> None:
         ],
     )
     out = tmp_path / "out"
-    manifest = prepare(root, out, processes=1)
+    manifest = prepare(root, out)
     source = manifest.sources["Sub"]
     assert (source.num_rows, source.num_samples, source.num_rejected) == (10, 2, 8)
     rejected = [json.loads(line) for line in (out / "Sub/rejected.jsonl").read_text().splitlines()]
@@ -173,7 +188,7 @@ def test_equal_content_has_equal_ids_and_negatives_are_carried(tmp_path: Path) -
         Image.new("RGB", (8, 8), color).save(root / f"images/{name}.png")
     query = {"qry": "<|image_1|>\nx", "neg_text": "n", "neg_image_path": ""}
     write_subset(root, [row(**query, qry_image_path=f"images/{name}.png") for name in "abc"])
-    prepare(root, tmp_path / "out", processes=1)
+    prepare(root, tmp_path / "out")
     samples = read_with_webdataset([tmp_path / "out/Sub/Sub-00000.tar"])
     records = [json.loads(sample["json"]) for sample in samples]
     assert records[0]["query"]["id"] == records[1]["query"]["id"] != records[2]["query"]["id"]
@@ -182,9 +197,9 @@ def test_equal_content_has_equal_ids_and_negatives_are_carried(tmp_path: Path) -
 
 
 def test_index_points_at_every_sample(drawings: Path, tmp_path: Path) -> None:
-    manifest = prepare(drawings, tmp_path / "out", rows_per_shard=7, processes=1)
+    manifest = prepare(drawings, tmp_path / "out", rows_per_shard=7)
     for name, source in manifest.sources.items():
-        index = read_index(tmp_path / "out", name)
+        index = read_index(LocalFolder(tmp_path / "out"), name, source)
         assert len(index) == source.num_samples
         for shard, offset, size in zip(*(index.column(c).to_pylist() for c in ("shard", "offset", "size")), strict=True):
             content = (tmp_path / "out" / name / source.shards[shard].name).read_bytes()[offset : offset + size]
@@ -196,15 +211,15 @@ def test_index_points_at_every_sample(drawings: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("hashes", [True, False])
 def test_missing_and_changed_shards_are_found_once(drawings: Path, tmp_path: Path, hashes: bool) -> None:
     out = tmp_path / "out"
-    manifest = prepare(drawings, out, rows_per_shard=10, processes=1)
-    assert check_shards(out, manifest, part=0, num_parts=1, hashes=True) == []
+    manifest = prepare(drawings, out, rows_per_shard=10)
+    assert check_files(LocalFolder(out), manifest, part=0, num_parts=1, hashes=True) == []
     shards = sorted(out.glob("*/*.tar"))
     shards[0].unlink()
     shards[1].write_bytes(shards[1].read_bytes()[:-10])
     content = bytearray(shards[2].read_bytes())
     content[600] ^= 1
     shards[2].write_bytes(content)
-    found = [p for part in range(3) for p in check_shards(out, manifest, part=part, num_parts=3, hashes=hashes)]
+    found = [p for part in range(3) for p in check_files(LocalFolder(out), manifest, part=part, num_parts=3, hashes=hashes)]
     expected = [(shards[0], "shard is missing; restore it"), (shards[1], "bytes, the manifest says")]
     if hashes:
         expected.append((shards[2], "SHA-256 of the shard is"))
@@ -238,11 +253,11 @@ def test_wrong_input_is_refused_before_anything_is_written(drawings: Path, tmp_p
 
 def test_damaged_and_absent_manifests_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no shards here"):
-        read_manifest(tmp_path)
-    for text, message in (("{", "damaged manifest"), ('{"format": 9}', "format 9 is not 1"), ("[]", "damaged manifest")):
+        read_manifest(LocalFolder(tmp_path))
+    for text, message in (("{", "damaged manifest"), ('{"format": 9}', "format 9 is not 2"), ("[]", "damaged manifest")):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(DataError, match=message):
-            read_manifest(tmp_path)
+            read_manifest(LocalFolder(tmp_path))
 
 
 def test_command_line(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

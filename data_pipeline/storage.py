@@ -1,0 +1,296 @@
+"""Where shard files come from: a local folder, or a remote one through fsspec and a local cache.
+
+The cache is shared by all processes of a machine. Its files are named by their SHA-256, so equal files of any run are one;
+each was checked before it got its name. A lock of the file system keeps two processes from fetching the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from agff.errors import AgffError, ConfigError, DataError
+
+SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
+"""Storages that are read through fsspec. Anything else that looks like a URL is refused, above all `pipe:`."""
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+ATTEMPTS = 5
+FIRST_WAIT_S = 0.5
+"""Before the second attempt; doubled before each further one, with up to half of it added at random."""
+HTTP_TIMEOUT_S = 60
+"""An HTTP server that sends nothing for so long has failed this attempt."""
+FETCHERS = 4
+"""Files that one process fetches ahead at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """What the manifest says of a file."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Local copies of remote shards; not used for a local folder."""
+
+    dir: str = "~/.cache/agff/shards"
+    """Folder on a disk of this machine, shared by its ranks."""
+    max_gib: float = 100.0
+    """Bound on its size; the files used longest ago make room."""
+    fetch_ahead_steps: int = 32
+    """Shards are fetched so many steps before they are read."""
+
+    def __post_init__(self) -> None:
+        if self.max_gib <= 0:
+            raise ConfigError(f"data.cache.max_gib={self.max_gib} must be > 0")
+        if self.fetch_ahead_steps < 0:
+            raise ConfigError(f"data.cache.fetch_ahead_steps={self.fetch_ahead_steps} must be >= 0")
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound in bytes."""
+        return int(self.max_gib * 2**30)
+
+
+class Folder(Protocol):
+    """A folder of shards, wherever it is."""
+
+    location: str
+
+    def read_bytes(self, name: str) -> bytes:
+        """A small file at the top, as it is now. Raises FileNotFoundError or another OSError."""
+
+    def local_path(self, source: str, file: StoredFile) -> Path:
+        """Path of the file on this machine, fetched if it must be. Raises DataError."""
+
+    def open(self, source: str, file: StoredFile) -> int:
+        """File descriptor of the file, which stays readable whatever happens to its name. Raises OSError or DataError."""
+
+    def fetch_ahead(self, source: str, file: StoredFile) -> None:
+        """Say that the file will be wanted soon; returns at once."""
+
+
+def open_folder(location: str, cache: CacheConfig) -> LocalFolder | CachedFolder:
+    """The folder at a path or URL. Raises ConfigError for an unknown storage: no data path ever runs a command."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", location)
+    if "::" in location or (scheme and scheme[1] not in (*SCHEMES, "file")):
+        raise ConfigError(
+            f"data.shards={location!r}: {scheme[1] if scheme else '::'!r} is no storage we read; "
+            f"give a path, or a URL with {', '.join(f'{name}://' for name in SCHEMES)}. Commands (pipe:) are never run"
+        )
+    if scheme is None or scheme[1] == "file":
+        return LocalFolder(Path(location.removeprefix("file://")))
+    return CachedFolder(location.rstrip("/"), cache)
+
+
+class LocalFolder:
+    """A folder of this machine, or of a file system that it mounts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.location = path, str(path)
+
+    def read_bytes(self, name: str) -> bytes:
+        """See Folder."""
+        return (self.path / name).read_bytes()
+
+    def local_path(self, source: str, file: StoredFile) -> Path:
+        """See Folder."""
+        return self.path / source / file.name
+
+    def open(self, source: str, file: StoredFile) -> int:
+        """See Folder."""
+        return os.open(self.local_path(source, file), os.O_RDONLY)
+
+    def fetch_ahead(self, source: str, file: StoredFile) -> None:
+        """See Folder; nothing to do."""
+
+
+class CachedFolder:
+    """A remote folder whose files are fetched into the cache when they are wanted, or ahead of it."""
+
+    def __init__(self, url: str, cache: CacheConfig) -> None:
+        self.location = url
+        self._cache = cache
+        self._dir = Path(cache.dir).expanduser()
+        self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
+        self._announced: set[str] = set()
+
+    def read_bytes(self, name: str) -> bytes:
+        """See Folder. Not cached: the manifest decides what the rest means."""
+        url = f"{self.location}/{name}"
+        return _with_retries(url, lambda: self._filesystem().cat_file(url))
+
+    def local_path(self, source: str, file: StoredFile) -> Path:
+        """See Folder."""
+        os.close(self.open(source, file))
+        return self._path(file)
+
+    def open(self, source: str, file: StoredFile) -> int:
+        """See Folder."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # not fetched yet, or just evicted by another process
+                descriptor = os.open(self._path(file), os.O_RDONLY)
+                os.utime(descriptor)  # what is used longest ago goes first
+                return descriptor
+            self._fetch(source, file)
+
+    def fetch_ahead(self, source: str, file: StoredFile) -> None:
+        """See Folder."""
+        if file.sha256 in self._announced and self._path(file).exists():
+            return
+        self._announced.add(file.sha256)
+        if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not survive a fork
+            self._fetchers = os.getpid(), ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        self._fetchers[1].submit(self._fetch_quietly, source, file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fetchers": None}
+
+    def _fetch_quietly(self, source: str, file: StoredFile) -> None:
+        with contextlib.suppress(DataError):  # whoever needs the file will meet the error
+            self._fetch(source, file)
+
+    def _path(self, file: StoredFile) -> Path:
+        return self._dir / f"{file.sha256}{Path(file.name).suffix}"
+
+    def _filesystem(self) -> Any:
+        import fsspec
+
+        scheme = self.location.partition(":")[0]
+        options: dict[str, Any] = {}
+        try:
+            if scheme in ("http", "https"):
+                import aiohttp
+
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=HTTP_TIMEOUT_S, sock_read=HTTP_TIMEOUT_S)
+                options = {"client_kwargs": {"timeout": timeout}}
+            return fsspec.filesystem(scheme, **options)
+        except ImportError as error:
+            raise ConfigError(
+                f"{scheme}:// needs the package {PACKAGES[scheme]} ({error}); pip install {PACKAGES[scheme]}"
+            ) from None
+
+    def _fetch(self, source: str, file: StoredFile) -> None:
+        """Fetch the file unless it is there. One process at a time; raises DataError when it cannot be had whole."""
+        url = f"{self.location}/{source}/{file.name}"
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            with _locked(self._lock_path(file.sha256)):
+                if self._path(file).exists():
+                    return
+                partial = self._make_room(file, url)
+                try:
+                    _with_retries(url, lambda: self._download(url, file, partial))
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{url}: cannot write {file.size_bytes:,} bytes to the cache {self._dir}: {error}; "
+                "free space there, lower data.cache.max_gib, or choose another data.cache.dir"
+            ) from None
+
+    def _download(self, url: str, file: StoredFile, partial: Path) -> None:
+        try:
+            self._filesystem().get_file(url, str(partial))
+        except FileNotFoundError:
+            raise DataError(f"{url}: the file is missing there, the manifest names it") from None
+        if (size := partial.stat().st_size) != file.size_bytes:
+            raise _DamagedError(f"{size:,} bytes came, the manifest says {file.size_bytes:,}")
+        with partial.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != file.sha256:
+            raise _DamagedError(f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}...")
+        partial.replace(self._path(file))
+
+    def _make_room(self, file: StoredFile, url: str) -> Path:
+        """Evict until the file fits, and claim its space by the name of an empty file, which is returned."""
+        if file.size_bytes > self._cache.max_bytes:
+            raise DataError(
+                f"{url}: {file.size_bytes:,} bytes are more than the whole cache of {self._cache.max_bytes:,} "
+                "(data.cache.max_gib); raise it"
+            )
+        partial = self._dir / f"{file.sha256}.{file.size_bytes}.partial"
+        with _locked(self._dir / "lock"):
+            partial.unlink(missing_ok=True)  # of a killed process: we hold the lock of this file
+            used = 0
+            evictable = []
+            for path in self._dir.iterdir():
+                if path.suffix == ".partial":
+                    used += self._claimed(path)
+                elif not path.name.startswith("lock"):
+                    status = path.stat()
+                    used += status.st_size
+                    evictable.append((status.st_mtime, status.st_size, path))
+            for _, size, path in sorted(evictable):
+                if used + file.size_bytes <= self._cache.max_bytes:
+                    break
+                path.unlink()
+                used -= size
+            partial.touch()
+            return partial
+
+    def _claimed(self, partial: Path) -> int:
+        """Bytes that a running fetch will need; one whose process was killed is removed and needs none."""
+        sha256, size, _ = partial.name.split(".")
+        with _locked(self._lock_path(sha256), wait=False) as is_free:
+            if is_free:
+                partial.unlink(missing_ok=True)
+                return 0
+        return int(size)
+
+    def _lock_path(self, sha256: str) -> Path:
+        return self._dir / f"lock-{sha256[:2]}"
+
+
+class _DamagedError(Exception):
+    """What came is not what the manifest names; another attempt may bring it."""
+
+
+def _with_retries(url: str, fetch: Any) -> Any:
+    """What `fetch` returns. Another attempt after whatever a storage library raises, unless it cannot help."""
+    wait = FIRST_WAIT_S
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return fetch()
+        except (FileNotFoundError, AgffError):
+            raise
+        except PermissionError as error:
+            raise DataError(f"{url}: access denied: {error}; check the credentials of this machine") from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+                raise
+            if attempt == ATTEMPTS:
+                text = str(error) or type(error).__name__
+                raise DataError(f"{url}: {ATTEMPTS} attempts failed, the last: {text}") from None
+        time.sleep(wait * (1 + random.random() / 2))
+        wait *= 2
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file among the processes and threads of this machine; False when `wait` is and it is taken."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)

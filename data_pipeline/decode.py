@@ -99,6 +99,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _item(role: str, raw: RawSample, seen_pixels: int | None) -> Item:
     text, image = str(raw.record[role]["text"]), raw.images.get(role)
+    text.encode()  # JSON can hold halves of surrogate pairs, which no tokenizer takes; UnicodeEncodeError is a ValueError
     if (found := text.count(IMAGE_PLACEHOLDER)) != int(image is not None):
         raise DataError(f"{raw.address}.json: {IMAGE_PLACEHOLDER} stands {found} times, images: {int(image is not None)}")
     if image is None:

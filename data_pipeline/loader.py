@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ def load_batches(
     Resume is start_step. Raises DataError when a batch cannot be made, a worker dies, or none comes within
     `stalled_after_s`; without workers nothing watches the reading.
     """
+    _allow_many_open_files()
     watch = Watch(max(1, num_workers))
     loader = DataLoader(
         dataclasses.replace(batches, watch=watch),
@@ -175,6 +177,12 @@ def load_batches(
         yield batch
 
 
+def _allow_many_open_files() -> None:
+    """A tensor that a worker hands over costs a file descriptor, and a batch has several for each chunk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _next_batch(
     steps: Iterator[Batch | DataError], step: int, batches: StepBatches, watch: Watch, stalled_after_s: float
 ) -> Batch | DataError:
@@ -182,7 +190,7 @@ def _next_batch(
     while True:
         try:
             return next(steps)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while handing over a tensor
             if "timed out" not in str(error):
                 raise DataError(
                     f"rank {batches.rank}: a loader worker died before step {step} ({error}); if it was killed for memory, "

@@ -21,6 +21,8 @@ from agff.errors import DataError
 
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
+READ_BUFFER_BYTES = 2**20
+"""Of each column; without it a whole row group, which may be a whole subset, would be held in memory."""
 SPLITS = ("original", "diverse_instruction")
 IMAGE_TARGET_TEXT = f"{IMAGE_PLACEHOLDER}\nRepresent the given image.\n"
 """What stands beside an image that is a target."""
@@ -89,7 +91,7 @@ def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iter
     """Row groups outside of start .. stop are not read."""
     position = 0
     for path in parquet_files(root, subset, split=split):
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        with pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as file:
             columns = [name for name in (*REQUIRED, *OPTIONAL) if name in file.schema_arrow.names]
             for group in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(group).num_rows

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 VERBS = {
     "train": ("launcher.train", "run a recipe, or continue an interrupted run"),
     "prepare": ("launcher.prepare", "MMEB-train download -> WebDataset shards"),
+    "verify": ("launcher.verify", "is every shard, index and sample as it was written? Is a download complete?"),
+    "preview": ("launcher.preview", "an HTML page of what the loader yields"),
     "evaluate": ("launcher.evaluate", "score a run or release on MMEB and MMVP-VLM layouts"),
     "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
     "quickstart-data": ("launcher.quickstart_data", "real images and a small backbone for a first run"),

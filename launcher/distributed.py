@@ -88,10 +88,10 @@ def _rank_info(
             "start with one of these launchers, or unset what is left over"
         )
     rank, local_rank, world_size = (_whole_number(environ, name, launcher) for name in names)
-    if not local_rank <= rank < world_size:
+    if not max(rank, local_rank) < world_size:
         raise ConfigError(
             f"{', '.join(f'{name}={environ[name]}' for name in names)} contradict each other: "
-            "a local rank is at most the rank, and the rank is below the number of ranks"
+            "both ranks are below the number of ranks"
         )
     addr = environ.get("MASTER_ADDR") or addr or ("127.0.0.1" if world_size == 1 else None)
     if addr is None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
+from agff.batch import Item
 from agff.embedder import Embedder
 from agff.encoder import EmbeddingModel
 from agff.errors import ConfigError
@@ -119,6 +120,16 @@ def test_items_of_any_kind_and_image_shape_are_encoded_the_same_alone_and_togeth
     alone = torch.cat([embedder.encode([item]) for item in items])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert (together[1] - embedder.encode([Image.new("RGB", (56, 56), "blue")])[0]).abs().max() > 1e-3
+
+
+def test_tokens_are_counted_without_encoding(folder: Path) -> None:
+    _, processor = build(folder)
+    sizes = [(56, 56), (90, 31), (28, 112), (500, 333), (7, 300)]
+    items = [Item(text="a heart"), *(Item(text="<|image_1|>\nwhat?", image=Image.new("RGB", size)) for size in sizes)]
+    for item in items:
+        inputs = processor([item, item])
+        assert processor.num_tokens(item) == int(inputs["attention_mask"][0].sum())
+    assert processor.max_image_pixels >= 28 * 28
 
 
 def test_every_parameter_in_use_gets_a_gradient_also_without_images(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from agff.objectives.contrastive import LossConfig, contrastive_loss
 from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 from agff.step import train_step
+from data_pipeline.collate import TokenBudget
 from tests.agff.tiny import batch_of, global_rows, tiny_model
 from tests.ranks import run_ranks
 
@@ -22,11 +24,13 @@ NO_IMAGE_ON_RANK_1 = range(4, 8)
 """The second half of the global batch holds no image at all: with two ranks, all of rank 1."""
 
 CASES = [
-    (chunk_size, LossConfig(amplification=amplification, bidirectional=bidirectional), num_fine)
-    for (chunk_size, (amplification, bidirectional), num_fine) in product(
-        (1, 2, 4), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
+    (chunking, LossConfig(amplification=amplification, bidirectional=bidirectional), num_fine)
+    for (chunking, (amplification, bidirectional), num_fine) in product(
+        (1, 2, 4, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
     )
 ]
+"""4 items are a whole local batch of two ranks. With a budget the ranks have different numbers of chunks; explicit negatives
+are on the first ranks only."""
 
 
 class PlainEngine:
@@ -55,13 +59,13 @@ class PlainEngine:
         return True
 
 
-def gradients(chunk_size: int, loss: LossConfig, num_fine: int) -> tuple[float, dict[str, Tensor]]:
+def gradients(chunking: int | TokenBudget, loss: LossConfig, num_fine: int) -> tuple[float, dict[str, Tensor]]:
     """(loss, gradient of every parameter) of one step over this rank's share of the global batch."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     rows = global_rows(NUM_ROWS, num_fine, rows_without_image=NO_IMAGE_ON_RANK_1)
     local = rows[rank * NUM_ROWS // world_size : (rank + 1) * NUM_ROWS // world_size]
     engine = PlainEngine(tiny_model(num_fine))
-    result = train_step(engine, partial(contrastive_loss, config=loss), batch_of(local, chunk_size, num_fine))
+    result = train_step(engine, partial(contrastive_loss, config=loss), batch_of(local, chunking, num_fine))
     zero = torch.zeros(())
     return result.metrics[0].item(), {
         name: zero if p.grad is None else p.grad for name, p in engine.model.named_parameters()
@@ -74,8 +78,8 @@ def gradients_of_all_cases() -> list[tuple[float, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_and_chunks_equal_one_process_with_the_full_batch(world_size: int) -> None:
-    cases = CASES if world_size == 2 else [case for case in CASES if case[0] <= 2]
-    worker = gradients_of_all_cases if world_size == 2 else gradients_of_small_chunks
+    cases = CASES if world_size == 2 else [case for case in CASES if case[0] != 4]
+    worker = gradients_of_all_cases if world_size == 2 else gradients_of_chunks_below_four
     results = run_ranks(worker, world_size=world_size)
     for index, (_, loss, num_fine) in enumerate(cases):
         expected_loss, expected = gradients(NUM_ROWS, loss, num_fine)
@@ -87,8 +91,48 @@ def test_ranks_and_chunks_equal_one_process_with_the_full_batch(world_size: int)
         assert any("visual" in name and gradient.abs().max() > 1e-3 for name, gradient in expected.items())
 
 
-def gradients_of_small_chunks() -> list[tuple[float, dict[str, Tensor]]]:
-    return [gradients(*case) for case in CASES if case[0] <= 2]
+def gradients_of_chunks_below_four() -> list[tuple[float, dict[str, Tensor]]]:
+    return [gradients(*case) for case in CASES if case[0] != 4]
+
+
+def test_the_cases_exercise_ranks_with_different_numbers_of_chunks_and_negatives() -> None:
+    rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1)
+    batches = [batch_of(part, TokenBudget(max_tokens=22), 4) for part in (rows[:4], rows[4:])]
+    assert len(batches[0].chunks) > len(batches[1].chunks)
+    assert (batches[0].num_negatives, batches[1].num_negatives) == (3, 0)
+    assert any(len(chunk["input_ids"]) > 1 for chunk in batches[0].chunks)
+
+
+def slow_loss(similarity: Any, rows: list[dict], *, temperature: float) -> float:
+    """InfoNCE with explicit negatives by its definition: for each query its own target, all others and all negatives."""
+    losses = []
+    for i, row in enumerate(rows):
+        candidates = [(similarity(i, "target", j), j == i, r["target_id"], r["query_id"]) for j, r in enumerate(rows)]
+        candidates += [
+            (similarity(i, "negative", j), False, r["negative_id"], None) for j, r in enumerate(rows) if "negative" in r
+        ]
+        kept = [s for s, is_own, cid, qid in candidates if is_own or (cid != row["target_id"] and qid != row["query_id"])]
+        total = sum(math.exp(s / temperature) for s in kept)
+        losses.append(math.log(total) - candidates[i][0] / temperature)
+    return sum(losses) / len(losses)
+
+
+def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_target_they_are() -> None:
+    rows = global_rows(NUM_ROWS, 0, rows_without_image=NO_IMAGE_ON_RANK_1)
+    engine = PlainEngine(tiny_model(0))
+    batch = batch_of(rows, NUM_ROWS, 0)
+    with torch.no_grad():
+        query, target, negative = (x[:, 0] for x in batch.split(torch.cat([engine.encode(c) for c in batch.chunks])))
+    place = {j: k for k, j in enumerate(j for j, r in enumerate(rows) if "negative" in r)}
+
+    def similarity(i: int, side: str, j: int) -> float:
+        return float(query[i] @ (target[j] if side == "target" else negative[place[j]]))
+
+    loss = LossConfig(amplification=0, temperature=0.5)
+    result = train_step(engine, partial(contrastive_loss, config=loss), batch)
+    assert result.metrics[0].item() == pytest.approx(slow_loss(similarity, rows, temperature=0.5), abs=1e-12)
+    without = [{k: v for k, v in row.items() if not k.startswith("negative")} for row in rows]
+    assert slow_loss(similarity, without, temperature=0.5) < result.metrics[0].item() - 0.01, "the negatives matter"
 
 
 def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from agff.batch import Batch, ModelInputs
 from agff.encoder import EmbeddingModel
 from agff.prompts import PromptConfig
+from data_pipeline.collate import FixedRows, TokenBudget
 
 VOCABULARY, IMAGE_TOKEN, PATCH_VALUES = 40, 30, 3 * 2 * 4 * 4
 
@@ -110,18 +113,33 @@ def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed
     return rows
 
 
-def batch_of(rows: list[dict], chunk_size: int, num_fine: int) -> Batch:
-    """The rows as one rank's batch."""
+def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Batch:
+    """The rows as one rank's batch, in chunks of so many items or tokens."""
     with_negative = [row for row in rows if "negative" in row]
     items = [row[side] for side, of in (("query", rows), ("target", rows), ("negative", with_negative)) for row in of]
-    parts = [items[start : start + chunk_size] for start in range(0, len(items), chunk_size)]
+    cut = FixedRows(rows=chunking) if isinstance(chunking, int) else chunking
+    parts = cut.cut(items, _Lengths(num_fine))
+    order = [index for part in parts for index in part]
     return Batch(
-        chunks=tuple(chunk([text for text, _ in part], [image for _, image in part], num_fine) for part in parts),
-        order_R=torch.arange(len(items)),
+        chunks=tuple(chunk([items[i][0] for i in part], [items[i][1] for i in part], num_fine) for part in parts),
+        order_R=torch.tensor([order.index(i) for i in range(len(items))]),
         query_ids_B=torch.tensor([row["query_id"] for row in rows]),
         target_ids_B=torch.tensor([row["target_id"] for row in rows]),
         negative_ids_N=torch.tensor([row["negative_id"] for row in with_negative], dtype=torch.int64),
         addresses=tuple(f"rows:{row['query_id']}" for row in rows),
         filler=chunk([[]], [None], num_fine),
-        one_pass=chunk_size == len(rows),
+        one_pass=chunking == len(rows),
     )
+
+
+@dataclass
+class _Lengths:
+    """Stands in for an item processor where only lengths are asked for."""
+
+    num_fine: int
+
+    def num_tokens(self, item: tuple[list[int], Tensor | None]) -> int:
+        return len(item[0]) + (item[1] is not None) + 1 + self.num_fine
+
+    def __call__(self, items: Any) -> ModelInputs:
+        raise AssertionError("only lengths are asked for")

@@ -3,16 +3,18 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from agff.batch import NO_CONTENT, Item
 from agff.errors import DataError
 from data_pipeline import decode as decode_module
 from data_pipeline.decode import decode, decode_image
-from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.manifest import Manifest, read_manifest, write_index
 from data_pipeline.reader import ShardReader, parse_sample
 from data_pipeline.storage import LocalFolder
 from launcher.prepare import prepare
@@ -67,6 +69,7 @@ def test_a_whole_sample() -> None:
         (tar_of({"query": {}}), r"^s.tar:k: member or field 'image' is missing"),
         (tar_of(b"\xff\xfe"), r"^s.tar:k.json: text is not UTF-8"),
         (tar_of(b"{"), r"^s.tar:k.json: not a sample's record"),
+        (tar_of(record("\ud800", None)), r"^s.tar:k.json: not a sample's record: .*surrogates not allowed"),
         (tar_of(record("no placeholder"), query_png=RED), r"^s.tar:k.json: <\|image_1\|> stands 0 times, images: 1"),
         (tar_of(record("<|image_1|>", None)), r"^s.tar:k.json: <\|image_1\|> stands 1 times, images: 0"),
         (tar_of(record(), query_png=b"no image"), r"^s.tar:k.query.png: 8 bytes that are no image"),
@@ -115,6 +118,53 @@ def test_images_of_every_mode_become_upright_rgb_on_white() -> None:
     assert decode_image(encoded(Image.new("RGB", (4, 8)), "JPEG", exif=exif), ADDRESS).size == (8, 4)
 
 
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same_to_the_model() -> None:
+    y, x = np.mgrid[0:1600, 0:1200]
+    scene = np.stack([127 + 120 * np.sin(x / 90), 127 + 120 * np.cos(y / 70), (x + y) / 2800 * 255], axis=-1)
+    content = encoded(Image.fromarray(scene.astype(np.uint8)), "JPEG", quality=90)
+    whole = decode_image(content, ADDRESS)
+    seen = 200 * 200
+    small = decode_image(content, ADDRESS, seen_pixels=seen)
+    assert (whole.size, small.size) == ((1200, 1600), (600, 800)), "at least twice what is seen: 173 x 231"
+    target = (173, 231)
+    first, second = (np.asarray(image.resize(target, Image.Resampling.BICUBIC), dtype=float) for image in (whole, small))
+    assert np.abs(first - second).mean() < 1.5
+    assert decode_image(content, ADDRESS, seen_pixels=1200 * 1600).size == whole.size
+    assert decode_image(encoded(whole, "PNG"), ADDRESS, seen_pixels=seen).size == whole.size, "PNG has no such mode"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_image(encoded(whole, "JPEG", exif=exif), ADDRESS, seen_pixels=seen)
+    assert turned.size == (800, 600)
+
+
+def test_a_negative_is_decoded_when_it_is_wanted() -> None:
+    content = tar_of({**record(), "negative": {"text": "n", "image": None, "id": 3}}, query_png=RED)
+    sample = parse_sample(content, "s.tar", no_other_bytes)
+    example = decode(sample)
+    assert example.negative == Item(text="n")
+    assert example.negative_id == 3
+    assert len(example.items) == 3
+    without = decode(sample, with_negative=False)
+    assert (without.negative, without.negative_id, len(without.items)) == (None, NO_CONTENT, 2)
+
+
+def test_an_image_of_an_earlier_sample_is_read_from_where_the_record_says() -> None:
+    asked = []
+
+    def read_range(offset: int, size: int) -> bytes:
+        asked.append((offset, size))
+        return RED
+
+    content = tar_of({**record(image="j.query.png"), "query": {**record(image="j.query.png")["query"], "at": [1024, 70]}})
+    sample = parse_sample(content, "s.tar", read_range)
+    assert asked == [(1024, 70)]
+    assert sample.images["query"].address == "s.tar:j.query.png"
+    for at in ("x", [1], {"a": 1}):
+        broken = tar_of({"query": {"text": "<|image_1|>", "image": "j.query.png", "at": at, "id": 1}})
+        with pytest.raises(DataError, match=r"^s.tar:k.json: not a sample's record"):
+            parse_sample(broken, "s.tar", read_range)
+
+
 # ------------------------------------------------------------------ the reader
 
 
@@ -150,6 +200,18 @@ def test_truncated_shard_wrong_offset_and_missing_file_are_named(shards: tuple[P
     shard.unlink()
     with pytest.raises(DataError, match=r"^Shapes_t2i-00000.tar: cannot read the shard"):
         reader.read("Shapes_t2i", 0)
+
+
+def test_ranges_outside_of_the_shard_are_refused(shards: tuple[Path, Manifest]) -> None:
+    folder, manifest = shards
+    source = manifest.sources["Shapes_i2t"]
+    size = source.shards[0].size_bytes
+    for offset, length in ((size - 512, 1024), (-512, 512), (0, 0), (0, 2**40)):
+        samples = [[(offset, length)] * shard.num_samples for shard in source.shards]
+        index = write_index(folder / "Shapes_i2t", samples)
+        changed = replace(manifest, sources={**manifest.sources, "Shapes_i2t": replace(source, index=index)})
+        with pytest.raises(DataError, match=r"^Shapes_i2t-00000.tar: bytes .* are not in a shard of"):
+            ShardReader(LocalFolder(folder), changed).read("Shapes_i2t", 0)
 
 
 def test_index_that_disagrees_with_the_manifest_is_refused(shards: tuple[Path, Manifest]) -> None:

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from agff.batch import Batch, Item, ModelInputs
+from agff.batch import NO_CONTENT, Batch, Item, ModelInputs
 from agff.errors import DataError
-from data_pipeline.collate import FixedRows
+from data_pipeline import loader
+from data_pipeline.collate import FixedRows, TokenBudget
 from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Mixture, Plan
@@ -46,13 +54,14 @@ def batches_of(shards: tuple[Path, Manifest], *, rank: int = 0, world_size: int 
     folder, manifest = shards
     mixture = Mixture(sub_batch_size=4, weights=choices.pop("weights", None))
     return StepBatches(
-        plan=Plan(manifest, mixture, seed=0, global_batch_size=8),
+        plan=choices.pop("plan", None) or Plan(manifest, mixture, seed=0, global_batch_size=8),
         reader=ShardReader(LocalFolder(folder), manifest),
         encode_items=Encoder(),
         rank=rank,
         world_size=world_size,
         chunking=choices.pop("chunking", FixedRows(rows=2)),
         max_bad_in_a_row=choices.pop("max_bad_in_a_row", 3),
+        **choices,
     )
 
 
@@ -135,3 +144,154 @@ def test_an_item_that_the_backbone_refuses_is_skipped_with_its_address(shards: t
     skipped = [sample.reason for batch in seen if isinstance(batch, Batch) for sample in batch.skipped]
     assert all("this item does not fit" in message and message.startswith("Shapes_i2t-") for message in skipped)
     assert skipped
+
+
+# ------------------------------------------------------------------ hard negatives and chunks by tokens
+
+
+def test_explicit_negatives_follow_the_targets(shards: tuple[Path, Manifest]) -> None:
+    batch = batches_of(shards, weights={"Shapes_t2i": 1})[0]
+    assert isinstance(batch, Batch)
+    assert batch.num_negatives == batch.num_pairs == 8
+    rows = torch.cat([chunk["pixels"] for chunk in batch.chunks])
+    _, targets, negatives = batch.split(rows)
+    assert not torch.equal(targets, negatives)
+    reader = ShardReader(LocalFolder(shards[0]), shards[1])
+    by_address = {raw.address: raw for raw in (reader.read("Shapes_t2i", n) for n in range(24))}
+    expected = [by_address[address].record["negative"]["id"] for address in batch.addresses]
+    assert batch.negative_ids_N.tolist() == expected
+    without = batches_of(shards, weights={"Shapes_t2i": 1}, with_negatives=False)[0]
+    assert isinstance(without, Batch)
+    assert (without.num_negatives, len(without.chunks)) == (0, 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), budget=st.integers(40, 200))
+def test_a_token_budget_holds_for_every_chunk_and_loses_nothing(lengths: list[int], budget: int) -> None:
+    items = [Item(text="x" * length) for length in lengths]
+    chunks = TokenBudget(max_tokens=budget).cut(items, Encoder())
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(len(items)))
+    for chunk in chunks:
+        assert len(chunk) * max(lengths[index] for index in chunk) <= budget
+    for first, second in itertools.pairwise(chunks):
+        assert (len(first) + 1) * max(lengths[i] for i in first) > budget, "as many as fit"
+        assert max(lengths[i] for i in second) <= min(lengths[i] for i in first)
+
+
+def test_items_stand_in_order_whatever_the_chunks(shards: tuple[Path, Manifest]) -> None:
+    seen = []
+    for chunking in (FixedRows(rows=2), FixedRows(rows=8), TokenBudget(max_tokens=120)):
+        batch = batches_of(shards, chunking=chunking)[3]
+        assert isinstance(batch, Batch)
+        assert batch.one_pass == (chunking == FixedRows(rows=8))
+        batch = batch.leveled(num_chunks=len(batch.chunks) + 2, num_negatives=batch.num_negatives + 1)
+        query, target, negative = batch.split(torch.cat([chunk["pixels"] for chunk in batch.chunks]))
+        seen.append((query.tolist(), target.tolist(), negative[:-1].tolist()))
+        assert batch.negative_ids_N[-1] == NO_CONTENT
+        assert batch.num_tokens == sum(int(c["attention_mask"].sum()) for c in batch.chunks[:-2])
+    assert seen[0] == seen[1] == seen[2]
+
+
+# ------------------------------------------------------------------ stalls and deaths
+
+
+def block(folder: Path) -> None:
+    """Every shard of one source becomes a pipe that nobody writes to: reading it never ends."""
+    for path in folder.glob("Shapes_i2t/*.tar"):
+        path.unlink()
+        os.mkfifo(path)
+
+
+def test_a_stalled_read_is_named_warned_of_and_ended(
+    shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loader, "WARN_AFTER_S", 1)
+    block(shards[0])
+    batches = batches_of(shards, weights={"Shapes_i2t": 1}, rank=1, world_size=2)
+    started = time.monotonic()
+    where = rf"the batch of step 0: worker 0 has been reading {shards[0]}/Shapes_i2t/Shapes_i2t-0000\d.tar for \d s"
+    with pytest.raises(DataError, match=rf"^rank 1 has waited 3 s for {where}; gave up after data.stalled_after_s=3"):
+        next(load_batches(batches, start_step=0, num_steps=3, num_workers=1, stalled_after_s=3))
+    assert time.monotonic() - started < 20
+    assert [re.match(rf"rank 1 has waited \d s for {where}", record.message) is not None for record in caplog.records] == [
+        True,
+        True,
+    ]
+
+
+def test_a_killed_worker_is_an_error_and_the_rest_of_the_run_is_unchanged(shards: tuple[Path, Manifest]) -> None:
+    def all_batches(start_step: int) -> Iterator[Batch]:
+        return load_batches(batches_of(shards), start_step=start_step, num_steps=40, num_workers=1)
+
+    expected = [flat(batch) for batch in all_batches(0)]
+    found = []
+
+    def kill_the_worker_after_three() -> None:
+        for batch in all_batches(0):
+            found.append(flat(batch))
+            if len(found) == 3:
+                for child in psutil.Process().children(recursive=True):
+                    if "resource_tracker" not in " ".join(child.cmdline()):
+                        child.kill()
+
+    with pytest.raises((DataError, RuntimeError), match=r"worker"):  # torch may raise from its signal handler
+        kill_the_worker_after_three()
+    assert 3 <= len(found) < 40
+    found += [flat(batch) for batch in all_batches(len(found))]
+    assert found == expected
+
+
+# ------------------------------------------------------------------ many shapes of data
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Manifest]]:
+    """By rows per shard."""
+    folder = tmp_path_factory.mktemp("many")
+    mmeb = write_drawings(folder / "d").mmeb
+    return {
+        rows: (folder / f"out{rows}", prepare(mmeb, folder / f"out{rows}", rows_per_shard=rows)) for rows in (1, 3, 10, 100)
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows_per_shard=st.sampled_from([1, 3, 10, 100]),
+    sources=st.sets(st.sampled_from(["Shapes_t2i", "Shapes_i2t", "Shapes_VQA", "Shapes_text"]), min_size=1),
+    world_size=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 10**6),
+    start=st.integers(0, 10**5),
+    cap=st.one_of(st.none(), st.integers(4, 30)),
+)
+def test_what_ranks_read_is_the_plan_whatever_ranks_shards_sources_and_seed(
+    many_shards: dict[int, tuple[Path, Manifest]],
+    rows_per_shard: int,
+    sources: set[str],
+    world_size: int,
+    seed: int,
+    start: int,
+    cap: int | None,
+) -> None:
+    folder, manifest = many_shards[rows_per_shard]
+    mixture = Mixture(sub_batch_size=2, weights=dict.fromkeys(sources, 1.0), caps=cap)
+    plan = Plan(manifest, mixture, seed=seed, global_batch_size=8)
+    parts = []
+    for rank in range(world_size):
+        rows = FixedRows(rows=8 // world_size)
+        batches = batches_of((folder, manifest), rank=rank, world_size=world_size, plan=plan, chunking=rows)
+        batch = batches[start]
+        assert isinstance(batch, Batch)
+        assert batch.num_pairs == 8 // world_size
+        parts += batch.addresses
+    reader = ShardReader(LocalFolder(folder), manifest)
+    expected = [reader.read(plan.source_names[source], int(sample)).address for source, sample in plan.global_batch(start)]
+    assert parts == expected
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on 2 cores
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_workers_do_not_change_the_batches(many_shards: dict[int, tuple[Path, Manifest]], num_workers: int) -> None:
+    for rows_per_shard in (1, 100):
+        batches = batches_of(many_shards[rows_per_shard])
+        found = load_batches(batches, start_step=17, num_steps=25, num_workers=num_workers)
+        assert [flat(batch) for batch in found] == [flat(batches[step]) for step in range(17, 25)]

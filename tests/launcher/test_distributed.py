@@ -75,7 +75,7 @@ def test_exported_variables_read_back_the_same() -> None:
         ({"OMPI_COMM_WORLD_RANK": "0"}, r"OMPI_COMM_WORLD_SIZE missing; mpirun sets"),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}, r"SLURM_LOCALID and SLURM_NTASKS missing; srun sets"),
         ({**TORCHRUN, "RANK": "4"}, r"RANK=4, LOCAL_RANK=1, WORLD_SIZE=4 contradict each other"),
-        ({**TORCHRUN, "RANK": "0"}, r"RANK=0, LOCAL_RANK=1, WORLD_SIZE=4 contradict each other"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, r"RANK=3, LOCAL_RANK=4, WORLD_SIZE=4 contradict each other"),
         ({**TORCHRUN, "RANK": "-1"}, r"RANK='-1' is not a whole number"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, r"MASTER_PORT='http' is not a whole number"),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, r"WORLD_SIZE=2, but MASTER_ADDR is not set"),

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import io
 import json
 import os
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -135,6 +142,208 @@ def test_a_killed_conversion_continues_to_the_same_bytes(drawings: Path, tmp_pat
     assert killed.returncode == -9, killed.stderr.decode()
     prepare(drawings, tmp_path / "out", rows_per_shard=10)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def start_prepare(*arguments: object, launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """The command as a person types it, in a process group of its own."""
+    repository = Path(__file__).parents[2]
+    command = [*launcher, sys.executable, "launcher/prepare.py", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "OMPI_ALLOW_RUN_AS_ROOT": "1"}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        command,
+        cwd=repository,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
+    """SIGKILL to the command and all its writers, wherever they are."""
+    drawings = write_drawings(tmp_path / "drawings", num_images=60).mmeb
+    prepare(drawings, tmp_path / "whole", rows_per_shard=1)
+    generator = random.Random(0)
+    out = tmp_path / "out"
+    arguments = ("--mmeb", drawings, "--out", out, "--rows_per_shard", "1", "--processes", "2")
+    kills = 0
+    seen = set()
+    while kills < 20:
+        running = start_prepare(*arguments)
+        assert running.stdout is not None
+        running.stdout.read(1)  # the progress bar appears: the writers begin
+        time.sleep(generator.random() ** 2 * 0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.stdout.close()
+        if running.wait() == 0:
+            assert contents(out) == contents(tmp_path / "whole")
+            shutil.rmtree(out)  # it was done: begin anew
+            continue
+        kills += 1
+        seen.add(len(list(out.glob("*/*.tar"))))
+    assert len(seen) > 3, "the kills came at different moments"
+    running = start_prepare(*arguments)
+    assert running.communicate()[0]
+    assert running.returncode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_mpirun_spreads_the_work_and_writes_the_same_bytes(drawings: Path, tmp_path: Path) -> None:
+    prepare(drawings, tmp_path / "whole", rows_per_shard=10)
+    launcher = ("mpirun", "-n", "3", "--oversubscribe")
+    arguments = ("--mmeb", drawings, "--out", tmp_path / "out", "--rows_per_shard", "10")
+    for _ in range(2):  # the second time it is done already
+        running = start_prepare(*arguments, launcher=launcher)
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode == 0, output.decode()
+        assert output.decode().count("Shapes_t2i  ") == 1, "one task speaks"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    running = start_prepare("--mmeb", tmp_path, "--out", tmp_path / "x", launcher=launcher)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 2
+    assert output.decode().count("error: ") == 1
+    assert "no <SUBSET>/original-*.parquet here" in output.decode()
+
+
+def test_many_tasks_without_mpi_are_told_so(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0"), ("SLURM_NTASKS", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ["--mmeb", str(drawings), "--out", str(tmp_path / "out")]
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert main(arguments) == 2
+    assert "several tasks were started, but mpi4py finds no MPI library" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from launcher.prepare import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a file that grows further fails as on a full disk
+sys.exit(main(["--mmeb", sys.argv[1], "--out", sys.argv[2], "--rows_per_shard", "40", "--processes", sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_disk_that_takes_no_more_is_named_and_the_conversion_continues(
+    drawings: Path, tmp_path: Path, processes: str
+) -> None:
+    prepare(drawings, tmp_path / "whole", rows_per_shard=40)
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(drawings), str(tmp_path / "out"), processes],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "error: cannot write " in result.stderr
+    assert "File too large; free space or mend the cause, then give the same command again" in result.stderr
+    prepare(drawings, tmp_path / "out", rows_per_shard=40)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_really_full_disk(drawings: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        running = start_prepare("--mmeb", drawings, "--out", small / "out", "--rows_per_shard", "40")
+        output, _ = running.communicate(timeout=60)
+        assert running.returncode == 2, output.decode()
+        assert "No space left on device; free space or mend the cause" in output.decode()
+        subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
+        prepare(drawings, small / "out", rows_per_shard=40)
+        prepare(drawings, tmp_path / "whole", rows_per_shard=40)
+        assert contents(small / "out") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+LONG_TEXTS = """
+import sys
+import pyarrow as pa, pyarrow.parquet as pq
+texts = [f"{number} " + "word " * 800 for number in range(150_000)]
+table = pa.table({"qry": texts, "qry_image_path": [""] * len(texts), "pos_text": texts, "pos_image_path": [""] * len(texts)})
+assert table.nbytes > 2**30
+pq.write_table(table, sys.argv[1], row_group_size=len(texts))
+"""
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from launcher.prepare import prepare
+prepare(Path(sys.argv[1]), Path(sys.argv[2]), rows_per_shard=10_000, executor=partial(ProcessPoolExecutor, 2))
+used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(used[0] + 2 * used[1])  # kB: this process and two writers of at most the largest one's size
+"""
+
+
+def test_memory_stays_below_one_gibibyte_for_a_large_subset(tmp_path: Path) -> None:
+    """1.2 GB of text in one row group, as a careless writer leaves it."""
+    root = tmp_path / "mmeb"
+    (root / "Long").mkdir(parents=True)
+    # in processes of their own: a process begins with the peak of the one that started it
+    subprocess.run([sys.executable, "-c", LONG_TEXTS, str(root / "Long/original-00000-of-00001.parquet")], check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(root), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    assert int(result.stdout) < 2**20
+
+
+def test_instructions_kept_apart_by_the_source_stay_apart(tmp_path: Path) -> None:
+    root = tmp_path / "mmeb"
+    (root / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(root / "images/a.png")
+    rows = [
+        row(qry="a dog", qry_inst="Find it:", pos_text="", pos_inst="<|image_1|> Represent the given image.")
+        | {"pos_image_path": "images/a.png"},
+        row(qry="", qry_inst="<|image_1|> What is it?", qry_image_path="images/a.png", pos_inst="", pos_text="A dog."),
+    ]
+    write_subset(root, rows)
+    manifest = prepare(root, tmp_path / "out")
+    reader = ShardReader(LocalFolder(tmp_path / "out"), manifest)
+    first, second = (reader.read("Sub", number).record for number in range(2))
+    assert first["query"] == {
+        "text": "Find it: a dog\n",
+        "instruction": "Find it:",
+        "image": None,
+        "id": first["query"]["id"],
+    }
+    assert first["target"]["text"] == "<|image_1|>\nRepresent the given image.\n"
+    assert second["query"]["text"] == "<|image_1|>\nWhat is it?\n"
+    assert (second["query"]["instruction"], second["target"]["text"]) == ("What is it?", "A dog.")
+    assert "instruction" not in second["target"]
+
+
+def test_the_other_split_has_its_own_parquet(tmp_path: Path) -> None:
+    root = tmp_path / "mmeb"
+    write_subset(root, [row(qry="plain")])
+    pq.write_table(pa.Table.from_pylist([row(qry="diverse")]), root / "Sub/diverse_instruction-00000-of-00001.parquet")
+    for split, text in (("original", "plain"), ("diverse_instruction", "diverse")):
+        manifest = prepare(root, tmp_path / split, split=split)
+        reader = ShardReader(LocalFolder(tmp_path / split), manifest)
+        assert manifest.sources["Sub"].num_rows == 1
+        assert reader.read("Sub", 0).record["query"]["text"] == text
 
 
 def test_every_row_is_written_or_listed_with_its_reason(tmp_path: Path) -> None:

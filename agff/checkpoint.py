@@ -8,9 +8,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agff.collectives import rank, world_size
+from agff.collectives import gather_objects, max_over_ranks, rank, world_size
 from agff.engine import Engine
+from agff.errors import CheckpointError
 from agff.grad_cache import random_state, set_random_state
 
 STATE_FILE = "state.json"
+
+log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -73,14 +79,59 @@ def read_state(run: Path, step: int) -> dict[str, Any]:
 
 
 def restore_checkpoint(engine: Engine, run: Path, *, step: int, trainable_only: bool) -> None:
-    """Load parameters, optimizer, schedule and random state, so that the run continues bit for bit. Collective.
+    """Load parameters, optimizer, schedule and random state, so that the run continues. Collective.
 
-    The number of ranks must be the one that saved (`state.json` tells it).
+    With the number of ranks that saved (`state.json` tells it) it continues bit for bit. With another one the partitions are
+    put together and cut anew; then the weights and moments are the same, sums are taken in another order, and ranks that did
+    not exist before draw their dropout from the step and their number.
     """
-    folder = checkpoint_folder(run)
-    engine.deepspeed.load_checkpoint(str(folder), tag=_name(step), load_module_strict=not trainable_only)
-    state = torch.load(folder / _name(step) / f"random-{rank():05d}.pt", weights_only=True)
-    set_random_state(state)
+    folder, saved_by = checkpoint_folder(run), read_state(run, step)["world_size"]
+    if saved_by == world_size():
+        engine.deepspeed.load_checkpoint(str(folder), tag=_name(step), load_module_strict=not trainable_only)
+    else:
+        _restore_repartitioned(engine, folder, _name(step), trainable_only=trainable_only)
+    if rank() < saved_by:
+        set_random_state(torch.load(folder / _name(step) / f"random-{rank():05d}.pt", weights_only=True))
+    else:
+        torch.manual_seed(step * 2**20 + rank())
+
+
+def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable_only: bool) -> None:
+    """Through DeepSpeed's universal checkpoint, a temporary copy beside the checkpoint. Collective."""
+    universal = folder / f"{name}.universal"
+    conversion = None
+    if rank() == 0:
+        shutil.rmtree(universal, ignore_errors=True)
+        log.warning("%s: cutting the checkpoint anew for %d ranks", folder / name, world_size())
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(folder / name), "--output_folder", str(universal)]
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        conversion = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = ""
+    exit_code = None
+    while True:  # the ranks keep meeting, so that none of them gives up on the others
+        if conversion is not None and exit_code is None:
+            try:
+                output, _ = conversion.communicate(timeout=1)
+                exit_code = conversion.returncode
+            except subprocess.TimeoutExpired:
+                pass
+        done, failed = max_over_ranks([exit_code is not None, bool(exit_code)], device=engine.device)
+        if done:
+            break
+    if failed:
+        reason = next(text for text in gather_objects(output[-2000:]) if text)
+        raise CheckpointError(f"{folder / name}: cannot be cut anew for {world_size()} ranks: {reason}")
+    config = engine.deepspeed._config
+    config.load_universal_checkpoint = True  # for this load only: left on, later saves break
+    try:
+        engine.deepspeed.load_checkpoint(str(folder), tag=universal.name, load_module_strict=not trainable_only)
+    finally:
+        config.load_universal_checkpoint = False
+    dist.barrier()
+    if rank() == 0:
+        shutil.rmtree(universal)
+        (folder / "latest_universal").unlink(missing_ok=True)
 
 
 def consolidated_weights(run: Path, *, step: int) -> dict[str, Tensor]:

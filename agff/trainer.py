@@ -34,6 +34,8 @@ class StepReport:
     """Time spent waiting for the batch."""
     step_s: float
     """Time of the whole step, the wait included."""
+    addresses: tuple[str, ...]
+    """Of this rank's pairs."""
     skipped: tuple[SkippedSample, ...]
     """Samples of this rank's batch that were redrawn because they could not be used."""
 
@@ -70,6 +72,7 @@ def train(
                 num_tokens=batch.num_tokens,
                 wait_s=waited - started,
                 step_s=time.perf_counter() - started,
+                addresses=batch.addresses,
                 skipped=batch.skipped,
             )
         )

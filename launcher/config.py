@@ -35,6 +35,8 @@ FILLED_IN = (
 MAY_CHANGE_ON_RESUME = (
     "save_every",
     "log_every",
+    "log_samples",
+    "cpu_ranks",
     "data.num_workers",
     "data.check_hashes",
     "data.max_bad_in_a_row",
@@ -136,6 +138,8 @@ class RunConfig:
     """Steps between checkpoints; there is always one at the end."""
     log_every: int = 1
     """Steps between entries in TensorBoard and the progress bar."""
+    log_samples: bool = False
+    """Write which pairs each step trained on: <run>/samples/<rank>-of-<ranks>.jsonl."""
     precision: Literal["auto", "bf16", "bf16_autocast", "fp32"] = "auto"
     """auto: bf16 on a GPU that has it; on a CPU bf16 arithmetic with float32 weights where it is fast; else fp32."""
     cpu_ranks: int = 2

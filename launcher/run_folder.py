@@ -22,7 +22,7 @@ DEEPSPEED_FILE = "deepspeed.json"
 def finished_steps(run: ResolvedRun, data_plan: Mapping[str, Any]) -> int:
     """Steps of the newest complete checkpoint, 0 for a new run. Reads only.
 
-    Raises ConfigError when the folder belongs to another configuration or world size, or to another order of the data
+    Raises ConfigError when the folder belongs to another configuration, or to another order of the data
     and data.accept_changes is not set. data_plan: `Plan.description`.
     """
     folder = run.run_dir
@@ -41,11 +41,6 @@ def finished_steps(run: ResolvedRun, data_plan: Mapping[str, Any]) -> int:
     if step is None:
         return 0
     state = read_state(folder, step)
-    if state["world_size"] != run.world_size:
-        raise ConfigError(
-            f"{folder}: step {step} was saved by {state['world_size']} ranks, this job has {run.world_size}; "
-            f"continue with {state['world_size']} ranks"
-        )
     changed = plan_changes(state["data_plan"], data_plan)
     if changed and not run.config.data.accept_changes:
         raise ConfigError(

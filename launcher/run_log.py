@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -23,13 +24,25 @@ class RunLog:
     """Observer of the training loop. Each rank makes one and calls it after every step: it is a collective."""
 
     def __init__(
-        self, run_dir: Path, metric_names: Sequence[str], *, start_step: int, num_steps: int, log_every: int
+        self,
+        run_dir: Path,
+        metric_names: Sequence[str],
+        *,
+        start_step: int,
+        num_steps: int,
+        log_every: int,
+        log_samples: bool,
     ) -> None:
         self._names = metric_names
         self._log_every = log_every
         self._is_writer = rank() == 0
         self._run_dir = run_dir
         self._skipped: Counter[str] = Counter()
+        self._samples: TextIO | None = None
+        if log_samples:
+            path = run_dir / "samples" / f"{rank():05d}-of-{world_size():05d}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._samples = path.open("a", buffering=1)
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1) if self._is_writer else None
         self._bar = tqdm(
             total=num_steps, initial=start_step, desc="train", unit="step", disable=not self._is_writer, dynamic_ncols=True
@@ -42,10 +55,14 @@ class RunLog:
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._samples is not None:
+            self._samples.close()
 
     def __call__(self, report: StepReport) -> None:
         """Collective on every step (skipped samples) and on each `log_every`-th (metrics)."""
         self._note_skipped(report)
+        if self._samples is not None:
+            self._samples.write(json.dumps({"step": report.step, "addresses": report.addresses}) + "\n")
         if not report.applied and self._is_writer:
             log.warning("step %d skipped on all ranks: the gradient was not finite", report.step)
         self._bar.update()

@@ -97,7 +97,12 @@ def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcesso
         if start_step:
             restore_checkpoint(engine, run.run_dir, step=start_step, trainable_only=trainable_only)
         observer = RunLog(
-            run.run_dir, METRICS, start_step=start_step, num_steps=config.num_steps, log_every=config.log_every
+            run.run_dir,
+            METRICS,
+            start_step=start_step,
+            num_steps=config.num_steps,
+            log_every=config.log_every,
+            log_samples=config.log_samples,
         )
         with observer:
             train(

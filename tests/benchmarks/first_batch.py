@@ -15,6 +15,7 @@ All files are in the page cache.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -31,7 +32,6 @@ from typing import Any
 PROGRAM_START = time.perf_counter()
 
 import numpy as np  # noqa: E402 - what the imports take is part of what is measured
-import torch  # noqa: E402
 import webdataset  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -40,7 +40,7 @@ from agff.processor import ItemProcessor, ProcessorConfig  # noqa: E402
 from agff.prompts import PromptConfig  # noqa: E402
 from data_pipeline.collate import FixedRows  # noqa: E402
 from data_pipeline.loader import StepBatches, load_batches  # noqa: E402
-from data_pipeline.manifest import Manifest, Shard, Source, read_manifest, write_index, write_manifest  # noqa: E402
+from data_pipeline.manifest import Manifest, Shard, Source, read_index, read_manifest, write_index, write_manifest  # noqa: E402
 from data_pipeline.plan import Mixture, Plan  # noqa: E402
 from data_pipeline.reader import ShardReader  # noqa: E402
 from data_pipeline.storage import LocalFolder  # noqa: E402
@@ -64,7 +64,7 @@ def make_large_set(folder: Path, arguments: argparse.Namespace) -> None:
         rows.append(TrainRow(qry=image_query("Name it."), qry_image_path=path, pos_text=f"picture {number}"))
     write_train_subset(mmeb, SUBSET, rows, with_negatives=False)
     source = prepare(mmeb, real, rows_per_shard=arguments.samples).sources[SUBSET]
-    index = torch.from_numpy(_index_of(real, source)).reshape(arguments.files, arguments.samples, 2).tolist()
+    index = _index_of(real, source).reshape(arguments.files, arguments.samples, 2).tolist()
     sources = {}
     per_source = arguments.shards // arguments.sources
     for number in range(arguments.sources):
@@ -86,8 +86,6 @@ def make_large_set(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def _index_of(real: Path, source: Source) -> np.ndarray[Any, Any]:
-    from data_pipeline.manifest import read_index
-
     table = read_index(LocalFolder(real), SUBSET, source)
     return np.stack([table.column(name).to_numpy() for name in ("offset", "size")], axis=1)
 
@@ -145,8 +143,6 @@ def replay(folder: Path, processor: ItemProcessor, step: int, arguments: argpars
 
 
 def _decoded(samples: Iterator[dict[str, Any]]) -> Iterator[tuple[Item, Item]]:
-    import io
-
     for sample in samples:
         record = json.loads(sample["json"])
         image = Image.open(io.BytesIO(sample["query.jpg"])).convert("RGB")
@@ -173,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sources", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=1024)
     parser.add_argument("--local_batch", type=int, default=64, help="pairs of one rank (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs, the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs, three times as many in this process (default: %(default)s)"
+    )
     parser.add_argument("--replay_limit", type=int, default=1000, help="largest S that is replayed (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -199,16 +197,16 @@ def _report(folder: Path, arguments: argparse.Namespace) -> None:
     replays: dict[int, list[float]] = {step: [] for step in arguments.steps if step <= arguments.replay_limit}
     for _ in range(arguments.repeats):  # in turns, so that what else the machine does meets all alike
         for step in arguments.steps:
-            runs[step].append(ours(folder, processor, step, arguments))
+            runs[step] += [ours(folder, processor, step, arguments) for _ in range(3)]
             apart[step].append(ours_apart(folder, step, arguments))
             if step in replays:
                 replays[step].append(replay(folder, processor, step, arguments))
     sys.stdout.write(
         f"{platform.machine()}, {os.cpu_count()} CPUs; {arguments.shards:,} shards, "
         f"{arguments.shards * arguments.samples:,} samples, {arguments.sources} sources, rank {arguments.ranks // 3} of "
-        f"{arguments.ranks:,}, {arguments.local_batch} pairs a rank; seconds, median of {arguments.repeats}\n"
-        "             this process                    a process of its own\n"
-        "     step     open    batch      sum  imports  processor     open    batch   all   replay\n"
+        f"{arguments.ranks:,}, {arguments.local_batch} pairs a rank; seconds, medians of {arguments.repeats} runs\n"
+        "          this process               a process of its own\n"
+        "     step     open    batch      sum  imports  processor     open    batch   all    replay\n"
     )
     replayed = {step: float(np.median(times)) for step, times in replays.items()}
     for step in arguments.steps:
@@ -220,8 +218,9 @@ def _report(folder: Path, arguments: argparse.Namespace) -> None:
         else:
             text = f"{replayed[longest] * step / longest:>9.0f} (extrapolated from {longest:,})" if longest else "-"
         sys.stdout.write(
-            f"{step:>9,} {opened:>8.3f} {batch:>8.3f} {opened + batch:>8.3f} {own['imports']:>8.2f} {own['processor']:>10.2f} "
-            f"{own['open']:>8.3f} {own['batch']:>8.3f} {own['all']:>5.1f} {text}\n"
+            f"{step:>9,} {opened:>8.3f} {batch:>8.3f} {opened + batch:>8.3f} "
+            f"{own['imports']:>8.2f} {own['processor']:>10.2f} {own['open']:>8.3f} {own['batch']:>8.3f} {own['all']:>5.1f} "
+            f"{text}\n"
         )
     sums = [float(np.median([sum(run) for run in runs[step]])) for step in arguments.steps]
     sys.stdout.write(

@@ -9,9 +9,10 @@ webdataset:  WebDataset over the same shards, decode("pil"), the same chunks, to
 loose files: a torch Dataset of image files in random order, one batch an index, torch's DataLoader.
 
 The clock starts when each process has delivered its first batch and stops --pairs later, while more are being made, so that
-neither start-up nor an empty or full queue counts. Runs take turns; the best of --repeats counts. Files are in the page
-cache. --draft lets ours decode large JPEGs at a fraction of their size, as a training run does; by default it does not, so
-that all methods decode alike.
+neither start-up nor an empty or full queue counts. Runs take turns; the best of --repeats counts. Beside it stands the
+processor time that an image took in the worker processes and in this one, which other programs on the machine hardly change.
+Files are in the page cache. --draft lets ours decode large JPEGs at a fraction of their size, as a training run does; by
+default it does not, so that all methods decode alike.
 """
 
 from __future__ import annotations
@@ -117,14 +118,38 @@ def make_pairs(folder: Path, arguments: argparse.Namespace) -> Pairs:
     )
 
 
-def rate_of(arrivals: Iterator[Any], pairs: Pairs, workers: int) -> float:
-    """Images/s between batch `workers` and the one `num_batches` later; more must follow."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run of a method cost."""
+
+    images_per_s: float
+    worker_ms: float
+    """Processor time of an image in its worker process."""
+    main_ms: float
+    """The same in this process."""
+
+
+def run_of(arrivals: Iterator[Any], pairs: Pairs, workers: int) -> Run:
+    """Costs between batch `workers` and the one `num_batches` later; more must follow."""
     for _ in range(workers):
         next(arrivals)
+    pids = [process.pid for process in multiprocessing.active_children()]
+    workers_before, main_before = sum(map(_processor_time, pids)), time.process_time()
     start = time.perf_counter()
     for _ in range(pairs.num_batches):
         next(arrivals)
-    return pairs.num_batches * pairs.batch / (time.perf_counter() - start)
+    seconds, images = time.perf_counter() - start, pairs.num_batches * pairs.batch
+    return Run(
+        images_per_s=images / seconds,
+        worker_ms=1e3 * (sum(map(_processor_time, pids)) - workers_before) / images,
+        main_ms=1e3 * (time.process_time() - main_before) / images,
+    )
+
+
+def _processor_time(pid: int | None) -> float:
+    """Seconds, user and system, of a process that runs."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def total_batches(pairs: Pairs, workers: int) -> int:
@@ -132,8 +157,8 @@ def total_batches(pairs: Pairs, workers: int) -> int:
     return pairs.num_batches + 4 * workers
 
 
-def bare_loop(pairs: Pairs, workers: int) -> float:
-    """Images/s of processes that decode and encode and send nothing but the time."""
+def bare_loop(pairs: Pairs, workers: int) -> Run:
+    """Processes that decode and encode and send nothing but their times."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(workers), context.SimpleQueue()
     running = [
@@ -141,10 +166,14 @@ def bare_loop(pairs: Pairs, workers: int) -> float:
     ]
     for process in running:
         process.start()
-    rates = [results.get() for _ in running]
+    found: list[Run] = [results.get() for _ in running]
     for process in running:
         process.join()
-    return sum(rates)
+    return Run(
+        images_per_s=sum(run.images_per_s for run in found),
+        worker_ms=sum(run.worker_ms for run in found) / workers,
+        main_ms=0,
+    )
 
 
 def _bare_process(pairs: Pairs, worker: int, workers: int, barrier: Any, results: Any) -> None:
@@ -153,13 +182,14 @@ def _bare_process(pairs: Pairs, worker: int, workers: int, barrier: Any, results
     own = [order[number] for number in range(worker, len(order), workers)]
     pairs.encode([pairs.load(number) for number in own[0]])
     barrier.wait()
-    start, timed = time.perf_counter(), own[1 : 1 + pairs.num_batches // workers]
+    start, own_start = time.perf_counter(), time.process_time()
+    timed = own[1 : 1 + pairs.num_batches // workers]
     for numbers in timed:
         pairs.encode([pairs.load(number) for number in numbers])
-    rate = len(timed) * pairs.batch / (time.perf_counter() - start)
-    for numbers in own[:1]:  # keep the core busy until the others are done too
+    seconds, own_seconds, images = time.perf_counter() - start, time.process_time() - own_start, len(timed) * pairs.batch
+    for numbers in own[-2:]:  # keep the core busy until the others are done too
         pairs.encode([pairs.load(number) for number in numbers])
-    results.put(rate)
+    results.put(Run(images_per_s=images / seconds, worker_ms=1e3 * own_seconds / images, main_ms=0))
 
 
 def _random_order(pairs: Pairs, workers: int) -> list[list[int]]:
@@ -186,19 +216,19 @@ def our_batches(pairs: Pairs) -> StepBatches:
     )
 
 
-def ours(pairs: Pairs, workers: int) -> float:
-    """Images/s of `load_batches`."""
+def ours(pairs: Pairs, workers: int) -> Run:
+    """`load_batches`."""
     total = total_batches(pairs, workers)
     arrivals = load_batches(our_batches(pairs), start_step=0, num_steps=total, num_workers=workers)
-    return rate_of(arrivals, pairs, workers)
+    return run_of(arrivals, pairs, workers)
 
 
-def from_webdataset(pairs: Pairs, workers: int) -> float:
-    """Images/s of plain webdataset."""
+def from_webdataset(pairs: Pairs, workers: int) -> Run:
+    """Plain webdataset."""
     shards = sorted(str(path) for path in pairs.shards.glob("*/*.tar"))
     samples = webdataset.WebDataset(shards, shardshuffle=False).repeat().decode("pil").map(_items_of_sample)
     batches = samples.batched(pairs.batch, collation_fn=pairs.encode, partial=False)
-    return rate_of(iter(DataLoader(batches, batch_size=None, num_workers=workers)), pairs, workers)
+    return run_of(iter(DataLoader(batches, batch_size=None, num_workers=workers)), pairs, workers)
 
 
 def _items_of_sample(sample: dict[str, Any]) -> tuple[Item, Item]:
@@ -220,13 +250,13 @@ class LooseFiles(Dataset[Encoded]):
         return len(self.order)
 
 
-def from_loose_files(pairs: Pairs, workers: int) -> float:
-    """Images/s of loose files through torch."""
+def from_loose_files(pairs: Pairs, workers: int) -> Run:
+    """Loose files through torch."""
     files = LooseFiles(pairs, _random_order(pairs, workers))
-    return rate_of(iter(DataLoader(files, batch_size=None, num_workers=workers)), pairs, workers)
+    return run_of(iter(DataLoader(files, batch_size=None, num_workers=workers)), pairs, workers)
 
 
-METHODS: dict[str, Callable[[Pairs, int], float]] = {
+METHODS: dict[str, Callable[[Pairs, int], Run]] = {
     "bare loop": bare_loop,
     "ours": ours,
     "webdataset": from_webdataset,
@@ -239,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes, one table row each")
     parser.add_argument("--images", type=int, default=600, help="JPEG files, each of one pair (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=640, help="timed pairs of a run (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=384, help="timed pairs of a run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a batch (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, help="ours cuts chunks by TokenBudget (default: FixedRows)")
     parser.add_argument("--max_pixels", type=int, default=512 * 384, help="limit of the processor (default: %(default)s)")
@@ -253,26 +283,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs = make_pairs(folder, arguments)
         for number in range(len(pairs.paths)):
             pairs.load(number)  # into the page cache
-        rates: dict[tuple[str, int], list[float]] = {}
+        runs: dict[tuple[str, int], list[Run]] = {}
         for _ in range(arguments.repeats):
             for workers in arguments.workers:
                 for name, method in METHODS.items():
-                    rates.setdefault((name, workers), []).append(method(pairs, workers))
+                    runs.setdefault((name, workers), []).append(method(pairs, workers))
         file_bytes = sum((pairs.mmeb / path).stat().st_size for path in pairs.paths)
     finally:
         shutil.rmtree(folder)
     sys.stdout.write(
         f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, webdataset {webdataset.__version__}; "
         f"{len(pairs.paths)} JPEGs of {file_bytes / len(pairs.paths) / 1e3:.0f} kB, at most {arguments.max_pixels:,} pixels "
-        f"seen, {pairs.num_batches} batches of {pairs.batch}; images/s, best of {arguments.repeats} (all runs)\n"
+        f"seen, {pairs.num_batches} batches of {pairs.batch}; best of {arguments.repeats}\n"
+        "                              of the bare  processor time, ms/image\n"
+        "processes             images/s       loop      worker          this  images/s of each run\n"
     )
     for workers in arguments.workers:
-        limit = max(rates["bare loop", workers])
+        limit = max(run.images_per_s for run in runs["bare loop", workers])
         for name in METHODS:
-            found = rates[name, workers]
-            runs = " ".join(f"{rate:.0f}" for rate in found)
+            found = runs[name, workers]
+            best = max(run.images_per_s for run in found)
             sys.stdout.write(
-                f"{workers} processes  {name:<12} {max(found):>7.1f}  {max(found) / limit:>5.2f} of the bare loop  ({runs})\n"
+                f"{workers:>9}  {name:<12}{best:>7.1f} {best / limit:>10.2f} {min(run.worker_ms for run in found):>11.2f} "
+                f"{min(run.main_ms for run in found):>13.2f}  {' '.join(f'{run.images_per_s:.0f}' for run in found)}\n"
             )
     return 0
 

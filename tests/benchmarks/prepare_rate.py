@@ -121,8 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         times = best_times(methods, folder, arguments.repeats)
     sys.stdout.write(
-        f"{platform.machine()}, {os.cpu_count()} CPUs; {arguments.images:,} JPEGs of {size / arguments.images / 1e3:.0f} kB, "
-        f"{size / 1e6:.0f} MB, best of {arguments.repeats}\n"
+        f"{platform.machine()}, {os.cpu_count()} CPUs; "
+        f"{arguments.images:,} JPEGs of {size / arguments.images / 1e3:.0f} kB, {size / 1e6:.0f} MB, "
+        f"best of {arguments.repeats}\n"
         f"{'':<26}{'s':>8}{'images/s':>11}{'MB/s':>8}{'of tar cf':>11}{'of tar cf + sync':>18}\n"
     )
     for name, seconds in times.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sysconfig
+import time
 import uuid
 from pathlib import Path
 
@@ -51,13 +53,7 @@ def train_command(stage: int) -> str:
 
 def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
     """Run a shell line of the README in `folder`; both streams in `stdout`."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder),
-        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu",
-        MARK: (mark := uuid.uuid4().hex),
-    }
+    environment = _environment(folder, mark := uuid.uuid4().hex)
     result = subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
@@ -71,6 +67,40 @@ def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subpro
     left_behind = [process.cmdline() for process in psutil.process_iter() if _is_marked(process, mark)]
     assert not left_behind, f"{command} left processes behind: {left_behind}"
     return result
+
+
+def kill_when_saved(command: str, folder: Path, run: Path, *, victim: str, timeout_s: float = 120) -> None:
+    """Start the command and, after its second checkpoint, SIGKILL all of its processes or one worker; wait for its end."""
+    environment = _environment(folder, mark := uuid.uuid4().hex)
+    process = subprocess.Popen(
+        ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + timeout_s
+    while len(list((run / "checkpoints").glob("step-??????"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    marked = [candidate for candidate in psutil.process_iter() if _is_marked(candidate, mark)]
+    if victim == "worker":
+        ranks = [candidate for candidate in marked if "--local_rank" in " ".join(candidate.cmdline())]
+        marked = [child for candidate in ranks for child in candidate.children() if child in marked][:1]
+        assert marked, "no loader worker found"
+    for candidate in marked:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            candidate.kill()
+    assert process.wait(timeout=timeout_s) != 0
+    for candidate in psutil.process_iter():
+        assert not _is_marked(candidate, mark), f"left behind: {candidate.cmdline()}"
+
+
+def _environment(folder: Path, mark: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        MARK: mark,
+    }
 
 
 def _is_marked(process: psutil.Process, mark: str) -> bool:

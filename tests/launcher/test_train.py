@@ -15,7 +15,7 @@ import torch
 from agff.checkpoint import consolidated_weights
 from launcher.convert_checkpoint import main as convert_main
 from launcher.train import main as train_main
-from tests.launcher.runs import run_command, train_command
+from tests.launcher.runs import kill_when_saved, run_command, train_command
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -64,6 +64,79 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(trained: tuple[int, P
     assert compared > 3 * 100_000, "weights and both moments of Adam"
     first, last = (consolidated_weights(unbroken, step=step) for step in (2, 4))
     assert not torch.equal(first["backbone.visual.merger.mlp.0.weight"], last["backbone.visual.merger.mlp.0.weight"])
+
+
+def pairs_and_losses(run: Path, world_size: int) -> tuple[dict[int, list[str]], dict[int, float]]:
+    """By step: the addresses of the global batch in rank order, and the loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pairs: dict[int, list[str]] = {}
+    for rank in range(world_size):
+        for line in (run / f"samples/{rank:05d}-of-{world_size:05d}.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            pairs.setdefault(entry["step"], []).extend(entry["addresses"])
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return pairs, {event.step: event.value for event in events.Scalars("train/loss")}
+
+
+def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(project: Path) -> None:
+    command = f"{train_command(3)} --run_dir runs/ranks --log_samples true --num_steps 6 --precision fp32"
+    result = run_command(command, project)
+    assert result.returncode == 0, result.stdout
+    run = project / "runs/ranks"
+    expected, losses = pairs_and_losses(run, 2)
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+    assert all(len(pairs) == 8 for pairs in expected.values())
+    for last in (4, 6):
+        shutil.rmtree(run / f"checkpoints/step-{last:06d}")
+    for world_size in (1, 4):
+        copy = project / f"runs/ranks{world_size}"
+        shutil.copytree(run, copy)
+        result = run_command(f"{command} --run_dir runs/ranks{world_size} --cpu_ranks {world_size}", project)
+        assert result.returncode == 0, result.stdout
+        assert f"cutting the checkpoint anew for {world_size} ranks" in result.stdout
+        found, continued = pairs_and_losses(copy, world_size)
+        assert found == {step: expected[step] for step in (3, 4, 5, 6)}
+        assert [continued[step] for step in range(1, 7)] == pytest.approx([losses[s] for s in range(1, 7)], abs=1e-5)
+        assert not list((copy / "checkpoints").glob("*universal*"))
+
+
+def test_another_order_of_the_data_is_refused_and_accepted_when_told(project: Path, tmp_path: Path) -> None:
+    command = f"{train_command(3)} --run_dir runs/order"
+    result = run_command(f"{command} --num_steps 4", project)
+    assert result.returncode == 0, result.stdout
+    shutil.rmtree(project / "runs/order/checkpoints/step-000004")
+    changed = f"{command} --num_steps 4 --seed 1 --data.caps 10"
+    result = run_command(changed, project)
+    assert result.returncode == 2, result.stdout
+    assert "runs/order: the order of the data changed since step 2: seed: 0 -> 1; source Shapes_VQA: samples 96 -> 10" in (
+        result.stdout
+    )
+    assert "continue in the new order with --data.accept_changes true" in result.stdout
+    result = run_command(f"{changed} --data.accept_changes true", project)
+    assert result.returncode == 0, result.stdout
+    assert "4/4" in result.stdout
+
+
+def test_a_run_killed_whole_or_in_a_worker_continues_to_the_same_weights(project: Path) -> None:
+    """SIGKILL to the launcher with all it started, and to a loader's worker alone, in mid-epoch."""
+    command = f"{train_command(2)} --num_steps 8 --save_every 1"
+    whole = run_command(f"{command} --run_dir runs/whole", project)
+    assert whole.returncode == 0, whole.stdout
+    for victim in ("all", "worker"):
+        kill_when_saved(
+            f"{command} --run_dir runs/killed-{victim}", project, project / f"runs/killed-{victim}", victim=victim
+        )
+        saved = sorted(path.name for path in (project / f"runs/killed-{victim}/checkpoints").glob("step-*"))
+        assert "step-000008" not in saved, "it was killed in time"
+        result = run_command(f"{command} --run_dir runs/killed-{victim}", project)
+        assert result.returncode == 0, result.stdout
+        expected, found = (
+            tensors_of(project / run / "checkpoints/step-000008") for run in ("runs/whole", f"runs/killed-{victim}")
+        )
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, found[name]), name
 
 
 def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:

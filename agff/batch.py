@@ -75,10 +75,10 @@ class Batch:
 
     def __post_init__(self) -> None:
         num_pairs, num_items = self.num_pairs, 2 * self.num_pairs + self.num_negatives
-        if self.target_ids_B.shape[0] != num_pairs or len(self.addresses) != num_pairs or len(self.order_R) != num_items:
+        if self.target_ids_B.shape[0] != num_pairs or len(self.addresses) != num_pairs or self.order_R.shape[0] != num_items:
             raise ValueError(
                 f"{num_pairs} query ids, {self.target_ids_B.shape[0]} target ids, {len(self.addresses)} addresses, "
-                f"{len(self.order_R)} items; expected {num_items} items"
+                f"{self.order_R.shape[0]} items; expected {num_items} items"
             )
 
     @property
@@ -119,13 +119,15 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; called by torch's DataLoader."""
-        return self._map(Tensor.pin_memory)
+        return self.map_tensors(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied asynchronously from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `move(tensor)` for each tensor, always in the same order."""
+
         def move_chunk(chunk: ModelInputs) -> ModelInputs:
             return {name: move(tensor) for name, tensor in chunk.items()}
 

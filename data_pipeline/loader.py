@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ from agff.batch import Batch, EncodeItems, SkippedSample
 from agff.errors import DataError
 from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
+from data_pipeline.handover import HandedBatch, Slots
 from data_pipeline.plan import Plan
 from data_pipeline.reader import RawSample, ShardReader
 
+PREFETCH = 2
+"""Batches that each worker prepares ahead."""
 WARN_AFTER_S = 30
 """Waiting so long for a batch is worth a warning that names the shard being read."""
 
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class StepBatches(Dataset[Batch | DataError]):
+class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     """Batch of this rank at any step, by index. The same whatever the number of workers and ranks' history."""
 
     plan: Plan
@@ -45,15 +47,19 @@ class StepBatches(Dataset[Batch | DataError]):
     fetch_ahead_steps: int = 0
     """Remote shards are fetched so many steps before they are read."""
     watch: Watch | None = None
+    slots: Slots | None = None
+    """Where a worker leaves its batches; None: they are returned as they are."""
 
     def __post_init__(self) -> None:
         self._announced_until = -1
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __getitem__(self, step: int) -> Batch | HandedBatch | DataError:
         """The batch, or the error that prevents it: a value, so that it crosses the process border as it is."""
         self._fetch_ahead(step)
+        worker = get_worker_info()
         try:
-            return self._batch(step)
+            batch = self._batch(step)
+            return self.slots.hand(batch, worker.id) if self.slots and worker else batch
         except DataError as error:
             return error
         finally:
@@ -154,17 +160,18 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes.
 
-    Resume is start_step. Raises DataError when a batch cannot be made, a worker dies, or none comes within
-    `stalled_after_s`; without workers nothing watches the reading.
+    Resume is start_step. A batch's tensors are valid until the next batch is asked for. Raises DataError when a batch cannot
+    be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing watches the reading.
     """
-    _allow_many_open_files()
     watch = Watch(max(1, num_workers))
+    slots = Slots(num_workers, slots_per_worker=PREFETCH + 1)
     loader = DataLoader(
-        dataclasses.replace(batches, watch=watch),
+        dataclasses.replace(batches, watch=watch, slots=slots),
         batch_size=None,
         sampler=range(start_step, num_steps),
         num_workers=num_workers,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=PREFETCH if num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,  # the slots are inherited
         pin_memory=torch.cuda.is_available(),
         timeout=min(WARN_AFTER_S, stalled_after_s) if num_workers else 0,
         generator=torch.Generator(),  # its seed for workers must not be drawn from the training's random state
@@ -174,18 +181,12 @@ def load_batches(
         batch = _next_batch(steps, step, batches, watch, stalled_after_s)
         if isinstance(batch, DataError):
             raise batch
-        yield batch
-
-
-def _allow_many_open_files() -> None:
-    """A tensor that a worker hands over costs a file descriptor, and a batch has several for each chunk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        yield batch.open() if isinstance(batch, HandedBatch) else batch
 
 
 def _next_batch(
-    steps: Iterator[Batch | DataError], step: int, batches: StepBatches, watch: Watch, stalled_after_s: float
-) -> Batch | DataError:
+    steps: Iterator[Batch | HandedBatch | DataError], step: int, batches: StepBatches, watch: Watch, stalled_after_s: float
+) -> Batch | HandedBatch | DataError:
     started = time.monotonic()
     while True:
         try:

@@ -57,11 +57,11 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
                 rejected.append((row, str(error)))
                 continue
             offset = tar.offset
-            for name, content in members:
+            for name, content, digest in members:
                 header = tarfile.TarInfo(f"{row:09d}.{name}")
                 header.size, header.mode = len(content), 0o644
-                if name != "json":
-                    stored[_sha256(content)] = _Stored(name=header.name, offset=tar.offset + tarfile.BLOCKSIZE)
+                if digest is not None:
+                    stored[digest] = _Stored(name=header.name, offset=tar.offset + tarfile.BLOCKSIZE)
                 tar.addfile(header, io.BytesIO(content))
             samples.append((offset, tar.offset - offset))
     with partial.open("rb") as written:
@@ -74,8 +74,7 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
 
 def content_id(text: str, image: bytes | None) -> int:
     """63-bit id of an item's content; equal ids mean equal text and image bytes."""
-    digest = _sha256(text.encode() + b"\0" + (_sha256(image) if image is not None else b""))
-    return int.from_bytes(digest[:8], "big") >> 1
+    return _content_id(text, _sha256(image) if image is not None else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +85,32 @@ class _Stored:
     offset: int
 
 
-def _members(pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]) -> list[tuple[str, bytes]]:
+def _members(pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]) -> list[tuple[str, bytes, bytes | None]]:
+    """(name, content, SHA-256 of an image) of each member."""
     if isinstance(pair, str):
         raise DataError(pair)
     record: dict[str, Any] = {"row": row}
-    images: dict[bytes, tuple[str, bytes]] = {}
+    images: dict[bytes, tuple[str, bytes, bytes]] = {}
     for role, side in (("query", pair.query), ("target", pair.target), ("negative", pair.negative)):
         if side is None:
             continue
         image, suffix = _read_image(side, role)
-        record[role] = {"text": side.text, "image": None, "id": content_id(side.text, image)}
+        digest = _sha256(image) if image is not None else None
+        record[role] = {"text": side.text, "image": None, "id": _content_id(side.text, digest)}
         if side.instruction:
             record[role]["instruction"] = side.instruction
-        if image is None:
+        if image is None or digest is None:
             continue
-        digest = _sha256(image)
         if earlier := stored.get(digest):
             record[role] |= {"image": earlier.name, "at": [earlier.offset, len(image)]}
         else:
-            name, _ = images.setdefault(digest, (f"{role}.{suffix}", image))
-            record[role]["image"] = name
+            record[role]["image"] = images.setdefault(digest, (f"{role}.{suffix}", image, digest))[0]
     content = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-    return [("json", content), *images.values()]
+    return [("json", content, None), *images.values()]
+
+
+def _content_id(text: str, image_digest: bytes | None) -> int:
+    return int.from_bytes(_sha256(text.encode() + b"\0" + (image_digest or b""))[:8], "big") >> 1
 
 
 def _sha256(content: bytes) -> bytes:

@@ -12,7 +12,8 @@ from agff.backbone import choose_trainable
 from agff.encoder import EmbeddingModel
 from agff.similarity import BLOCK_ELEMENTS
 from data_pipeline.collate import TokenBudget
-from launcher.config import ResolvedRun, RunConfig
+from data_pipeline.storage import LocalFolder, open_folder
+from launcher.config import DataConfig, ResolvedRun, RunConfig
 
 
 def startup_table(run: ResolvedRun, num_samples: Mapping[str, int], num_trainable: int, num_parameters: int) -> str:
@@ -34,6 +35,7 @@ def startup_table(run: ResolvedRun, num_samples: Mapping[str, int], num_trainabl
         "loss memory": f"about {_loss_bytes(run) / 2**20:,.0f} MiB a rank, whatever the backbone",
         "parameter gathers": _parameter_gathers(run),
         "data": f"{total:,} pairs of {len(num_samples)} sources; {config.data.sub_batch_size} pairs in turn from one source",
+        "shards": _shards(config.data),
         "steps": f"{config.num_steps:,} = {config.num_steps * num_pairs:,} pairs = "
         f"{config.num_steps * num_pairs / max(total, 1):.2f} x the data",
         "run folder": str(run.run_dir),
@@ -56,6 +58,12 @@ def _loss_bytes(run: ResolvedRun) -> int:
     matrix = run.local_batch_size * run.config.batch.global_batch_size * 4
     pairs = matrix * run.config.prompts.num_vectors**2
     return 6 * matrix + 2 * min(4 * BLOCK_ELEMENTS, pairs)
+
+
+def _shards(config: DataConfig) -> str:
+    if isinstance(open_folder(config.shards, config.cache), LocalFolder):
+        return config.shards
+    return f"{config.shards}, through a cache of at most {config.cache.max_gib:g} GiB in {config.cache.dir}"
 
 
 def _chunks(run: ResolvedRun) -> str:

@@ -8,7 +8,7 @@ ours:        data_pipeline.loader.load_batches over shards; whole batches arrive
 webdataset:  WebDataset over the same shards, decode("pil"), the same chunks, torch's DataLoader; no shuffling.
 loose files: a torch Dataset of image files in random order, one batch an index, torch's DataLoader.
 
-The clock starts when each process has delivered its first batch and stops --pairs later, while more are being made, so that
+The clock starts when each process has delivered WARM_UP batches and stops --pairs later, while more are being made, so that
 neither start-up nor an empty or full queue counts. Runs take turns; the best of --repeats counts. Beside it stands the
 processor time that an image took in the worker processes and in this one, which other programs on the machine hardly change.
 Files are in the page cache. --draft lets ours decode large JPEGs at a fraction of their size, as a training run does; by
@@ -51,6 +51,7 @@ from launcher.quickstart.layouts import TrainRow, image_query, train_image_path,
 from tests.drawings import tiny_backbone
 
 SUBSET = "Pictures"
+WARM_UP = 4
 QUESTION = image_query("What is to be seen here?")
 Encoded = tuple[ModelInputs, ModelInputs]
 
@@ -130,8 +131,8 @@ class Run:
 
 
 def run_of(arrivals: Iterator[Any], pairs: Pairs, workers: int) -> Run:
-    """Costs between batch `workers` and the one `num_batches` later; more must follow."""
-    for _ in range(workers):
+    """Costs between the warm-up and the batch that comes `num_batches` later; more must follow."""
+    for _ in range(WARM_UP * workers):
         next(arrivals)
     pids = [process.pid for process in multiprocessing.active_children()]
     workers_before, main_before = sum(map(_processor_time, pids)), time.process_time()
@@ -154,7 +155,7 @@ def _processor_time(pid: int | None) -> float:
 
 def total_batches(pairs: Pairs, workers: int) -> int:
     """To be made in all, so that no worker is idle before the clock stops."""
-    return pairs.num_batches + 4 * workers
+    return pairs.num_batches + (WARM_UP + 3) * workers
 
 
 def bare_loop(pairs: Pairs, workers: int) -> Run:
@@ -180,10 +181,11 @@ def _bare_process(pairs: Pairs, worker: int, workers: int, barrier: Any, results
     torch.set_num_threads(1)
     order = _random_order(pairs, workers)
     own = [order[number] for number in range(worker, len(order), workers)]
-    pairs.encode([pairs.load(number) for number in own[0]])
+    for numbers in own[:WARM_UP]:
+        pairs.encode([pairs.load(number) for number in numbers])
     barrier.wait()
     start, own_start = time.perf_counter(), time.process_time()
-    timed = own[1 : 1 + pairs.num_batches // workers]
+    timed = own[WARM_UP : WARM_UP + pairs.num_batches // workers]
     for numbers in timed:
         pairs.encode([pairs.load(number) for number in numbers])
     seconds, own_seconds, images = time.perf_counter() - start, time.process_time() - own_start, len(timed) * pairs.batch

@@ -150,18 +150,19 @@ def test_a_cap_is_a_fixed_part_spread_over_all_shards(sizes: list[int], share: f
 @pytest.mark.parametrize(
     ("weights", "sub_batch", "batch", "message"),
     [
-        ({"a": 1, "c": 1}, 2, 8, "data.weights names c, absent from the shards; they hold a, b"),
+        ({"a": 1, "c": 1}, 2, 8, "data.weights names c, absent from the shards; they hold a, b, empty"),
         ({"a": 0, "b": 1}, 2, 8, "data.weights.a=0 must be > 0; leave a source out to drop it"),
         ({"a": -1}, 2, 8, "data.weights.a=-1 must be > 0"),
         ({}, 2, 8, "the mixture names no source"),
         (None, 4, 8, "source b holds 3 samples, fewer than data.sub_batch_size=4"),
+        ({"empty": 1}, 2, 8, "source empty is empty; leave it out with data.weights"),
         (None, 3, 8, "global_batch_size=8 is not a multiple of data.sub_batch_size=3"),
     ],
 )
 def test_impossible_mixtures_are_named(weights: dict | None, sub_batch: int, batch: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Plan(
-            manifest(a=[10], b=[3]),
+            manifest(a=[10], b=[3], empty=[0]) if weights else manifest(a=[10], b=[3]),
             Mixture(sub_batch_size=sub_batch, weights=weights),
             seed=0,
             global_batch_size=batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -280,6 +281,22 @@ def test_a_full_disk_names_the_cache_and_leaves_nothing(
     with pytest.raises(DataError, match=r"cannot write .* bytes to the cache .*No space left on device; free space there"):
         content_of(folder, "Shapes_i2t", shard_of(shards[1]))
     assert files_in(tmp_path / "cache") == []
+
+
+def test_a_really_full_disk(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
+    cache = tmp_path / "small"
+    cache.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(cache)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with pytest.raises(DataError, match=r"cannot write .* bytes to the cache .*No space left on device; free space"):
+            content_of(cached(server, cache), "Shapes_i2t", shard_of(shards[1]))
+        assert files_in(cache) == []
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)
 
 
 def test_fetching_ahead_happens_beside_the_reading(

@@ -15,6 +15,7 @@ import torch
 from agff.checkpoint import consolidated_weights
 from launcher.convert_checkpoint import main as convert_main
 from launcher.train import main as train_main
+from tests.data_pipeline.test_storage import FaultyServer
 from tests.launcher.runs import kill_when_saved, run_command, train_command
 
 pytestmark = pytest.mark.timeout(600)
@@ -99,6 +100,26 @@ def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(
         assert found == {step: expected[step] for step in (3, 4, 5, 6)}
         assert [continued[step] for step in range(1, 7)] == pytest.approx([losses[s] for s in range(1, 7)], abs=1e-5)
         assert not list((copy / "checkpoints").glob("*universal*"))
+    # chunks by tokens, and shards from a web server, are the same run too
+    server = FaultyServer(project / ".cache/quickstart/shards")
+    try:
+        manifest = json.loads((project / ".cache/quickstart/shards/manifest.json").read_text())
+        first = manifest["sources"]["Shapes_VQA"]["shards"][0]["name"]
+        server.faults[f"Shapes_VQA/{first}"] = ["truncate", "500"]
+        changed = f"--batch.chunk_size null --batch.max_tokens_per_chunk 120 --data.shards {server.url}"
+        cache = f"--data.cache.dir {project}/shard-cache"
+        result = run_command(f"{command} {changed} {cache} --run_dir runs/tokens", project)
+    finally:
+        server.close()
+    assert result.returncode == 0, result.stdout
+    assert "chunks of 120 tokens, local 4, x 2 ranks = global 8" in result.stdout
+    assert f"{server.url}, through a cache of at most 100 GiB in {project}/shard-cache" in result.stdout
+    found, continued = pairs_and_losses(project / "runs/tokens", 2)
+    assert found == expected
+    assert [continued[step] for step in range(1, 7)] == pytest.approx([losses[s] for s in range(1, 7)], abs=1e-5)
+    assert {count for path, count in server.requests.items() if path.endswith(".tar")} <= {1, 3}, (
+        "both ranks share the cache"
+    )
 
 
 def test_another_order_of_the_data_is_refused_and_accepted_when_told(project: Path, tmp_path: Path) -> None:

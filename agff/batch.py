@@ -15,6 +15,10 @@ IMAGE_PLACEHOLDER = "<|image_1|>"
 """Where the image stands in a text, whatever the backbone; MMEB's own spelling."""
 
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Image files that are opened at all: Pillow would hand others, such as EPS, to a program of the machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One thing to embed. `text` holds IMAGE_PLACEHOLDER exactly once when there is an image, never otherwise."""

@@ -2,11 +2,12 @@
 
 <run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial` and then renamed
                               random-00000.pt ...   each rank's random state
-                              state.json            step, ranks, description of the data plan; written last
+                              state.json            step, ranks, hashes of the files, description of the data plan; last
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -37,40 +38,104 @@ def checkpoint_folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def latest_step(run: Path) -> int | None:
-    """Step of the newest complete checkpoint; None when there is none. Half-written ones do not count."""
+def complete_steps(run: Path) -> list[int]:
+    """Steps of all complete checkpoints, the newest first. Half-written ones do not count."""
     steps = [
         int(match[1])
         for folder in checkpoint_folder(run).glob("step-*")
         if (match := re.fullmatch(r"step-(\d+)", folder.name)) and (folder / STATE_FILE).exists()
     ]
-    return max(steps, default=None)
+    return sorted(steps, reverse=True)
+
+
+def latest_step(run: Path) -> int | None:
+    """Step of the newest complete checkpoint; None when there is none."""
+    return next(iter(complete_steps(run)), None)
+
+
+def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
+    """Step of the newest checkpoint whose files are all as they were written; None when there is none. Collective.
+
+    A damaged one is passed over with a loud message, and the one before it taken.
+    """
+    for step in gather_objects(complete_steps(run))[0]:  # the ranks may not see the same folder yet
+        problems = check_checkpoint(run, step, part=rank(), num_parts=world_size())
+        if not max_over_ranks([bool(problems)], device=device)[0]:
+            return step
+        for problem in (problem for found in gather_objects(problems) for problem in found):
+            if rank() == 0:
+                log.error("DAMAGED CHECKPOINT, going back to the one before it: %s", problem)
+    return None
+
+
+def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1) -> list[str]:
+    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint, by size and SHA-256."""
+    folder = checkpoint_folder(run) / _name(step)
+    try:
+        files = sorted(read_state(run, step)["files"].items())
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / STATE_FILE}: cannot read it: {error!r}"]
+    problems = []
+    for name, expected in files[part::num_parts]:
+        try:
+            if (found := _fingerprint(folder / name)) != expected:
+                problems.append(f"{folder / name}: {found} is not what was written, {expected}")
+        except OSError as error:
+            problems.append(f"{folder / name}: cannot read it: {error}")
+    return problems
 
 
 def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str, Any], trainable_only: bool) -> None:
     """Write a checkpoint of `step` completed steps. Collective; returns when it is complete on disk.
 
     state: JSON values stored beside it. trainable_only: leave frozen parameters out (they are the backbone folder's).
+    Written under a temporary name; each rank then syncs and hashes its share of the files, state.json with the hashes is
+    written last, and the folder gets its name.
     """
     folder, name = checkpoint_folder(run), _name(step)
     partial = folder / f"{name}.partial"
     if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        for leftover in (partial, folder / name):
+            _remove(leftover)
     dist.barrier()
     engine.deepspeed.save_checkpoint(
         str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=trainable_only
     )
     torch.save(random_state(), partial / f"random-{rank():05d}.pt")
     dist.barrier()
+    own = sorted(path for path in partial.rglob("*") if path.is_file())[rank() :: world_size()]
+    for path in own:
+        _sync(path)
+    hashes = gather_objects({str(path.relative_to(partial)): _fingerprint(path) for path in own})
     if rank() == 0:
-        text = json.dumps({"step": step, "world_size": world_size(), **state}, indent=1)
+        files = {name: value for found in hashes for name, value in found.items()}
+        text = json.dumps({"step": step, "world_size": world_size(), "files": files, **state}, indent=1)
         (partial / STATE_FILE).write_text(text)
-        for path in partial.iterdir():
-            _sync(path)
+        _sync(partial / STATE_FILE)
+        _sync(partial)
         partial.rename(folder / name)
         _sync(folder)
     dist.barrier()
+
+
+def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Keep the newest `keep_last` checkpoints (None: all) and those whose step is a multiple of `keep_every`."""
+    if keep_last is None:
+        return
+    for step in complete_steps(run)[keep_last:]:
+        if not keep_every or step % keep_every:
+            _remove(checkpoint_folder(run) / _name(step))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Its mark of completeness goes first, so that a kill in the middle leaves nothing that looks whole."""
+    (checkpoint / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def read_state(run: Path, step: int) -> dict[str, Any]:
@@ -100,15 +165,19 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     """Through DeepSpeed's universal checkpoint, a temporary copy beside the checkpoint. Collective."""
     universal = folder / f"{name}.universal"
     conversion = None
+    output, exit_code = "", None
     if rank() == 0:
         shutil.rmtree(universal, ignore_errors=True)
         log.warning("%s: cutting the checkpoint anew for %d ranks", folder / name, world_size())
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(folder / name), "--output_folder", str(universal)]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        conversion = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = ""
-    exit_code = None
+        try:
+            conversion = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        except OSError as error:
+            output, exit_code = str(error), -1
     while True:  # the ranks keep meeting, so that none of them gives up on the others
         if conversion is not None and exit_code is None:
             try:
@@ -120,8 +189,8 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
         if done:
             break
     if failed:
-        reason = next(text for text in gather_objects(output[-2000:]) if text)
-        raise CheckpointError(f"{folder / name}: cannot be cut anew for {world_size()} ranks: {reason}")
+        reason = gather_objects(output[-2000:] or f"exit code {exit_code}")[0]
+        raise CheckpointError(f"{folder / name}: cannot be cut anew for {world_size()} ranks: {reason}").shared()
     config = engine.deepspeed._config
     config.load_universal_checkpoint = True  # for this load only: left on, later saves break
     try:

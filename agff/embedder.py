@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.batch import IMAGE_PLACEHOLDER, Item
+from agff.batch import IMAGE_FORMATS, IMAGE_PLACEHOLDER, Item
 from agff.encoder import EmbeddingModel
 from agff.errors import DataError
 from agff.processor import ItemProcessor
@@ -92,7 +92,7 @@ def _open(image: Any) -> Image.Image:
     if not isinstance(image, str | Path):
         raise DataError(f"an image is a path or a PIL image, found a {type(image).__name__}")
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=IMAGE_FORMATS) as opened:
             return opened.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{image}: cannot read the image: {error}") from None

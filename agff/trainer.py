@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from agff.batch import Batch, SkippedSample
-from agff.collectives import all_ranks_agree, gather_objects
+from agff.collectives import gather_objects, max_over_ranks
 from agff.engine import Engine
-from agff.errors import AgffError, DataError
+from agff.errors import AgffError, DataError, TrainingError
 from agff.step import Objective, train_step
 
 
@@ -48,16 +48,31 @@ def train(
     start_step: int,
     num_steps: int,
     save_every: int,
+    max_skipped_in_a_row: int,
     observe: Callable[[StepReport], None],
     save: Callable[[int], None],
-) -> None:
-    """Run steps start_step .. num_steps - 1; save every `save_every` steps and at the end.
+    should_stop: Callable[[], bool],
+    mark: Callable[[str], None],
+) -> bool:
+    """Run steps start_step .. num_steps - 1; save every `save_every` steps and at the end. False when stopped on request.
 
-    Collective. A data error on one rank is raised on all of them, with that rank's message.
+    should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same step.
+    mark: told what this rank does next.
+
+    Collective. A data error on one rank is raised on all of them, with that rank's message. Raises TrainingError when more
+    than `max_skipped_in_a_row` steps in a row had a gradient that was not finite.
     """
+    skipped_in_a_row = 0
     for step in range(start_step, num_steps):
         started = time.perf_counter()
-        batch = _next_on_all_ranks(batches, engine)
+        mark(f"waiting for the batch of step {step + 1}")
+        batch = _next_on_all_ranks(batches, engine, should_stop)
+        if batch is None:
+            if step > start_step and step % save_every:
+                mark(f"saving step {step}")
+                save(step)
+            return False
+        mark(f"in step {step + 1}")
         waited = time.perf_counter()
         learning_rate = engine.learning_rate
         result = train_step(engine, objective, batch)
@@ -76,19 +91,30 @@ def train(
                 skipped=batch.skipped,
             )
         )
+        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+        if skipped_in_a_row > max_skipped_in_a_row:
+            raise TrainingError(
+                f"the gradient was not finite in {skipped_in_a_row} steps in a row, allowed are {max_skipped_in_a_row} "
+                "(max_skipped_in_a_row); lower optimizer.learning_rate, and look at the pairs in not_finite.jsonl"
+            ).shared()
         if (step + 1) % save_every == 0 or step + 1 == num_steps:
+            mark(f"saving step {step + 1}")
             save(step + 1)
+    return True
 
 
-def _next_on_all_ranks(batches: Iterator[Batch], engine: Engine) -> Batch:
-    """The next batch on the device, or the same DataError on every rank."""
+def _next_on_all_ranks(batches: Iterator[Batch], engine: Engine, should_stop: Callable[[], bool]) -> Batch | None:
+    """The next batch on the device; None on every rank when one was asked to stop; or the same DataError on every rank."""
     error: AgffError | None = None
     batch: Batch | None = None
     try:
         batch = next(batches)
     except AgffError as caught:
         error = caught
-    if not all_ranks_agree(error is None, device=engine.device):
-        raise DataError(next(message for message in gather_objects(str(error) if error else None) if message))
+    any_failed, any_stops = max_over_ranks([error is not None, should_stop()], device=engine.device)
+    if any_failed:
+        raise DataError(next(message for message in gather_objects(str(error) if error else None) if message)).shared()
+    if any_stops:
+        return None
     assert batch is not None
     return batch.to(engine.device)

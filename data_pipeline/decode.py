@@ -11,12 +11,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agff.batch import IMAGE_PLACEHOLDER, NO_CONTENT, Item
 from agff.errors import DataError
-from data_pipeline.reader import RawSample
+from data_pipeline.reader import NOT_A_RECORD, RawSample
 
 MAX_PIXELS = 100_000_000
 """More is a decompression bomb or a mistake: refused before the pixels are decoded."""
 
 
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Of the images in shards; nothing else is even looked at."""
 DRAFT_MARGIN = 2
 """A JPEG is decoded at a half, quarter or eighth of its size when each side stays so many times what the model sees."""
 
@@ -53,14 +55,14 @@ def decode(raw: RawSample, *, with_negative: bool = True, seen_pixels: int | Non
             query=_item("query", raw, seen_pixels),
             target=_item("target", raw, seen_pixels),
             negative=_item("negative", raw, seen_pixels) if with_negative else None,
-            query_id=int(record["query"]["id"]),
-            target_id=int(record["target"]["id"]),
-            negative_id=int(record["negative"]["id"]) if with_negative else NO_CONTENT,
+            query_id=_content_id(record["query"]["id"]),
+            target_id=_content_id(record["target"]["id"]),
+            negative_id=_content_id(record["negative"]["id"]) if with_negative else NO_CONTENT,
             address=raw.address,
         )
     except KeyError as error:
         raise DataError(f"{raw.address}: member or field {error} is missing") from None
-    except (ValueError, TypeError) as error:
+    except NOT_A_RECORD as error:
         raise DataError(f"{raw.address}.json: not a sample's record: {error}") from None
 
 
@@ -73,7 +75,7 @@ def decode_image(content: bytes, address: str, *, seen_pixels: int | None = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 num_pixels = image.width * image.height
                 if num_pixels > MAX_PIXELS:
                     raise DataError(f"{address}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
@@ -84,7 +86,9 @@ def decode_image(content: bytes, address: str, *, seen_pixels: int | None = None
                 return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise DataError(f"{address}: {len(content):,} bytes that are no image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # Pillow lets errors of many kinds through, for example struct.error from broken EXIF
         raise DataError(f"{address}: cannot decode {len(content):,} bytes: {error}") from None
 
 
@@ -95,6 +99,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         transparent = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", transparent.size, "white"), transparent).convert("RGB")
     return image.convert("RGB")
+
+
+def _content_id(value: int) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no content id")
+    return value
 
 
 def _item(role: str, raw: RawSample, seen_pixels: int | None) -> Item:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from agff.batch import Batch
+from agff.errors import DataError
 
 SLOT_BYTES = 2**36
 """Of address space; memory is used as far as the largest batch needs it."""
+SMALLEST_SLOT_BYTES = 2**28
 _ALIGNMENT = 64
 _NO_RESERVE = 0x4000
 """MAP_NORESERVE of Linux; the mmap module has no name for it before Python 3.13."""
@@ -65,8 +67,7 @@ class Slots:
     """
 
     def __init__(self, num_workers: int, *, slots_per_worker: int) -> None:
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        self.memory = [[mmap.mmap(-1, SLOT_BYTES, flags=flags) for _ in range(slots_per_worker)] for _ in range(num_workers)]
+        self.memory = _reserve(num_workers, slots_per_worker)
         self._num_handed = 0
         _slots_of_this_process[id(self)] = self
 
@@ -80,6 +81,11 @@ class Slots:
             nonlocal end
             place = _Place(offset=end, shape=tuple(tensor.shape), dtype=tensor.dtype)
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            if end > len(self.memory[worker][slot]):
+                raise DataError(
+                    f"a batch has more than {len(self.memory[worker][slot]):,} bytes, the address space of one slot; "
+                    "raise the limit on it (ulimit -v), lower processor.max_pixels, or use more ranks"
+                )
             _view(self.memory[worker][slot], place).copy_(tensor)
             return place
 
@@ -87,6 +93,21 @@ class Slots:
 
 
 _slots_of_this_process: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
+
+
+def _reserve(num_workers: int, slots_per_worker: int) -> list[list[mmap.mmap]]:
+    """As large as the machine's limits allow."""
+    flags, size = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE, SLOT_BYTES
+    while True:
+        try:
+            return [[mmap.mmap(-1, size, flags=flags) for _ in range(slots_per_worker)] for _ in range(num_workers)]
+        except OSError as error:
+            if size <= SMALLEST_SLOT_BYTES:
+                raise DataError(
+                    f"{num_workers} loader workers need {num_workers * slots_per_worker * size:,} bytes of address space: "
+                    f"{error}; raise the limit on it (ulimit -v), or lower data.num_workers"
+                ) from None
+            size //= 2
 
 
 def _view(memory: mmap.mmap, place: _Place) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
+import multiprocessing
+import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from agff.batch import Batch, EncodeItems, SkippedSample
-from agff.errors import DataError
+from agff.errors import AgffError, DataError
 from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
 from data_pipeline.handover import HandedBatch, Slots
@@ -46,6 +50,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     """What the model sees of one image at most; much larger JPEGs are decoded at a fraction of their size."""
     fetch_ahead_steps: int = 0
     """Remote shards are fetched so many steps before they are read."""
+    num_steps: int | None = None
+    """Of the whole run: nothing is fetched ahead for later ones."""
     watch: Watch | None = None
     slots: Slots | None = None
     """Where a worker leaves its batches; None: they are returned as they are."""
@@ -55,23 +61,30 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
 
     def __getitem__(self, step: int) -> Batch | HandedBatch | DataError:
         """The batch, or the error that prevents it: a value, so that it crosses the process border as it is."""
-        self._fetch_ahead(step)
         worker = get_worker_info()
         try:
+            self._fetch_ahead(step)
             batch = self._batch(step)
             return self.slots.hand(batch, worker.id) if self.slots and worker else batch
-        except DataError as error:
-            return error
+        except AgffError as error:
+            return DataError(str(error))
+        except Exception as error:  # a fault of the program: all ranks must still end together, and know where it was
+            return DataError(f"step {step}: {error!r}\n{traceback.format_exc()}")
         finally:
             if self.watch:
                 self.watch.done()
 
     def _fetch_ahead(self, step: int) -> None:
+        """Announce the coming steps that this worker will make."""
+        worker = get_worker_info()
+        stride = worker.num_workers if worker else 1
         last = step + self.fetch_ahead_steps
-        for coming in range(max(step + 1, self._announced_until + 1), last + 1):
+        if self.num_steps is not None:
+            last = min(last, self.num_steps - 1)
+        for coming in range(max(step, self._announced_until) + stride, last + 1, stride):
             for source, sample in self.plan.rank_rows(coming, rank=self.rank, world_size=self.world_size):
                 self.reader.fetch_ahead(self.plan.source_names[source], int(sample))
-        self._announced_until = max(last, self._announced_until)
+            self._announced_until = coming
 
     def _batch(self, step: int) -> Batch:
         try:
@@ -166,22 +179,40 @@ def load_batches(
     watch = Watch(max(1, num_workers))
     slots = Slots(num_workers, slots_per_worker=PREFETCH + 1)
     loader = DataLoader(
-        dataclasses.replace(batches, watch=watch, slots=slots),
+        dataclasses.replace(batches, num_steps=num_steps, watch=watch, slots=slots),
         batch_size=None,
         sampler=range(start_step, num_steps),
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=_outlive_requests_to_stop if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,  # the slots are inherited
         pin_memory=torch.cuda.is_available(),
         timeout=min(WARN_AFTER_S, stalled_after_s) if num_workers else 0,
         generator=torch.Generator(),  # its seed for workers must not be drawn from the training's random state
     )
+    others = set(multiprocessing.active_children())
     steps = iter(loader)
-    for step in range(start_step, num_steps):
-        batch = _next_batch(steps, step, batches, watch, stalled_after_s)
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch.open() if isinstance(batch, HandedBatch) else batch
+    workers = set(multiprocessing.active_children()) - others
+    for worker in workers:  # should this process end in the midst: before multiprocessing would wait for them, in vain
+        atexit.register(worker.kill)
+    try:
+        for step in range(start_step, num_steps):
+            batch = _next_batch(steps, step, batches, watch, stalled_after_s)
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch.open() if isinstance(batch, HandedBatch) else batch
+    finally:
+        if num_workers:
+            steps._shutdown_workers()  # type: ignore[attr-defined]  # waits for them a while; torch has no public name for it
+        for worker in workers:
+            worker.kill()  # one that hangs in a read hears nothing else
+            atexit.unregister(worker.kill)
+
+
+def _outlive_requests_to_stop(worker: int) -> None:
+    """Slurm sends its signals to all processes; the rank needs its workers until it has saved, and ends them itself."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _next_batch(
@@ -192,7 +223,7 @@ def _next_batch(
         try:
             return next(steps)
         except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while handing over a tensor
-            if "timed out" not in str(error):
+            if not str(error).startswith("DataLoader timed out after"):
                 raise DataError(
                     f"rank {batches.rank}: a loader worker died before step {step} ({error}); if it was killed for memory, "
                     "lower data.num_workers. The same command continues from the last checkpoint"

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
-from data_pipeline.storage import Folder, LocalFolder, StoredFile
+from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile, publish
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
@@ -33,6 +33,11 @@ class Shard(StoredFile):
 
     num_samples: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.num_samples) is not int or self.num_samples < 0:
+            raise ValueError(f"{self.num_samples!r} is no number of samples of {self.name}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -43,6 +48,11 @@ class Source:
     num_rejected: int
     shards: tuple[Shard, ...]
     index: StoredFile
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for counts that are none."""
+        if any(type(count) is not int or count < 0 for count in (self.num_rows, self.num_rejected)):
+            raise ValueError(f"{self.num_rows!r} rows and {self.num_rejected!r} rejected ones are no counts")
 
     @property
     def num_samples(self) -> int:
@@ -72,7 +82,8 @@ def read_manifest(folder: Folder) -> Manifest:
         values = json.loads(folder.read_bytes(MANIFEST_FILE).decode("utf-8"))
         if values["format"] != FORMAT:
             raise DataError(
-                f"{where}: format {values['format']} is not {FORMAT}, the one this version reads; prepare it again"
+                f"{where}: format {values['format']} is not {FORMAT}, the one this version reads; "
+                "remove the folder and run launcher/prepare.py"
             )
         sources = {
             name: Source(
@@ -83,17 +94,24 @@ def read_manifest(folder: Folder) -> Manifest:
             )
             for name, source in values["sources"].items()
         }
-        names = [*sources, *(file.name for source in sources.values() for file in (*source.shards, source.index))]
-        if wrong := [name for name in names if not re.fullmatch(r"\w[\w.+-]*", name)]:
-            raise DataError(f"{where}: {wrong[0]!r} is no name of a source or shard: letters, digits, and . _ + - inside")
+        check_source_names(sources)
         return Manifest(sources=sources, settings=values["settings"])
     except FileNotFoundError:
         raise DataError(
             f"{folder.location}: no shards here ({MANIFEST_FILE} is missing); "
             "make them with launcher/prepare.py --mmeb DIR --out SHARDS"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: damaged manifest: {error!r}; run launcher/prepare.py again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        text = str(error) if type(error) is ValueError else repr(error)
+        raise DataError(
+            f"{where}: damaged manifest: {text}; restore it, or remove the folder and run launcher/prepare.py"
+        ) from None
+
+
+def check_source_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a source whose name cannot be a folder of shards."""
+    if wrong := [name for name in names if not re.fullmatch(SAFE_NAME, name)]:
+        raise ValueError(f"{wrong[0]!r} is no name of a source: letters, digits, and . _ + - inside")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -105,7 +123,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     partial = folder / f"{MANIFEST_FILE}.partial"
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST_FILE)
+    publish(partial, folder / MANIFEST_FILE)
 
 
 def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequence[int]]]) -> StoredFile:
@@ -119,7 +137,7 @@ def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequen
     size_bytes = partial.stat().st_size
     with partial.open("rb") as written:
         sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-    partial.replace(path)
+    publish(partial, path)
     return StoredFile(name=INDEX_FILE, size_bytes=size_bytes, sha256=sha256)
 
 
@@ -130,9 +148,10 @@ def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
     try:
         with pa.memory_map(str(folder.local_path(name, source.index))) as file:
             index = pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        null_count = sum(column.null_count for column in index.columns)
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{where}: cannot read the index: {error}; {remedy}") from None
-    if not index.schema.equals(INDEX_SCHEMA) or len(index) != source.num_samples:
+    if not index.schema.equals(INDEX_SCHEMA) or len(index) != source.num_samples or null_count:
         raise DataError(f"{where}: the index has {len(index)} samples, the manifest {source.num_samples}; {remedy}")
     return index
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agff.batch import IMAGE_PLACEHOLDER
@@ -70,7 +71,11 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
             file = pq.ParquetFile(path)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot read the parquet file: {error}") from None
-        if missing := [name for name in REQUIRED if name not in file.schema_arrow.names]:
+        schema = file.schema_arrow
+        given = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
+        if wrong := [name for name in given if str(schema.field(name).type) not in ("string", "large_string", "null")]:
+            raise DataError(f"{path}: column {wrong[0]} holds {schema.field(wrong[0]).type}, MMEB-train has text there")
+        if missing := [name for name in REQUIRED if name not in schema.names]:
             raise DataError(
                 f"{path}: columns {', '.join(missing)} are missing; MMEB-train has {', '.join((*REQUIRED, *OPTIONAL[:2]))}"
             )
@@ -91,13 +96,16 @@ def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iter
     """Row groups outside of start .. stop are not read."""
     position = 0
     for path in parquet_files(root, subset, split=split):
-        with pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as file:
-            columns = [name for name in (*REQUIRED, *OPTIONAL) if name in file.schema_arrow.names]
-            for group in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(group).num_rows
-                if position < stop and position + num_rows > start:
-                    yield from _rows_of_group(file, group, columns, start - position, stop - position)
-                position += num_rows
+        try:
+            with pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as file:
+                columns = [name for name in (*REQUIRED, *OPTIONAL) if name in file.schema_arrow.names]
+                for group in range(file.num_row_groups):
+                    num_rows = file.metadata.row_group(group).num_rows
+                    if position < stop and position + num_rows > start:
+                        yield from _rows_of_group(file, group, columns, start - position, stop - position)
+                    position += num_rows
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: damaged parquet file: {error}; download it again") from None
 
 
 def _rows_of_group(file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int) -> Iterator[dict[str, str]]:

@@ -13,6 +13,7 @@ source's next epoch begins, never what an epoch holds.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,11 +66,11 @@ class Plan:
             "global_batch_size": global_batch_size,
             "sub_batch_size": mixture.sub_batch_size,
             "sources": {
-                name: {"shards": source.fingerprint, "samples": kept, "weight": weight}
-                for name, source, kept, weight in zip(self.source_names, sources, num_kept, weights, strict=True)
+                name: {"shards": source.fingerprint, "samples": kept, "share": int(quota)}
+                for name, source, kept, quota in zip(self.source_names, sources, num_kept, self._quota, strict=True)
             },
         }
-        """Everything that decides the order; equal for equal orders; stored in checkpoints."""
+        """Everything that decides the order; equal for equal orders; stored in checkpoints. share: of PERIOD sub-batches."""
 
     @property
     def num_samples(self) -> dict[str, int]:
@@ -179,7 +180,7 @@ def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             changes.append(f"source {name}: its shards are others")
         changes += [
             f"source {name}: {key} {before[key]} -> {after[key]}"
-            for key in ("samples", "weight")
+            for key in ("samples", "share")
             if before[key] != after[key]
         ]
     return changes
@@ -199,7 +200,7 @@ def _share_out(cap: int | None, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _quotas(weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """Sub-batches of each source in a period: proportional, at least one, PERIOD in all (largest remainder)."""
-    exact = weights / weights.sum() * (PERIOD - len(weights))
+    exact = weights / weights.max() / (weights / weights.max()).sum() * (PERIOD - len(weights))
     quota = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(quota - exact, kind="stable")[: PERIOD - len(weights) - int(quota.sum())]
     quota[largest_remainders] += 1
@@ -224,7 +225,7 @@ def _check(manifest: Manifest, mixture: Mixture, global_batch_size: int) -> None
             f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={mixture.sub_batch_size}"
         )
     for name in names:
-        if mixture.weights is not None and not mixture.weights[name] > 0:
+        if mixture.weights is not None and not 0 < mixture.weights[name] < math.inf:
             raise ConfigError(f"data.weights.{name}={mixture.weights[name]} must be > 0; leave a source out to drop it")
         num_samples = manifest.sources[name].num_samples
         if num_samples == 0:

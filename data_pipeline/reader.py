@@ -16,6 +16,8 @@ from data_pipeline.storage import Folder
 
 ROLES = ("query", "target", "negative")
 MAX_IMAGE_BYTES = 64 * 2**20
+NOT_A_RECORD = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What Python raises on JSON of another shape, too large a number, too deep a nesting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,9 @@ def parse_sample(content: bytes, shard: str, read_range: Callable[[int, int], by
         raise DataError(f"{address}.json: text is not UTF-8: {error}") from None
     except KeyError as error:
         raise DataError(f"{address}: member or field {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except DataError:
+        raise
+    except NOT_A_RECORD as error:
         raise DataError(f"{address}.json: not a sample's record: {error}") from None
     return RawSample(address=address, record=record, images=images)
 
@@ -116,7 +120,8 @@ def _members(content: bytes, shard: str) -> tuple[str, dict[str, bytes]]:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
                 key, _, name = member.name.partition(".")
-                file = tar.extractfile(member) if member.isreg() else None
+                is_plain = member.isreg() and not member.issparse() and member.size <= len(content)
+                file = tar.extractfile(member) if is_plain else None
                 if file is None or "/" in member.name or not key or not name:
                     raise DataError(f"{shard}:{member.name}: not a plain member `<key>.<name>`")
                 if name in members:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from typing import Any
 
 from PIL import Image
 
+from agff.batch import IMAGE_FORMATS
 from agff.errors import DataError
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.mmeb import Pair, Side
 from data_pipeline.reader import MAX_IMAGE_BYTES
+from data_pipeline.storage import publish
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -66,9 +67,8 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
             samples.append((offset, tar.offset - offset))
     with partial.open("rb") as written:
         sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-        os.fsync(written.fileno())
     size_bytes = partial.stat().st_size
-    partial.replace(path)
+    publish(partial, path)
     return ShardRecord(num_samples=len(samples), size_bytes=size_bytes, sha256=sha256, samples=samples, rejected=rejected)
 
 
@@ -125,13 +125,13 @@ def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
         if side.image.stat().st_size > MAX_IMAGE_BYTES:
             raise DataError(f"{role}: {side.image} is larger than {MAX_IMAGE_BYTES:,} bytes")
         content = side.image.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{role}: {side.image} has {image.size} pixels, more than {MAX_PIXELS:,}")
             return content, SUFFIX[image.format or ""]
     except FileNotFoundError:
         raise DataError(f"{role}: image {side.image} is missing") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{role}: {side.image}: cannot read the image: {error}") from None
     except KeyError as error:
         raise DataError(f"{role}: {side.image}: image format {error} is none of {', '.join(SUFFIX)}") from None

@@ -10,18 +10,22 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
+import queue
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from agff.errors import AgffError, ConfigError, DataError
 
+SAFE_NAME = r"\w[\w.+-]*"
+"""Of sources and files, which become parts of paths."""
 SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
 """Storages that are read through fsspec. Anything else that looks like a URL is refused, above all `pipe:`."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
@@ -32,6 +36,16 @@ HTTP_TIMEOUT_S = 60
 """An HTTP server that sends nothing for so long has failed this attempt."""
 FETCHERS = 4
 """Files that one process fetches ahead at the same time."""
+IN_USE_S = 60
+"""A cached file that was opened so recently makes no room for one that is fetched ahead."""
+NOT_USED_YET = 0
+"""Access time of a file that was fetched ahead and not opened since."""
+WAITING_S = 3600
+"""After which such a file is taken for one that nobody will open any more."""
+ROOM_WAIT_S = 0.1
+"""Between two looks for room in a cache that is full of what is being fetched."""
+_CACHED_NAME = re.compile(r"[0-9a-f]{64}(\.[\w+-]*)?")
+_PARTIAL_NAME = re.compile(r"[0-9a-f]{64}\.\d+\.partial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +56,30 @@ class StoredFile:
     size_bytes: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        """A manifest may come from anywhere: names and hashes become paths. Raises ValueError."""
+        if not re.fullmatch(SAFE_NAME, self.name):
+            raise ValueError(f"{self.name!r} is no file name: letters, digits, and . _ + - inside")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"{self.sha256!r} is no SHA-256 of {self.name}")
+        if type(self.size_bytes) is not int or self.size_bytes < 0:
+            raise ValueError(f"{self.size_bytes!r} is no size of {self.name}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Local copies of remote shards; not used for a local folder."""
 
     dir: str = "~/.cache/agff/shards"
-    """Folder on a disk of this machine, shared by its ranks."""
+    """Folder on a disk of this machine, shared by the ranks of one user."""
     max_gib: float = 100.0
     """Bound on its size; the files used longest ago make room."""
     fetch_ahead_steps: int = 32
     """Shards are fetched so many steps before they are read."""
 
     def __post_init__(self) -> None:
-        if self.max_gib <= 0:
-            raise ConfigError(f"data.cache.max_gib={self.max_gib} must be > 0")
+        if not 0 < self.max_gib < math.inf:
+            raise ConfigError(f"data.cache.max_gib={self.max_gib} must be > 0 and finite")
         if self.fetch_ahead_steps < 0:
             raise ConfigError(f"data.cache.fetch_ahead_steps={self.fetch_ahead_steps} must be >= 0")
 
@@ -86,13 +109,15 @@ class Folder(Protocol):
 
 def open_folder(location: str, cache: CacheConfig) -> LocalFolder | CachedFolder:
     """The folder at a path or URL. Raises ConfigError for an unknown storage: no data path ever runs a command."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", location)
-    if "::" in location or (scheme and scheme[1] not in (*SCHEMES, "file")):
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?", location)
+    is_url = scheme is not None and scheme[1] in SCHEMES and scheme[2]
+    is_file = location.startswith("file:///")
+    if "::" in location or (scheme and not is_url and not is_file):
         raise ConfigError(
-            f"data.shards={location!r}: {scheme[1] if scheme else '::'!r} is no storage we read; "
+            f"data.shards={location!r}: {scheme[0] if scheme else '::'!r} is no storage we read; "
             f"give a path, or a URL with {', '.join(f'{name}://' for name in SCHEMES)}. Commands (pipe:) are never run"
         )
-    if scheme is None or scheme[1] == "file":
+    if not is_url:
         return LocalFolder(Path(location.removeprefix("file://")))
     return CachedFolder(location.rstrip("/"), cache)
 
@@ -126,8 +151,9 @@ class CachedFolder:
         self.location = url
         self._cache = cache
         self._dir = Path(cache.dir).expanduser()
-        self._fetchers: tuple[int, ThreadPoolExecutor] | None = None
-        self._announced: set[str] = set()
+        self._wanted: tuple[int, queue.SimpleQueue[tuple[str, StoredFile]]] | None = None
+        self._pending: set[str] = set()
+        """Hashes of what was announced and neither fetched nor read since."""
 
     def read_bytes(self, name: str) -> bytes:
         """See Folder. Not cached: the manifest decides what the rest means."""
@@ -141,28 +167,33 @@ class CachedFolder:
 
     def open(self, source: str, file: StoredFile) -> int:
         """See Folder."""
+        self._pending.discard(file.sha256)
         while True:
             with contextlib.suppress(FileNotFoundError):  # not fetched yet, or just evicted by another process
                 descriptor = os.open(self._path(file), os.O_RDONLY)
-                os.utime(descriptor)  # what is used longest ago goes first
+                with contextlib.suppress(PermissionError):  # somebody else's copy
+                    os.utime(descriptor)  # what was used longest ago goes first
                 return descriptor
-            self._fetch(source, file)
+            self._fetch(source, file, is_ahead=False)
 
     def fetch_ahead(self, source: str, file: StoredFile) -> None:
         """See Folder."""
-        if file.sha256 in self._announced and self._path(file).exists():
-            return
-        self._announced.add(file.sha256)
-        if self._fetchers is None or self._fetchers[0] != os.getpid():  # threads do not survive a fork
-            self._fetchers = os.getpid(), ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
-        self._fetchers[1].submit(self._fetch_quietly, source, file)
+        if self._wanted is None or self._wanted[0] != os.getpid():  # threads do not survive a fork
+            self._wanted = os.getpid(), queue.SimpleQueue()
+            self._pending.clear()
+            for _ in range(FETCHERS):
+                threading.Thread(target=self._fetch_wanted, args=(self._wanted[1],), daemon=True).start()
+        if file.sha256 not in self._pending and not self._path(file).exists():
+            self._pending.add(file.sha256)
+            self._wanted[1].put((source, file))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fetchers": None}
-
-    def _fetch_quietly(self, source: str, file: StoredFile) -> None:
-        with contextlib.suppress(DataError):  # whoever needs the file will meet the error
-            self._fetch(source, file)
+    def _fetch_wanted(self, wanted: queue.SimpleQueue[tuple[str, StoredFile]]) -> None:
+        while True:
+            source, file = wanted.get()
+            if file.sha256 in self._pending:
+                with contextlib.suppress(DataError):  # whoever needs the file will meet the error
+                    self._fetch(source, file, is_ahead=True)
+                self._pending.discard(file.sha256)
 
     def _path(self, file: StoredFile) -> Path:
         return self._dir / f"{file.sha256}{Path(file.name).suffix}"
@@ -184,17 +215,19 @@ class CachedFolder:
                 f"{scheme}:// needs the package {PACKAGES[scheme]} ({error}); pip install {PACKAGES[scheme]}"
             ) from None
 
-    def _fetch(self, source: str, file: StoredFile) -> None:
+    def _fetch(self, source: str, file: StoredFile, *, is_ahead: bool) -> None:
         """Fetch the file unless it is there. One process at a time; raises DataError when it cannot be had whole."""
         url = f"{self.location}/{source}/{file.name}"
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
             with _locked(self._lock_path(file.sha256)):
-                if self._path(file).exists():
+                if self._path(file).exists() or (is_ahead and file.sha256 not in self._pending):
                     return
-                partial = self._make_room(file, url)
+                partial = self._make_room(file, url, is_ahead=is_ahead)
+                if partial is None:
+                    return
                 try:
-                    _with_retries(url, lambda: self._download(url, file, partial))
+                    _with_retries(url, lambda: self._download(url, file, partial, is_ahead=is_ahead))
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:
@@ -203,7 +236,7 @@ class CachedFolder:
                 "free space there, lower data.cache.max_gib, or choose another data.cache.dir"
             ) from None
 
-    def _download(self, url: str, file: StoredFile, partial: Path) -> None:
+    def _download(self, url: str, file: StoredFile, partial: Path, *, is_ahead: bool) -> None:
         try:
             self._filesystem().get_file(url, str(partial))
         except FileNotFoundError:
@@ -214,34 +247,51 @@ class CachedFolder:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != file.sha256:
             raise _DamagedError(f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}...")
+        if is_ahead:
+            os.utime(partial, (NOT_USED_YET, time.time()))
         partial.replace(self._path(file))
 
-    def _make_room(self, file: StoredFile, url: str) -> Path:
-        """Evict until the file fits, and claim its space by the name of an empty file, which is returned."""
+    def _make_room(self, file: StoredFile, url: str, *, is_ahead: bool) -> Path | None:
+        """Evict until the file fits, and claim its space by the name of an empty file, which is returned.
+
+        None when a file that is fetched ahead would drive out what is in use or was itself fetched ahead.
+        """
         if file.size_bytes > self._cache.max_bytes:
             raise DataError(
                 f"{url}: {file.size_bytes:,} bytes are more than the whole cache of {self._cache.max_bytes:,} "
                 "(data.cache.max_gib); raise it"
             )
         partial = self._dir / f"{file.sha256}.{file.size_bytes}.partial"
+        while not self._claim_room(file, partial, is_ahead=is_ahead):
+            if is_ahead:
+                return None
+            time.sleep(ROOM_WAIT_S)
+        return partial
+
+    def _claim_room(self, file: StoredFile, partial: Path, *, is_ahead: bool) -> bool:
+        """False when there is no room now."""
         with _locked(self._dir / "lock"):
             partial.unlink(missing_ok=True)  # of a killed process: we hold the lock of this file
-            used = 0
+            used, now = 0, time.time()
             evictable = []
             for path in self._dir.iterdir():
-                if path.suffix == ".partial":
+                if _PARTIAL_NAME.fullmatch(path.name):
                     used += self._claimed(path)
-                elif not path.name.startswith("lock"):
+                elif _CACHED_NAME.fullmatch(path.name):  # whatever else lies there is not ours
                     status = path.stat()
                     used += status.st_size
-                    evictable.append((status.st_mtime, status.st_size, path))
-            for _, size, path in sorted(evictable):
+                    is_waiting = status.st_atime == NOT_USED_YET and now - status.st_mtime < WAITING_S
+                    if not is_ahead or not (is_waiting or now - status.st_mtime < IN_USE_S):
+                        evictable.append((is_waiting, status.st_mtime, status.st_size, path))
+            for _, _, size, path in sorted(evictable):
                 if used + file.size_bytes <= self._cache.max_bytes:
                     break
                 path.unlink()
                 used -= size
+            if used + file.size_bytes > self._cache.max_bytes:
+                return False
             partial.touch()
-            return partial
+            return True
 
     def _claimed(self, partial: Path) -> int:
         """Bytes that a running fetch will need; one whose process was killed is removed and needs none."""
@@ -294,3 +344,13 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a written file its name when it is on disk: a kill or a power cut leaves the old file or the whole new one."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    partial.replace(path)

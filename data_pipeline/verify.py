@@ -15,7 +15,7 @@ from agff.errors import DataError
 from data_pipeline.decode import decode, decode_image
 from data_pipeline.manifest import Manifest, Shard, file_problem, read_index
 from data_pipeline.mmeb import Pair, read_pairs
-from data_pipeline.reader import parse_sample
+from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, parse_sample
 from data_pipeline.shards import content_id
 from data_pipeline.storage import LocalFolder
 
@@ -168,22 +168,33 @@ def _sample_problems(path: Path, shard: Shard, content: ShardContent, *, deep: b
         for offset, size in content.samples:
             try:
                 sample = parse_sample(read_range(offset, size), path.name, read_range)
-                for role in ("query", "target", "negative"):
-                    if side := sample.record.get(role):
-                        image = sample.images.get(role)
-                        if content_id(str(side["text"]), image.content if image else None) != side["id"]:
-                            problems.append(f"{sample.address}: text or image of the {role} is not what was written")
-                if deep:
+                problems += [
+                    f"{sample.address}: text or image of the {role} is not what was written"
+                    for role in ROLES
+                    if role in sample.record and _is_changed(sample, role)
+                ]
+                if missing := [role for role in ROLES[:2] if role not in sample.record]:
+                    problems.append(f"{sample.address}: the {missing[0]} is missing")
+                elif deep:
                     decode(sample)
             except DataError as error:
                 problems.append(str(error))
     return problems
 
 
+def _is_changed(sample: RawSample, role: str) -> bool:
+    image = sample.images.get(role)
+    try:
+        side = sample.record[role]
+        return content_id(str(side["text"]), image.content if image else None) != side["id"]
+    except (KeyError, *NOT_A_RECORD):
+        return True
+
+
 def _names_in(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in os.scandir(folder) if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return set()
 
 
@@ -199,4 +210,4 @@ def _image_problem(root: Path, subset: str, image: str) -> list[str]:
 
 def is_shard_name(name: str) -> bool:
     """Whether a file name is one that prepare gives to shards."""
-    return re.fullmatch(r".*-\d{5}\.tar", name) is not None
+    return re.fullmatch(r".*-\d{5,}\.tar", name) is not None

@@ -11,6 +11,7 @@ VERBS = {
     "prepare": ("launcher.prepare", "MMEB-train download -> WebDataset shards"),
     "verify": ("launcher.verify", "is every shard, index and sample as it was written? Is a download complete?"),
     "preview": ("launcher.preview", "an HTML page of what the loader yields"),
+    "doctor": ("launcher.doctor", "will this machine train? Findings with their remedies"),
     "evaluate": ("launcher.evaluate", "score a run or release on MMEB and MMVP-VLM layouts"),
     "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
     "quickstart-data": ("launcher.quickstart_data", "real images and a small backbone for a first run"),

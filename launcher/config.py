@@ -34,6 +34,10 @@ FILLED_IN = (
 
 MAY_CHANGE_ON_RESUME = (
     "save_every",
+    "keep_last",
+    "keep_every",
+    "max_skipped_in_a_row",
+    "stalled_step_s",
     "log_every",
     "log_samples",
     "cpu_ranks",
@@ -136,6 +140,14 @@ class RunConfig:
     """Optimizer steps of the whole run; the schedule ends there."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
+    keep_last: int | None = 3
+    """The newest checkpoints that are kept; older ones are removed. null: all are kept."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this are kept beside them."""
+    max_skipped_in_a_row: int = 10
+    """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
+    stalled_step_s: float = 900
+    """A rank that stays in one step or one save for so long tells what it does, with the stacks of its threads."""
     log_every: int = 1
     """Steps between entries in TensorBoard and the progress bar."""
     log_samples: bool = False
@@ -153,8 +165,10 @@ class RunConfig:
     data: DataConfig
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "save_every", "log_every", "cpu_ranks"):
-            if getattr(self, name) < 1:
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be >= 0")
+        for name in ("num_steps", "save_every", "log_every", "cpu_ranks", "keep_last", "keep_every", "stalled_step_s"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
 
 

@@ -93,4 +93,4 @@ def check_shards_together(data: RunData, *, hashes: bool) -> None:
     problems = [problem for problems in gather_objects(own) for problem in problems]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise DataError("; ".join(problems[:5]) + more)
+        raise DataError("; ".join(problems[:5]) + more).shared()

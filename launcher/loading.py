@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from agff.checkpoint import consolidated_weights, latest_step
+from agff.checkpoint import check_checkpoint, consolidated_weights, latest_step
 from agff.embedder import Embedder
 from agff.errors import CheckpointError
 from agff.release import CONTRACT_FILE, load
@@ -30,6 +30,10 @@ def load_run(run: Path) -> tuple[Embedder, int]:
     step = latest_step(run)
     if step is None:
         raise CheckpointError(f"{run}: the run has no complete checkpoint yet; let it train to its first save (save_every)")
+    if problems := check_checkpoint(run, step):
+        raise CheckpointError(
+            f"{run}: the newest checkpoint is damaged: {problems[0]}; training again falls back to an older one"
+        )
     model = untrained_model(config, dtype=torch.float32)
     weights = consolidated_weights(run, step=step)
     missing, unexpected = model.load_state_dict(weights, strict=False)

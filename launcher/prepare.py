@@ -25,13 +25,14 @@ from data_pipeline.manifest import (
     Manifest,
     Shard,
     Source,
+    check_source_names,
     read_manifest,
     write_index,
     write_manifest,
 )
 from data_pipeline.mmeb import SPLITS, count_rows, find_subsets, parquet_files, read_pairs
 from data_pipeline.shards import ShardRecord, write_shard
-from data_pipeline.storage import LocalFolder
+from data_pipeline.storage import LocalFolder, publish
 from launcher.command_line import report
 from launcher.distributed import rank_from_environment
 
@@ -92,7 +93,8 @@ def prepare(
     """
     rows = _rows_of_subsets(root, subsets, split, max_rows)
     settings = _settings(root, rows, split, rows_per_shard)
-    _claim(out, settings)
+    with _write_errors(out):
+        _claim(out, settings)
     tasks = [
         _Task(
             root=root, out=out, subset=subset, split=split, index=index, start=start, stop=min(start + rows_per_shard, total)
@@ -126,6 +128,10 @@ def _rows_of_subsets(root: Path, subsets: Sequence[str] | None, split: str, max_
     found = find_subsets(root, split=split)
     if unknown := sorted(set(subsets or ()) - set(found)):
         raise DataError(f"{root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
+    try:
+        check_source_names(subsets or found)
+    except ValueError as error:
+        raise DataError(f"{root}: {error}; rename the folder, or name the others with --subsets") from None
     counts = {subset: count_rows(root, subset, split=split) for subset in subsets or found}
     if empty := [subset for subset, count in counts.items() if count == 0]:
         raise DataError(f"{root}: subset {', '.join(empty)} has no rows; name the others with --subsets")
@@ -148,14 +154,18 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Mark `out` as the place of this conversion, or refuse a place that belongs to something else."""
     marker = out / SETTINGS_FILE
     if marker.exists():
-        found = json.loads(marker.read_text())
+        try:
+            found = dict(json.loads(marker.read_text()))
+        except (ValueError, TypeError):
+            raise ConfigError(f"{marker} is damaged; remove {out} and convert again, or choose another --out") from None
         changed = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
         if changed:
             raise ConfigError(
                 f"{out} holds a conversion with other {', '.join(changed)}; remove it, or choose another --out"
             )
         return
-    if out.exists() and any(out.iterdir()):
+    partial = f"{SETTINGS_FILE}.partial"  # of a run that was killed at once
+    if out.exists() and any(path.name != partial for path in out.iterdir()):
         raise ConfigError(f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     _write_text(marker, json.dumps(settings, indent=1) + "\n")
@@ -221,11 +231,8 @@ def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> int:
 def _write_text(path: Path, text: str) -> None:
     """In one piece and on disk: a kill at any moment leaves the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.write_text(text, encoding="utf-8")
+    publish(partial, path)
 
 
 def summary(manifest: Manifest, out: Path) -> str:

@@ -296,7 +296,7 @@ def page(location: str, manifest: Manifest, plan: Plan, settings: Mapping[str, o
 def _sources_table(manifest: Manifest, plan: Plan, steps: Sequence[Step]) -> str:
     shown = Counter(sub_batch.source for step in steps for sub_batch in step.sub_batches)
     used = plan.description["sources"]
-    total = sum(values["weight"] for values in used.values())
+    total = sum(values["share"] for values in used.values())
     columns = ("source", "pairs", "rejected rows", "pairs in an epoch", "share of sub-batches", "sub-batches shown here")
     lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>"]
     for name in plan.source_names:
@@ -305,7 +305,7 @@ def _sources_table(manifest: Manifest, plan: Plan, steps: Sequence[Step]) -> str
             f"{source.num_samples:,}",
             f"{source.num_rejected:,}",
             f"{used[name]['samples']:,}",
-            f"{used[name]['weight'] / total:.1%}",
+            f"{used[name]['share'] / total:.1%}",
             f"{shown[name]:,}",
         )
         cells = "".join(f"<td class='number'>{number}</td>" for number in numbers)

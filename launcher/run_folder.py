@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from agff.checkpoint import latest_step, read_state
+from agff.checkpoint import read_state
 from agff.errors import CheckpointError, ConfigError
 from data_pipeline.plan import plan_changes
 from launcher.command_line import config_from_values
@@ -19,15 +19,11 @@ CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 
 
-def finished_steps(run: ResolvedRun, data_plan: Mapping[str, Any]) -> int:
-    """Steps of the newest complete checkpoint, 0 for a new run. Reads only.
-
-    Raises ConfigError when the folder belongs to another configuration, or to another order of the data
-    and data.accept_changes is not set. data_plan: `Plan.description`.
-    """
+def check_run_folder(run: ResolvedRun) -> None:
+    """Reads only. Raises ConfigError when the folder holds something else, or a run of another configuration."""
     folder = run.run_dir
     if not folder.exists() or not any(folder.iterdir()):
-        return 0
+        return
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(f"{folder} exists and holds no run ({CONFIG_FILE} is missing); choose another --run_dir")
     changed = differences(_stored_values(folder), as_dict(run.config))
@@ -37,17 +33,20 @@ def finished_steps(run: ResolvedRun, data_plan: Mapping[str, Any]) -> int:
             f"{folder} belongs to another configuration: {'; '.join(changed)}. "
             "Give the old settings to continue that run, or another --run_dir to start a new one"
         )
-    step = latest_step(folder)
-    if step is None:
-        return 0
-    state = read_state(folder, step)
-    changed = plan_changes(state["data_plan"], data_plan)
+
+
+def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
+    """Whether the run can continue after `step` steps. Reads only.
+
+    data_plan: `Plan.description`. Raises ConfigError when it was another one and data.accept_changes is not set.
+    """
+    folder = run.run_dir
+    changed = plan_changes(read_state(folder, step)["data_plan"], data_plan)
     if changed and not run.config.data.accept_changes:
         raise ConfigError(
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to continue "
             "exactly, choose another --run_dir to start anew, or continue in the new order with --data.accept_changes true"
         )
-    return step
 
 
 def write_run_folder(run: ResolvedRun) -> None:

@@ -63,8 +63,8 @@ class RunLog:
         self._note_skipped(report)
         if self._samples is not None:
             self._samples.write(json.dumps({"step": report.step, "addresses": report.addresses}) + "\n")
-        if not report.applied and self._is_writer:
-            log.warning("step %d skipped on all ranks: the gradient was not finite", report.step)
+        if not report.applied:
+            self._note_not_finite(report)
         self._bar.update()
         if report.step % self._log_every:
             return
@@ -92,6 +92,16 @@ class RunLog:
             "data/skipped_samples": self._skipped.total(),
             **{f"data/skipped_samples/{source}": count for source, count in self._skipped.items()},
         }
+
+    def _note_not_finite(self, report: StepReport) -> None:
+        """`applied` is the same on all ranks, so they come here together."""
+        losses = gather_objects(report.metrics[0].item())
+        addresses = gather_objects(report.addresses)
+        if self._is_writer:
+            log.warning("step %d skipped on all ranks: the gradient was not finite; losses by rank: %s", report.step, losses)
+            with (self._run_dir / "not_finite.jsonl").open("a") as file:
+                for rank_losses, pairs in zip(losses, addresses, strict=True):
+                    file.write(json.dumps({"step": report.step, "loss": str(rank_losses), "addresses": pairs}) + "\n")
 
     def _note_skipped(self, report: StepReport) -> None:
         any_skipped = mean_over_ranks(torch.tensor([float(len(report.skipped))], device=report.metrics.device)).item()

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, help="checkers at work at once (default: one for each core)")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.processes is not None and arguments.processes < 1:
+            raise ConfigError(f"--processes {arguments.processes} must be >= 1")
         if not (arguments.folder / MANIFEST_FILE).exists() and any(arguments.folder.glob("*/*.parquet")):
             if arguments.repair_index:
                 raise ConfigError(f"{arguments.folder} is a download, it has no index to repair; convert it first")

@@ -14,4 +14,5 @@ cd "$PROJECT_DIR"
 
 export DS_ACCELERATOR=cpu                                # converting needs memory, not a GPU
 
-srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" python launcher/convert_checkpoint.py "$@"
+srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" "${SRUN_OPTIONS[@]}" \
+  python launcher/convert_checkpoint.py "$@"

@@ -5,13 +5,17 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 # Eight nodes, one rank per GPU:
 #   sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b [--loss.temperature 0.02 ...]
-# The same command again continues the run from its newest checkpoint.
+# Other sizes need no editing: sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/train_8node.sh ...
+# The same command again continues the run from its newest checkpoint; at the time limit the job itself does so.
 set -euo pipefail
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
+source "$PROJECT_DIR/slurm/requeue.sh"
 cd "$PROJECT_DIR"
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -19,5 +23,6 @@ export MASTER_ADDR                                       # rank 0 runs on the fi
 export MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"   # ranks of a job agree, two jobs on one node do not collide
 
 # srun starts the entry point itself, once per GPU; launcher/distributed.py maps SLURM_* to RANK and its kin
-srun --ntasks-per-node="$NUM_GPUS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=1 \
+run_and_requeue srun --ntasks-per-node="$NUM_GPUS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
+  --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" \
   python launcher/train.py --deepspeed ds_configs/zero3.json "$@"

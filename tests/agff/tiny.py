@@ -68,7 +68,8 @@ def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) ->
     starts, lengths = [len(row) - len(prompts) for row in rows], [len(row) for row in rows]
     pixels = [image for image in images if image is not None]
     if not pixels:
-        rows[0], pixels = [*rows[0], IMAGE_TOKEN], [torch.zeros(4, PATCH_VALUES)]
+        shortest = lengths.index(min(lengths))
+        rows[shortest], pixels = [*rows[shortest], IMAGE_TOKEN], [torch.zeros(4, PATCH_VALUES)]
     input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for index, row in enumerate(rows):

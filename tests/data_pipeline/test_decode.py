@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import random
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +72,12 @@ def test_a_whole_sample() -> None:
         (tar_of({"query": {}}), r"^s.tar:k: member or field 'image' is missing"),
         (tar_of(b"\xff\xfe"), r"^s.tar:k.json: text is not UTF-8"),
         (tar_of(b"{"), r"^s.tar:k.json: not a sample's record"),
+        (
+            tar_of({"query": {"text": "q", "image": None, "id": 1e999}, "target": {"text": "t", "image": None}}),
+            "no content id",
+        ),
+        (tar_of({**record("q", None), "query": {"text": "q", "image": None, "id": 10**30}}), f"{10**30} is no content id"),
+        (tar_of(b"[" * 100_000), r"^s.tar:k.json: not a sample's record"),
         (tar_of(record("\ud800", None)), r"^s.tar:k.json: not a sample's record: .*surrogates not allowed"),
         (tar_of(record("no placeholder"), query_png=RED), r"^s.tar:k.json: <\|image_1\|> stands 0 times, images: 1"),
         (tar_of(record("<|image_1|>", None)), r"^s.tar:k.json: <\|image_1\|> stands 1 times, images: 0"),
@@ -116,6 +125,43 @@ def test_images_of_every_mode_become_upright_rgb_on_white() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter turn
     assert decode_image(encoded(Image.new("RGB", (4, 8)), "JPEG", exif=exif), ADDRESS).size == (8, 4)
+
+
+def test_no_image_makes_a_program_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives EPS to Ghostscript."""
+    mark, ghostscript = tmp_path / "ran", tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(DataError, match="bytes that are no image"):
+        decode_image(encoded(Image.new("RGB", (8, 8)), "EPS"), ADDRESS)
+    assert not mark.exists()
+
+
+def test_damaged_images_are_data_errors_whatever_pillow_raises() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "maker"
+    generator = random.Random(0)
+    for kind in ("JPEG", "WEBP", "PNG"):
+        whole = encoded(Image.new("RGB", (16, 8), "red"), kind, exif=exif)
+        for _ in range(700):
+            content = bytearray(whole)
+            for _ in range(generator.randint(1, 4)):
+                content[generator.randrange(min(len(content), 200))] = generator.randrange(256)
+            with contextlib.suppress(DataError):
+                decode_image(bytes(content), ADDRESS)
+
+
+def test_a_sparse_member_claims_no_memory() -> None:
+    header = tarfile.TarInfo("k.query.png")
+    header.size, header.type = 0, tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[386:398], block[398:410], block[483:495] = b"00000000000\0", b"00000000000\0", b"77777777777\0"
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    with pytest.raises(DataError, match=r"k.query.png: not a plain member"):
+        parse_sample(bytes(block) + tar_of(record()), "s.tar", no_other_bytes)
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same_to_the_model() -> None:

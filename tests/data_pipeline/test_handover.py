@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agff.batch import Batch
+from agff.errors import DataError
+from data_pipeline import handover
 from data_pipeline.handover import Slots
 
 
@@ -75,3 +79,33 @@ def test_a_batch_of_slots_that_are_gone_is_no_silent_garbage() -> None:
     gc.collect()
     with pytest.raises(KeyError):
         handed.open()
+
+
+LIMITED = """
+import resource, sys
+from agff.errors import DataError
+import data_pipeline.handover as handover
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), resource.RLIM_INFINITY))
+try:
+    slots = handover.Slots(1, slots_per_worker=3)
+    print(len(slots.memory[0][0]))
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"), [(8 * 2**30, str(2 * 2**30)), (2**28, "1 loader workers need 805,306,368 bytes of address space")]
+)
+def test_limits_on_address_space_make_smaller_slots_or_a_clear_error(room: int, expected: str) -> None:
+    result = subprocess.run([sys.executable, "-c", LIMITED, str(room)], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(expected)
+
+
+def test_a_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "SLOT_BYTES", 4096)
+    with pytest.raises(
+        DataError, match=r"a batch has more than 4,096 bytes, the address space of one slot; raise the limit"
+    ):
+        handover.Slots(1, slots_per_worker=1).hand(batch_of(0, 12, 3), 0)

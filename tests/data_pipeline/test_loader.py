@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,7 +58,7 @@ def batches_of(shards: tuple[Path, Manifest], *, rank: int = 0, world_size: int 
     return StepBatches(
         plan=choices.pop("plan", None) or Plan(manifest, mixture, seed=0, global_batch_size=8),
         reader=ShardReader(LocalFolder(folder), manifest),
-        encode_items=Encoder(),
+        encode_items=choices.pop("encode_items", None) or Encoder(),
         rank=rank,
         world_size=world_size,
         chunking=choices.pop("chunking", FixedRows(rows=2)),
@@ -219,6 +221,43 @@ def test_a_stalled_read_is_named_warned_of_and_ended(
     ]
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(shards: tuple[Path, Manifest], num_workers: int) -> None:
+    """While the rank computes, the workers are ahead and would overwrite it, had they too few slots."""
+    found = []
+    for batch in load_batches(batches_of(shards), start_step=0, num_steps=12, num_workers=num_workers):
+        time.sleep(0.1)
+        found.append(flat(batch))
+    assert found == [flat(batches_of(shards)[step]) for step in range(12)]
+
+
+FAILS_IN_A_STEP = """
+import sys
+from pathlib import Path
+from data_pipeline.loader import load_batches
+from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import LocalFolder
+from tests.data_pipeline.test_loader import batches_of
+folder = Path(sys.argv[1])
+batches = load_batches(batches_of((folder, read_manifest(LocalFolder(folder)))), start_step=0, num_steps=50, num_workers=1)
+next(batches)
+raise RuntimeError("a fault in a training step")
+"""
+
+
+def test_a_process_that_fails_in_a_step_ends_although_its_workers_outlive_signals(shards: tuple[Path, Manifest]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FAILS_IN_A_STEP, str(shards[0])],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "a fault in a training step" in result.stderr
+
+
 def test_a_killed_worker_is_an_error_and_the_rest_of_the_run_is_unchanged(shards: tuple[Path, Manifest]) -> None:
     def all_batches(start_step: int) -> Iterator[Batch]:
         return load_batches(batches_of(shards), start_step=start_step, num_steps=40, num_workers=1)
@@ -239,6 +278,64 @@ def test_a_killed_worker_is_an_error_and_the_rest_of_the_run_is_unchanged(shards
     assert 3 <= len(found) < 40
     found += [flat(batch) for batch in all_batches(len(found))]
     assert found == expected
+
+
+class Failing(Encoder):
+    """Raises once it sees the mark."""
+
+    def __init__(self, error: Exception, text: str) -> None:
+        self.error, self.text = error, text
+
+    def __call__(self, items: Sequence[Item]) -> ModelInputs:
+        if any(self.text in item.text for item in items):
+            raise self.error
+        return super().__call__(items)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError(110, "Connection timed out"), KeyError("x"), RuntimeError("stack expects")])
+def test_a_fault_of_the_program_is_an_error_of_its_own_step(
+    shards: tuple[Path, Manifest], error: Exception, num_workers: int
+) -> None:
+    """It must reach the rank as DataError, on which all ranks end together, and never cost a batch silently."""
+    clean = [flat(batches_of(shards)[step]) for step in range(8)]
+    texts = [texts_of(batches_of(shards, encode_items=Texts())[step]) for step in range(8)]
+    bad, text = next(
+        (step, text)
+        for step in range(3, 8)
+        for text in texts[step]
+        if not any(text in other for earlier in texts[:step] for other in earlier)
+    )
+    found = []
+
+    def run() -> None:
+        batches = batches_of(shards, encode_items=Failing(error, text))
+        found.extend(flat(b) for b in load_batches(batches, start_step=0, num_steps=8, num_workers=num_workers))
+
+    with pytest.raises(DataError, match=rf"^step {bad}: {re.escape(repr(error))}"):
+        run()
+    assert found == [] or found == clean[:bad]
+
+
+class Texts(Encoder):
+    def __call__(self, items: Sequence[Item]) -> ModelInputs:
+        return {"texts": [item.text for item in items]}  # type: ignore[dict-item]
+
+
+def texts_of(batch: Any) -> list[str]:
+    return [text for chunk in batch.chunks for text in chunk["texts"]]
+
+
+def test_nothing_is_fetched_ahead_beyond_the_last_step(
+    shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(ShardReader, "fetch_ahead", lambda self, source, sample: asked.append((source, sample)))
+    batches = batches_of(shards, fetch_ahead_steps=3)
+    for _ in load_batches(batches, start_step=0, num_steps=5, num_workers=0):
+        pass
+    planned = [batches.plan.global_batch(step) for step in range(1, 5)]
+    assert asked == [(batches.plan.source_names[source], sample) for rows in planned for source, sample in rows.tolist()]
 
 
 # ------------------------------------------------------------------ many shapes of data

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 
@@ -21,10 +22,15 @@ def manifest(**sizes: list[int]) -> Manifest:
             num_rows=sum(shards),
             num_rejected=0,
             shards=tuple(
-                Shard(name=f"{name}-{i:05d}.tar", num_samples=size, size_bytes=0, sha256=f"{name}{i}")
+                Shard(
+                    name=f"{name}-{i:05d}.tar",
+                    num_samples=size,
+                    size_bytes=0,
+                    sha256=hashlib.sha256(f"{name}{i}".encode()).hexdigest(),
+                )
                 for i, size in enumerate(shards)
             ),
-            index=StoredFile(name="index.arrow", size_bytes=0, sha256=""),
+            index=StoredFile(name="index.arrow", size_bytes=0, sha256="00" * 32),
         )
     return Manifest(sources=sources, settings={})
 
@@ -122,7 +128,7 @@ def test_changes_of_whatever_decides_the_order_are_named() -> None:
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"global_batch_size": 4}, "global_batch_size: 8 -> 4"),
         ({"mixture": Mixture(sub_batch_size=4)}, "sub_batch_size: 2 -> 4"),
-        ({"mixture": Mixture(sub_batch_size=2, weights={"a": 1, "b": 10})}, "source a: weight 10.0 -> 1.0"),
+        ({"mixture": Mixture(sub_batch_size=2, weights={"a": 1, "b": 10})}, "source a: share 512 -> 94"),
         ({"mixture": Mixture(sub_batch_size=2, caps={"a": 4})}, "source a: samples 10 -> 4"),
         ({"mixture": Mixture(sub_batch_size=2, weights={"b": 10})}, "source a was removed"),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
 import subprocess
@@ -265,6 +267,89 @@ def test_what_a_killed_fetch_left_behind_is_cleared(
     assert [path.name for path in files_in(cache)] == [f"{shard.sha256}.tar"]
 
 
+def test_what_is_not_the_caches_own_stays(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
+    cache, manifest = tmp_path / "cache", shards[1]
+    (cache / "folder").mkdir(parents=True)
+    (cache / "thesis.doc").write_bytes(bytes(5000))
+    (cache / "x.partial").write_bytes(bytes(5000))
+    os.utime(cache / "thesis.doc", (1, 1))
+    largest = max(shard.size_bytes for source in manifest.sources.values() for shard in source.shards)
+    folder = cached(server, cache, max_gib=2.5 * largest / 2**30)
+    for name, source in manifest.sources.items():
+        for shard in source.shards:
+            content_of(folder, name, shard)
+    assert {path.name for path in cache.iterdir()} >= {"folder", "thesis.doc", "x.partial"}
+
+
+def test_fetching_ahead_drives_out_nothing_that_is_needed(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
+    manifest = shards[1]
+    wanted = [(name, shard) for name, source in manifest.sources.items() for shard in source.shards]
+    largest = max(shard.size_bytes for _, shard in wanted)
+    folder = cached(server, tmp_path / "cache", max_gib=4.5 * largest / 2**30)
+    for place, (name, shard) in enumerate(wanted):
+        for ahead in wanted[place + 1 : place + 13]:
+            folder.fetch_ahead(*ahead)
+        time.sleep(0.02)
+        content_of(folder, name, shard)
+    counts = {path: count for path, count in server.requests.items() if path.endswith(".tar")}
+    assert len(counts) == len(wanted)
+    assert sum(counts.values()) <= len(wanted) + 1, "the very first read may drive out one that was fetched ahead"
+
+
+def test_what_a_dead_run_fetched_ahead_makes_room(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, cache = shards[1], tmp_path / "cache"
+    wanted = [(name, shard) for name, source in manifest.sources.items() for shard in source.shards]
+    size = 4.5 * max(shard.size_bytes for _, shard in wanted) / 2**30
+    dead = cached(server, cache, max_gib=size)
+    for ahead in wanted:
+        dead.fetch_ahead(*ahead)
+    time.sleep(0.5)
+    monkeypatch.setattr(storage, "WAITING_S", 0)  # an hour later
+    server.requests.clear()
+    folder = cached(server, cache, max_gib=size)
+    for _ in range(5):
+        for name, shard in wanted[-3:]:
+            content_of(folder, name, shard)
+    assert all(count == 1 for path, count in server.requests.items() if path.endswith(".tar"))
+
+
+def test_the_bound_holds_while_many_fetch_at_once(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
+    manifest, cache = shards[1], tmp_path / "cache"
+    wanted = [(name, shard) for name, source in manifest.sources.items() for shard in source.shards]
+    limit = int(2.5 * max(shard.size_bytes for _, shard in wanted))
+    server.faults = {f"{name}/{shard.name}": ["delay"] for name, shard in wanted[:6]}
+    threads = [
+        threading.Thread(target=content_of, args=(cached(server, cache, max_gib=limit / 2**30), *one)) for one in wanted[:6]
+    ]
+    for thread in threads:
+        thread.start()
+    sizes = []
+    while any(thread.is_alive() for thread in threads):
+        with contextlib.suppress(FileNotFoundError):  # evicted between two looks
+            sizes.append(sum(path.stat().st_size for path in files_in(cache)))
+        time.sleep(0.002)
+    sizes.append(sum(path.stat().st_size for path in files_in(cache)))
+    assert len(sizes) > 100
+    assert 0 < max(sizes) <= limit
+
+
+@pytest.mark.parametrize("sha256", ["/etc/passwd", "../" * 8 + "etc/passwd", "ab", None, 5, "g" * 64])
+def test_a_hash_in_a_manifest_cannot_name_a_file_of_this_machine(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path, sha256: object
+) -> None:
+    values = json.loads((shards[0] / "manifest.json").read_text())
+    values["sources"]["Shapes_i2t"]["shards"][0]["sha256"] = sha256
+    (shards[0] / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match="damaged manifest"):
+        read_manifest(cached(server, tmp_path / "cache"))
+
+
 def test_a_shard_larger_than_the_cache_is_named(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bytes are more than the whole cache of 1,073 .data.cache.max_gib.; raise it"):
         content_of(cached(server, tmp_path / "cache", max_gib=1e-6), "Shapes_i2t", shard_of(shards[1]))
@@ -273,7 +358,7 @@ def test_a_shard_larger_than_the_cache_is_named(shards: tuple[Path, Manifest], s
 def test_a_full_disk_names_the_cache_and_leaves_nothing(
     shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, is_ahead: bool) -> None:
         raise OSError(28, "No space left on device")
 
     folder = cached(server, tmp_path / "cache")
@@ -332,7 +417,17 @@ def test_memory_file_system(shards: tuple[Path, Manifest], tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "location",
-    ["pipe:touch {}", "pipe:cat x.tar > {}", "ftp://host/x", "simplecache::s3://b/x", "file::pipe:touch {}", "ssh://h/x"],
+    [
+        "pipe:touch {}",
+        "pipe:cat x.tar > {}",
+        "ftp://host/x",
+        "simplecache::s3://b/x",
+        "file::pipe:touch {}",
+        "ssh://h/x",
+        "s3:b/x",
+        "file://host/x",
+        "file:/x",
+    ],
 )
 def test_commands_and_unknown_storages_are_refused(location: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
@@ -349,7 +444,10 @@ def test_a_storage_without_its_package_says_what_to_install(tmp_path: Path, monk
         read_manifest(open_folder("s3://bucket/shards", CacheConfig(dir=str(tmp_path))))
 
 
-@pytest.mark.parametrize("values", [{"max_gib": 0}, {"max_gib": -1}, {"fetch_ahead_steps": -1}])
+@pytest.mark.parametrize(
+    "values",
+    [{"max_gib": 0}, {"max_gib": -1}, {"max_gib": float("inf")}, {"max_gib": float("nan")}, {"fetch_ahead_steps": -1}],
+)
 def test_impossible_cache_settings(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"data.cache.{next(iter(values))}=.* must be >"):
         CacheConfig(**values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sysconfig
 import time
@@ -69,8 +70,13 @@ def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subpro
     return result
 
 
-def kill_when_saved(command: str, folder: Path, run: Path, *, victim: str, timeout_s: float = 120) -> None:
-    """Start the command and, after its second checkpoint, SIGKILL all of its processes or one worker; wait for its end."""
+def signal_when_saved(
+    command: str, folder: Path, run: Path, *, victims: str, number: signal.Signals = signal.SIGKILL, timeout_s: float = 120
+) -> int:
+    """Start the command and, after its second checkpoint, send a signal; wait for its end and return its exit code.
+
+    victims: "all" processes, the "ranks" with their workers (as Slurm does), "one rank" alone, or one "worker".
+    """
     environment = _environment(folder, mark := uuid.uuid4().hex)
     process = subprocess.Popen(
         ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -81,16 +87,18 @@ def kill_when_saved(command: str, folder: Path, run: Path, *, victim: str, timeo
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     marked = [candidate for candidate in psutil.process_iter() if _is_marked(candidate, mark)]
-    if victim == "worker":
-        ranks = [candidate for candidate in marked if "--local_rank" in " ".join(candidate.cmdline())]
-        marked = [child for candidate in ranks for child in candidate.children() if child in marked][:1]
-        assert marked, "no loader worker found"
-    for candidate in marked:
+    ranks = [candidate for candidate in marked if "--local_rank" in " ".join(candidate.cmdline())]
+    ranks = [candidate for candidate in ranks if candidate.parent() not in ranks]  # a worker has the words of its rank
+    workers = [child for candidate in ranks for child in candidate.children()]
+    assert ranks, "no rank found"
+    chosen = {"all": marked, "ranks": ranks + workers, "one rank": ranks[1:], "worker": workers[:1]}[victims]
+    for candidate in chosen:
         with contextlib.suppress(psutil.NoSuchProcess):
-            candidate.kill()
-    assert process.wait(timeout=timeout_s) != 0
+            candidate.send_signal(number)
+    code = process.wait(timeout=timeout_s)
     for candidate in psutil.process_iter():
         assert not _is_marked(candidate, mark), f"left behind: {candidate.cmdline()}"
+    return code
 
 
 def _environment(folder: Path, mark: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from agff.errors import ConfigError, DataError
 from data_pipeline.manifest import check_files, read_index, read_manifest
@@ -388,6 +389,63 @@ def test_every_row_is_written_or_listed_with_its_reason(tmp_path: Path) -> None:
         assert re.search(reason, entry["reason"])
     samples = read_with_webdataset([out / "Sub/Sub-00000.tar"])
     assert json.loads(samples[1]["json"])["query"]["text"] == "WebQA has no image"
+
+
+def test_images_that_pillow_trips_over_are_rejected_and_the_rest_written(tmp_path: Path) -> None:
+    root = tmp_path / "mmeb"
+    (root / "images").mkdir(parents=True)
+    texts = PngInfo()
+    texts.add_text("comment", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(root / "images/long.png", pnginfo=texts)
+    Image.new("RGB", (8, 8)).save(root / "images/a.eps")
+    with_image = {"qry": "<|image_1|>\nx"}
+    names = ["images/long.png", "images/nul\0.png", "images/a.eps"]
+    write_subset(root, [row(), *(row(**with_image, qry_image_path=name) for name in names)])
+    manifest = prepare(root, tmp_path / "out")
+    assert (manifest.sources["Sub"].num_samples, manifest.sources["Sub"].num_rejected) == (1, 3)
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/Sub/rejected.jsonl").read_text().splitlines()]
+    assert [re.search(p, r) is not None for p, r in zip(["too large", "null byte", "cannot identify"], reasons, strict=True)]
+
+
+def test_a_damaged_parquet_page_is_named_as_such(tmp_path: Path) -> None:
+    root = tmp_path / "mmeb"
+    write_subset(root, [row(qry=f"number {n}") for n in range(500)])
+    path = root / "Sub/original-00000-of-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^{path}: damaged parquet file"):
+        prepare(root, tmp_path / "out")
+
+
+def test_wrong_places_and_names_are_one_line(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error_of(*arguments: object) -> str:
+        assert main([*map(str, arguments), "--processes", "1"]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    (tmp_path / "file").write_text("x")
+    assert f"cannot write {tmp_path}/file" in error_of("--mmeb", drawings, "--out", tmp_path / "file")
+    assert f"cannot write {tmp_path}/file/out" in error_of("--mmeb", drawings, "--out", tmp_path / "file/out")
+    killed_at_once = tmp_path / "killed"
+    killed_at_once.mkdir()
+    (killed_at_once / "prepare.json.partial").write_text("{")
+    assert main(["--mmeb", str(drawings), "--out", str(killed_at_once), "--processes", "1"]) == 0
+    (killed_at_once / "prepare.json").write_text("{")
+    assert "prepare.json is damaged; remove" in error_of("--mmeb", drawings, "--out", killed_at_once)
+    root = tmp_path / "mmeb"
+    write_subset(root, [row()], "My Set")
+    assert "'My Set' is no name of a source" in error_of("--mmeb", root, "--out", tmp_path / "x")
+    root = tmp_path / "numbers"
+    write_subset(root, [{**row(), "pos_text": 5}])
+    assert "column pos_text holds int64, MMEB-train has text there" in error_of("--mmeb", root, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    out = tmp_path / "old"
+    prepare(drawings, out)
+    values = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**values, "format": 1}))
+    assert "remove the folder and run launcher/prepare.py" in error_of("--mmeb", drawings, "--out", out)
 
 
 def test_equal_content_has_equal_ids_and_negatives_are_carried(tmp_path: Path) -> None:

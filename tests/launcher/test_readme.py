@@ -12,7 +12,9 @@ from PIL import Image
 from tests.launcher.runs import REPOSITORY, run_command, train_command
 
 README = (REPOSITORY / "README.md").read_text()
-COMMANDS = re.findall(r"^ {4,7}((?:make|python|mpirun|deepspeed|sbatch|agff|tensorboard) [^#\n]*[^#\s])", README, flags=re.MULTILINE)
+COMMANDS = re.findall(
+    r"^ {4,7}((?:make|python|mpirun|deepspeed|sbatch|agff|tensorboard) [^#\n]*[^#\s])", README, flags=re.MULTILINE
+)
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 ELSEWHERE = {

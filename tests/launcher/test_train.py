@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from agff.checkpoint import consolidated_weights
 from launcher.convert_checkpoint import main as convert_main
+from launcher.stop_request import EXIT_CODE
 from launcher.train import main as train_main
 from tests.data_pipeline.test_storage import FaultyServer
-from tests.launcher.runs import kill_when_saved, run_command, train_command
+from tests.launcher.runs import run_command, signal_when_saved, train_command
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -139,25 +141,79 @@ def test_another_order_of_the_data_is_refused_and_accepted_when_told(project: Pa
     assert "4/4" in result.stdout
 
 
-def test_a_run_killed_whole_or_in_a_worker_continues_to_the_same_weights(project: Path) -> None:
-    """SIGKILL to the launcher with all it started, and to a loader's worker alone, in mid-epoch."""
+LAST = "checkpoints/step-000008"
+
+
+@pytest.fixture(scope="module")
+def whole_run(project: Path) -> tuple[str, dict[str, Any]]:
+    """(command of an 8-step run that saves each step, what an unbroken one has at its end)."""
     command = f"{train_command(2)} --num_steps 8 --save_every 1"
-    whole = run_command(f"{command} --run_dir runs/whole", project)
-    assert whole.returncode == 0, whole.stdout
-    for victim in ("all", "worker"):
-        kill_when_saved(
-            f"{command} --run_dir runs/killed-{victim}", project, project / f"runs/killed-{victim}", victim=victim
-        )
-        saved = sorted(path.name for path in (project / f"runs/killed-{victim}/checkpoints").glob("step-*"))
-        assert "step-000008" not in saved, "it was killed in time"
-        result = run_command(f"{command} --run_dir runs/killed-{victim}", project)
-        assert result.returncode == 0, result.stdout
-        expected, found = (
-            tensors_of(project / run / "checkpoints/step-000008") for run in ("runs/whole", f"runs/killed-{victim}")
-        )
-        for name, value in expected.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, found[name]), name
+    result = run_command(f"{command} --run_dir runs/whole", project)
+    assert result.returncode == 0, result.stdout
+    return command, tensors_of(project / "runs/whole" / LAST)
+
+
+def assert_same_tensors(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    compared = [name for name, value in expected.items() if isinstance(value, torch.Tensor)]
+    assert len(compared) > 20
+    assert [name for name in compared if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.mark.parametrize("victims", ["all", "worker"])
+def test_a_killed_run_continues_to_the_same_weights(
+    project: Path, whole_run: tuple[str, dict[str, Any]], victims: str
+) -> None:
+    command, expected = whole_run
+    command = f"{command} --run_dir runs/killed-{victims}"
+    run = project / f"runs/killed-{victims}"
+    assert signal_when_saved(command, project, run, victims=victims) != 0
+    assert not (run / LAST).exists(), "it was killed in time"
+    result = run_command(command, project)
+    assert result.returncode == 0, result.stdout
+    assert_same_tensors(tensors_of(run / LAST), expected)
+
+
+@pytest.mark.parametrize(("victims", "number"), [("ranks", signal.SIGUSR1), ("one rank", signal.SIGTERM)])
+def test_a_run_asked_to_stop_saves_and_continues_to_the_same_weights(
+    project: Path, whole_run: tuple[str, dict[str, Any]], victims: str, number: signal.Signals
+) -> None:
+    command, expected = whole_run
+    run = project / f"runs/stopped-{number.name}"
+    command = f"{command.replace('save_every 1', 'save_every 2')} --run_dir {run.relative_to(project)}"
+    assert signal_when_saved(command, project, run, victims=victims, number=number) == EXIT_CODE
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step-??????"))
+    assert not (run / LAST).exists(), "it stopped in time"
+    assert saved[-1] > "step-000004" or len(saved) >= 2
+    result = run_command(command, project)
+    assert result.returncode == 0, result.stdout
+    assert_same_tensors(tensors_of(run / LAST), expected)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
+    project: Path, whole_run: tuple[str, dict[str, Any]]
+) -> None:
+    command, expected = whole_run
+    run = project / "runs/damaged"
+    shutil.copytree(project / "runs/whole", run)
+    names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert names == ["step-000006", "step-000007", "step-000008"], "keep_last is 3"
+    shutil.rmtree(run / LAST)
+    damaged = next((run / "checkpoints/step-000007").glob("*optim_states.pt"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    result = run_command(f"python launcher/convert_checkpoint.py {run} releases/damaged", project)
+    assert result.returncode == 2
+    assert f"the newest checkpoint is damaged: {damaged}" in result.stdout
+    result = run_command(f"{command} --run_dir runs/damaged --keep_last 1 --keep_every 7", project)
+    assert result.returncode == 0, result.stdout
+    assert "DAMAGED CHECKPOINT, going back to the one before it" in result.stdout
+    assert str(damaged.relative_to(project)) in result.stdout
+    assert "6/8" in result.stdout
+    assert_same_tensors(tensors_of(run / LAST), expected)
+    names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert names == ["step-000007", "step-000008"], "the newest, and the multiple of keep_every"
 
 
 def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:

@@ -166,7 +166,48 @@ def test_names_in_a_manifest_cannot_leave_its_folder(folder: Path, capsys: pytes
         values["sources"]["Shapes_VQA"]["shards"][0]["name"] = name
         path.write_text(json.dumps(values))
         assert main([str(folder)]) == 2
-        assert f"{name!r} is no name of a source or shard" in capsys.readouterr().err
+        assert f"{name!r} is no file name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"id":', b'"di":', "text or image of the query is not what was written"),
+        (b'"text":', b'"txet":', "text or image of the query is not what was written"),
+        (b'"query":', b'"qeury":', "the query is missing"),
+        (b'{"row"', b'["row"', "not a sample's record"),
+    ],
+)
+def test_a_record_of_another_shape_is_a_finding_not_a_crash(
+    folder: Path, capsys: pytest.CaptureFixture[str], old: bytes, new: bytes, message: str
+) -> None:
+    change(tar_path(folder, source="Shapes_text"), lambda content: content.replace(old, new, 1))
+    for options in ([], ["--deep"]):
+        code, lines = findings(capsys, folder, *options)
+        assert code == 1
+        assert any(line.startswith("Shapes_text-00000.tar:000000000") and message in line for line in lines), lines
+
+
+def test_wrong_arguments_and_types_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--processes", "0"]) == 2
+    assert capsys.readouterr().err == "error: --processes 0 must be >= 1\n"
+    path = folder / "manifest.json"
+    whole = json.loads(path.read_text())
+    for key, value in (
+        ("num_samples", "6"),
+        ("num_samples", -6),
+        ("size_bytes", "a"),
+        ("size_bytes", None),
+        ("sha256", None),
+    ):
+        values = json.loads(json.dumps(whole))
+        values["sources"]["Shapes_VQA"]["shards"][0][key] = value
+        path.write_text(json.dumps(values))
+        assert main([str(folder)]) == 2
+        assert "damaged manifest" in capsys.readouterr().err
+    path.write_text("[" * 100_000)
+    assert main([str(folder)]) == 2
+    assert "damaged manifest" in capsys.readouterr().err
 
 
 def test_a_download_before_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,115 @@
+"""`python launcher/doctor.py`: will a run work on this machine? One line a finding, with what to type."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from launcher import doctor_checks as checks
+from launcher.doctor_checks import Finding
+
+ABOUT = """\
+Check this machine, and the job it is called in, before a run does: versions, GPUs, MPI, disks, /dev/shm, limits, locks that
+a killed build left, network, Slurm, two ranks that take a ZeRO-3 step; the shards and run folders that you name.
+
+In a job, start it like the run (srun or mpirun python launcher/doctor.py); one task of each machine reports.
+
+Exit code 0: nothing found that breaks a run; 1: at least one error; 2: wrong arguments.
+"""
+SUBJECT_WIDTH = 15
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="doctor", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, nargs="+", action="extend", default=[], help="run folders to check")
+    parser.add_argument(
+        "--shards", help="folder or URL of shards to check: presence and sizes (launcher/verify.py reads all)"
+    )
+    parser.add_argument("--skip-ranks", action="store_true", help="start no ranks (they take about 20 s)")
+    arguments = parser.parse_args(argv)
+    if not _speaks(os.environ):
+        return 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    sys.stdout.write(f"doctor on {socket.gethostname()}\n")
+    counts = dict.fromkeys(("ok", "warning", "error"), 0)
+    for finding in findings(arguments.run, arguments.shards, with_ranks=not arguments.skip_ranks):
+        counts[finding.state] += 1
+        sys.stdout.write(table_line(finding, width) + "\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} ok\n")
+    return 1 if counts["error"] else 0
+
+
+def findings(runs: Sequence[Path], shards: str | None, *, with_ranks: bool) -> Iterator[Finding]:
+    """What each check finds about this machine, one check after the other."""
+    yield from guarded("versions", checks.check_versions)
+    num_gpus = 0
+
+    def check_devices() -> list[Finding]:
+        nonlocal num_gpus
+        devices = checks.Devices.of_this_machine()
+        num_gpus = len(devices.gpus)
+        return checks.check_devices(devices)
+
+    yield from guarded("GPUs", check_devices)
+    named: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("MPI", partial(checks.check_mpi, os.environ)),
+        ("disk", lambda: checks.check_disk(checks.places(os.environ, runs))),
+        ("shared memory", partial(checks.check_shared_memory, num_gpus=num_gpus)),
+        ("limits", checks.check_limits),
+        ("build locks", lambda: checks.check_build_locks(checks.extension_folder(os.environ))),
+        ("network", partial(checks.check_network, os.environ)),
+        ("job", partial(checks.check_job, os.environ, num_gpus=num_gpus)),
+    ]
+    if shards is not None:
+        named.append(("shards", partial(checks.check_shards, shards)))
+    named += [("run", partial(checks.check_run, run)) for run in runs]
+    if with_ranks and num_gpus:
+        named.append(("ranks", partial(checks.check_ranks, num_ranks=min(2, num_gpus), on_gpus=True)))
+    if with_ranks and num_gpus < 2:
+        named.append(("ranks", checks.check_ranks))
+    for name, check in named:
+        yield from guarded(name, check)
+
+
+def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of a check; one that itself fails is a finding and hides no other."""
+    try:
+        return check()
+    except Exception as error:
+        found = f"the check failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return [Finding("error", name, found, "mend the errors above; if none explains it, report this as a bug")]
+
+
+def table_line(finding: Finding, width: int | None) -> str:
+    """`state  subject  found -> remedy`; folded below the third column when a terminal's width is given."""
+    start = f"{finding.state:<8} {finding.subject:<{SUBJECT_WIDTH}} "
+    text = finding.found + (f" -> {finding.remedy}" if finding.remedy else "")
+    if width is None or len(start) + 20 > width:
+        return start + text
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _speaks(environ: Mapping[str, str]) -> bool:
+    """Is this the task of its machine that reports? Wrong variables are a finding, no reason to be silent."""
+    local = next((environ[n] for n in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID") if n in environ), "0")
+    return local == "0" or not local.isdecimal()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

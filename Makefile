@@ -12,7 +12,7 @@ EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-full lint format
+.PHONY: help install demo test test-full test-slurm lint format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,10 @@ test: lint ## format, lint, types, and every test but the slow ones
 
 test-full: lint ## the same with the slow tests
 	python -m pytest
+
+test-slurm: $(STAMP) ## the scripts in slurm/ on a real Slurm of 8 nodes on this machine (as root; installs Debian's Slurm)
+	command -v slurmctld slurmd sbatch >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client; }
+	python -m pytest tests/slurm
 
 lint: $(STAMP) ## format, lint and types
 	ruff format --check .

@@ -191,7 +191,7 @@ class CachedFolder:
         while True:
             source, file = wanted.get()
             if file.sha256 in self._pending:
-                with contextlib.suppress(DataError):  # whoever needs the file will meet the error
+                with contextlib.suppress(AgffError):  # whoever needs the file will meet the error
                     self._fetch(source, file, is_ahead=True)
                 self._pending.discard(file.sha256)
 
@@ -271,12 +271,11 @@ class CachedFolder:
     def _claim_room(self, file: StoredFile, partial: Path, *, is_ahead: bool) -> bool:
         """False when there is no room now."""
         with _locked(self._dir / "lock"):
-            partial.unlink(missing_ok=True)  # of a killed process: we hold the lock of this file
             used, now = 0, time.time()
             evictable = []
             for path in self._dir.iterdir():
                 if _PARTIAL_NAME.fullmatch(path.name):
-                    used += self._claimed(path)
+                    used += self._claimed(path, held=self._lock_path(file.sha256))
                 elif _CACHED_NAME.fullmatch(path.name):  # whatever else lies there is not ours
                     status = path.stat()
                     used += status.st_size
@@ -293,11 +292,15 @@ class CachedFolder:
             partial.touch()
             return True
 
-    def _claimed(self, partial: Path) -> int:
-        """Bytes that a running fetch will need; one whose process was killed is removed and needs none."""
+    def _claimed(self, partial: Path, *, held: Path) -> int:
+        """Bytes that a running fetch will need; one whose process was killed is removed and needs none.
+
+        held: the lock that the caller has; who else needs it cannot be running.
+        """
         sha256, size, _ = partial.name.split(".")
-        with _locked(self._lock_path(sha256), wait=False) as is_free:
-            if is_free:
+        lock = self._lock_path(sha256)
+        with contextlib.nullcontext(True) if lock == held else _locked(lock, wait=False) as is_dead:
+            if is_dead:
                 partial.unlink(missing_ok=True)
                 return 0
         return int(size)

@@ -261,7 +261,8 @@ def test_what_a_killed_fetch_left_behind_is_cleared(
 ) -> None:
     cache, shard = tmp_path / "cache", shard_of(shards[1])
     cache.mkdir()
-    (cache / f"{'ab' * 32}.{10**12}.partial").write_bytes(b"half")  # it claims more than the whole cache
+    for prefix in ("ab", shard.sha256[:2]):  # they claim more than the whole cache
+        (cache / f"{prefix}{'cd' * 31}.{10**12}.partial").write_bytes(b"half")
     (cache / f"{shard.sha256}.{shard.size_bytes}.partial").write_bytes(b"half")
     content_of(cached(server, cache, max_gib=0.001), "Shapes_i2t", shard)
     assert [path.name for path in files_in(cache)] == [f"{shard.sha256}.tar"]

@@ -226,16 +226,17 @@ def test_a_signal_to_the_batch_shell_reaches_the_ranks_and_requeues_the_job(clus
     assert cluster.log(number).count("back into the queue") == 1
 
 
-@pytest.mark.parametrize("warned", ["ranks", pytest.param("batch shell", marks=pytest.mark.slow)])
-def test_a_preempted_job_comes_back(tmp_path: Path, stand_in: Path, warned: str) -> None:
+@pytest.mark.parametrize(("warned", "times"), [("ranks", 1), pytest.param("batch shell", 2, marks=pytest.mark.slow)])
+def test_a_preempted_job_comes_back(tmp_path: Path, stand_in: Path, warned: str, times: int) -> None:
+    """Slurm warns the ranks, or with preempt_send_user_signal the batch shell as --signal says."""
     flavour = {"CLUSTER_PREEMPT_SIGNAL": "1"} if warned == "batch shell" else {}
     with running_cluster(tmp_path / "cluster", stand_in, **flavour) as cluster:
         number = start(cluster)
-        for restarts in (1, 2):
+        for restarts in range(1, times + 1):
             cluster.preempt()
             wait_started(cluster, number, restarts=restarts)
         job = finish(cluster, number)
-        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2")
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(times))
         assert ("asked to stop" in cluster.log(number)) == (warned == "batch shell")
 
 
@@ -322,7 +323,7 @@ def test_a_chain_of_jobs_trains_on_two_nodes_then_finds_everything_done_and_is_c
     assert "all 4 steps are done" in trained_on.log(second)
     third = trained_on.submit("slurm/convert.sh", "runs/chain", "releases/chain")
     assert trained_on.wait_end(third, within_s=100)["JobState"] == "COMPLETED"
-    assert (trained_on.project / "releases/chain/config.json").exists()
+    assert (trained_on.project / "releases/chain/agff_config.json").exists()
 
 
 def newest_step(run: Path) -> int:

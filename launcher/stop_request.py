@@ -22,6 +22,11 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
+    def ignore(self) -> None:
+        """The signals do nothing from now on: all is saved, and one that comes as Python ends must not change its code."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._name = signal.Signals(number).name
 

@@ -136,6 +136,7 @@ def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcesso
                 mark=watchdog.mark,
             )
         dist.barrier()
+        stop.ignore()
         if is_done:
             return 0
         if rank.rank == 0:

@@ -19,6 +19,10 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.
 
 ELSEWHERE = {
     "make test": "runs this test",
+    "make install": "the environment these tests run in",
+    "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
+    "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
+    "sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": "tests/slurm",
     "make demo": "needs the package registries; run by hand, its figures stand in the README",
     "python launcher/quickstart_data.py": "needs the package registries; part of make demo",
     "tensorboard --logdir runs": "a server; test_train.py reads the events it shows",

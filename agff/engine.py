@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -15,8 +16,10 @@ from agff.precision import Precision
 from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 
 
-def start_process_group(local_rank: int) -> torch.device:
+def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's device.
+
+    A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still.
 
     Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its work.
     """
@@ -25,7 +28,9 @@ def start_process_group(local_rank: int) -> torch.device:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
+    )
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     accelerator.set_device(local_rank)

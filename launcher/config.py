@@ -37,6 +37,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_last",
     "keep_every",
     "max_skipped_in_a_row",
+    "collective_timeout_s",
     "stalled_step_s",
     "log_every",
     "log_samples",
@@ -146,6 +147,8 @@ class RunConfig:
     """Checkpoints of steps that are multiples of this are kept beside them."""
     max_skipped_in_a_row: int = 10
     """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
+    collective_timeout_s: float = 1800
+    """A rank that waits so long for the others ends: they are gone, or cut off."""
     stalled_step_s: float = 900
     """A rank that stays in one step or one save for so long tells what it does, with the stacks of its threads."""
     log_every: int = 1
@@ -167,7 +170,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must be >= 0")
-        for name in ("num_steps", "save_every", "log_every", "cpu_ranks", "keep_last", "keep_every", "stalled_step_s"):
+        for name in (
+            "num_steps",
+            "save_every",
+            "log_every",
+            "cpu_ranks",
+            "keep_last",
+            "keep_every",
+            "collective_timeout_s",
+            "stalled_step_s",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
 

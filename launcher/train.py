@@ -92,7 +92,7 @@ def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcesso
     """From the process group to the last checkpoint; returns the exit code. Collective."""
     config = run.config
     export(rank, os.environ)
-    device = start_process_group(rank.local_rank)
+    device = start_process_group(rank.local_rank, timeout_s=config.collective_timeout_s)
     try:
         check_shards_together(data, hashes=config.data.check_hashes)
         start_step = newest_intact_step(run.run_dir, device=device) or 0

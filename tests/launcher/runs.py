@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -70,6 +71,45 @@ def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subpro
     return result
 
 
+class Started:
+    """A command that runs beside the test, and all the processes that came of it."""
+
+    def __init__(self, command: str, folder: Path) -> None:
+        self._mark = uuid.uuid4().hex
+        self._process = subprocess.Popen(
+            ["bash", "-c", command],
+            cwd=folder,
+            env=_environment(folder, self._mark),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def wait_until(self, condition: Callable[[], bool], *, timeout_s: float = 120) -> None:
+        """Fails when the command ends before, or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline
+            assert self._process.poll() is None, "it ended too early"
+            time.sleep(0.02)
+
+    def processes(self) -> list[psutil.Process]:
+        return [candidate for candidate in psutil.process_iter() if _is_marked(candidate, self._mark)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, without the workers of their loaders (which have the words of their rank)."""
+        named = [candidate for candidate in self.processes() if "--local_rank" in " ".join(candidate.cmdline())]
+        ranks = [candidate for candidate in named if candidate.parent() not in named]
+        assert ranks, "no rank found"
+        return ranks
+
+    def end(self, timeout_s: float) -> int:
+        """Exit code; nothing may be left behind."""
+        code = self._process.wait(timeout=timeout_s)
+        left_behind = [process.cmdline() for process in self.processes()]
+        assert not left_behind, f"left behind: {left_behind}"
+        return code
+
+
 def signal_when_saved(
     command: str, folder: Path, run: Path, *, victims: str, number: signal.Signals = signal.SIGKILL, timeout_s: float = 120
 ) -> int:
@@ -77,28 +117,15 @@ def signal_when_saved(
 
     victims: "all" processes, the "ranks" with their workers (as Slurm does), "one rank" alone, or one "worker".
     """
-    environment = _environment(folder, mark := uuid.uuid4().hex)
-    process = subprocess.Popen(
-        ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + timeout_s
-    while len(list((run / "checkpoints").glob("step-??????"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    marked = [candidate for candidate in psutil.process_iter() if _is_marked(candidate, mark)]
-    ranks = [candidate for candidate in marked if "--local_rank" in " ".join(candidate.cmdline())]
-    ranks = [candidate for candidate in ranks if candidate.parent() not in ranks]  # a worker has the words of its rank
-    workers = [child for candidate in ranks for child in candidate.children()]
-    assert ranks, "no rank found"
-    chosen = {"all": marked, "ranks": ranks + workers, "one rank": ranks[1:], "worker": workers[:1]}[victims]
-    for candidate in chosen:
+    started = Started(command, folder)
+    started.wait_until(lambda: len(list((run / "checkpoints").glob("step-??????"))) >= 2)
+    ranks = started.ranks()
+    workers = [child for rank in ranks for child in rank.children()]
+    everything = {"all": started.processes(), "ranks": ranks + workers, "one rank": ranks[1:], "worker": workers[:1]}
+    for victim in everything[victims]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            candidate.send_signal(number)
-    code = process.wait(timeout=timeout_s)
-    for candidate in psutil.process_iter():
-        assert not _is_marked(candidate, mark), f"left behind: {candidate.cmdline()}"
-    return code
+            victim.send_signal(number)
+    return started.end(timeout_s)
 
 
 def _environment(folder: Path, mark: str) -> dict[str, str]:

@@ -12,11 +12,11 @@ EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-full test-slurm lint format
+.PHONY: help install install-slurm demo test test-full test-slurm lint format
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 install: $(STAMP) ## make ./.venv with everything in requirements.txt
 
@@ -34,9 +34,12 @@ test: lint ## format, lint, types, and every test but the slow ones
 test-full: lint ## the same with the slow tests
 	python -m pytest
 
-test-slurm: $(STAMP) ## the scripts in slurm/ on a real Slurm of 8 nodes on this machine (as root; installs Debian's Slurm)
-	command -v slurmctld slurmd sbatch >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client; }
+test-slurm: $(STAMP) install-slurm ## the scripts in slurm/ on a real Slurm of 8 nodes on this machine (as root)
 	python -m pytest tests/slurm
+
+install-slurm: ## Debian's Slurm, with which `make test` also tries slurm/ on two nodes (as root)
+	[ "$$(command -v slurmctld slurmd sbatch | wc -l)" = 3 ] || { apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client; }
 
 lint: $(STAMP) ## format, lint and types
 	ruff format --check .

@@ -15,7 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from agff.errors import CheckpointError
 from agff.grad_cache import random_state, set_random_state
 
 STATE_FILE = "state.json"
+FILES_OF_EACH_RANK = ("random-*.pt", "*_optim_states.pt")
+LATE_FILES_S = 60
+"""How long a file that another machine wrote may stay invisible."""
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +59,37 @@ def latest_step(run: Path) -> int | None:
 
 
 def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
-    """Step of the newest checkpoint whose files are all as they were written; None when there is none. Collective.
+    """Step of the newest checkpoint whose files are all as they were written; None when there is none at all. Collective.
 
-    A damaged one is passed over with a loud message, and the one before it taken.
+    Damaged ones are passed over with a loud message and renamed `step-N.damaged`: they no longer count, and cost no good one
+    its place. Raises CheckpointError when every one is damaged; then all stay as they are.
     """
-    for step in gather_objects(complete_steps(run))[0]:  # the ranks may not see the same folder yet
+    steps = gather_objects(complete_steps(run))[0]  # the ranks may not see the same folder yet
+    for index, step in enumerate(steps):
         problems = check_checkpoint(run, step, part=rank(), num_parts=world_size())
         if not max_over_ranks([bool(problems)], device=device)[0]:
+            if rank() == 0:
+                for damaged in (checkpoint_folder(run) / _name(damaged) for damaged in steps[:index]):
+                    shutil.rmtree(f"{damaged}.damaged", ignore_errors=True)
+                    damaged.rename(f"{damaged}.damaged")
+            dist.barrier()
             return step
         for problem in (problem for found in gather_objects(problems) for problem in found):
             if rank() == 0:
                 log.error("DAMAGED CHECKPOINT, going back to the one before it: %s", problem)
+    if steps:
+        raise CheckpointError(
+            f"{checkpoint_folder(run)}: all of the {len(steps)} checkpoints are damaged or cannot be read (listed above); "
+            "mend the file system, or start anew with another --run_dir"
+        ).shared()
     return None
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what killed saves and conversions left. Only for the one process that holds the run."""
+    for kind in ("partial", "universal"):
+        for folder in checkpoint_folder(run).glob(f"step-*.{kind}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1) -> list[str]:
@@ -103,7 +127,7 @@ def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str,
     )
     torch.save(random_state(), partial / f"random-{rank():05d}.pt")
     dist.barrier()
-    own = sorted(path for path in partial.rglob("*") if path.is_file())[rank() :: world_size()]
+    own = [partial / name for name in _written_files(partial)[rank() :: world_size()]]
     for path in own:
         _sync(path)
     hashes = gather_objects({str(path.relative_to(partial)): _fingerprint(path) for path in own})
@@ -116,6 +140,30 @@ def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str,
         partial.rename(folder / name)
         _sync(folder)
     dist.barrier()
+
+
+def _written_files(partial: Path) -> list[str]:
+    """Names of the files that all ranks wrote, the same list on every rank. Collective.
+
+    A network file system may show the files of other machines late, so rank 0 looks until those of each rank are there.
+    """
+    names: list[str] = []
+    if rank() == 0:
+        deadline = time.monotonic() + LATE_FILES_S
+        while True:
+            names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+            num_complete = min(sum(fnmatch(name, kind) for name in names) for kind in FILES_OF_EACH_RANK)
+            if num_complete >= world_size() or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        names = names if num_complete >= world_size() else []
+    names = gather_objects(names)[0]
+    if not names:
+        raise CheckpointError(
+            f"{partial}: rank 0 does not see the files of all {world_size()} ranks within {LATE_FILES_S} s; "
+            "run_dir must be on a file system that all machines share"
+        ).shared()
+    return names
 
 
 def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
@@ -152,7 +200,7 @@ def restore_checkpoint(engine: Engine, run: Path, *, step: int, trainable_only: 
     """
     folder, saved_by = checkpoint_folder(run), read_state(run, step)["world_size"]
     if saved_by == world_size():
-        engine.deepspeed.load_checkpoint(str(folder), tag=_name(step), load_module_strict=not trainable_only)
+        _load(engine, folder, _name(step), trainable_only=trainable_only)
     else:
         _restore_repartitioned(engine, folder, _name(step), trainable_only=trainable_only)
     if rank() < saved_by:
@@ -169,7 +217,8 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     if rank() == 0:
         shutil.rmtree(universal, ignore_errors=True)
         log.warning("%s: cutting the checkpoint anew for %d ranks", folder / name, world_size())
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command = ["sh", "-c", 'trap "" USR1 TERM; exec "$@"', "sh"]  # a request to stop reaches it too; it is done soon
+        command += [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(folder / name), "--output_folder", str(universal)]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         try:
@@ -194,13 +243,19 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     config = engine.deepspeed._config
     config.load_universal_checkpoint = True  # for this load only: left on, later saves break
     try:
-        engine.deepspeed.load_checkpoint(str(folder), tag=universal.name, load_module_strict=not trainable_only)
+        _load(engine, folder, universal.name, trainable_only=trainable_only)
     finally:
         config.load_universal_checkpoint = False
     dist.barrier()
     if rank() == 0:
         shutil.rmtree(universal)
         (folder / "latest_universal").unlink(missing_ok=True)
+
+
+def _load(engine: Engine, folder: Path, name: str, *, trainable_only: bool) -> None:
+    path, _ = engine.deepspeed.load_checkpoint(str(folder), tag=name, load_module_strict=not trainable_only)
+    if path is None:
+        raise CheckpointError(f"{folder / name}: DeepSpeed found nothing to load there")
 
 
 def consolidated_weights(run: Path, *, step: int) -> dict[str, Tensor]:

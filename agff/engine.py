@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from agff.batch import ModelInputs
+from agff.errors import ConfigError
 from agff.precision import Precision
 from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 
@@ -21,13 +22,19 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
 
     A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still.
 
-    Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its work.
+    Collective. Raises ConfigError when this rank has no device. On a CPU no operator is compiled: the shared-memory
+    all-reduce is left out, gloo does its work.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    elif local_rank >= accelerator.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} sees {accelerator.device_count()} devices; every rank must see all devices of its "
+            "machine: with Slurm --gpus-per-node, not --gpus-per-task, --ntasks-per-gpu or --gpu-bind"
+        )
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
     )

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def info_nce(
-    similarity_BC: Tensor, positive_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None = None
+    similarity_BC: Tensor,
+    positive_B: Tensor,
+    *,
+    temperature: float,
+    negative_mask_BC: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Scalar mean cross-entropy of the positive among the candidates, over the local rows.
+    """Cross-entropy of the positive among the candidates: its mean over the local rows, or (B,) of each.
 
     positive_B: index of each row's positive among the C candidates. negative_mask_BC: True = may act as a negative; the
     positive is never masked. float32 or better inside.
     """
     logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
-    return F.cross_entropy(logits_BC, positive_B)
+    return F.cross_entropy(logits_BC, positive_B, reduction=reduction)
 
 
 def ega_loss(

@@ -27,8 +27,11 @@ class StepEngine(Protocol):
         """Update the parameters; False when the gradient was not finite and nothing was changed."""
 
 
-Objective = Callable[[Tensor, Tensor, Tensor, Batch], tuple[Tensor, Tensor]]
-"""(query_BMD, target_BMD, negative_NMD, batch) -> (loss, metrics without gradient); a collective."""
+Objective = Callable[[Tensor, Tensor, Tensor, Batch], tuple[Tensor, Tensor, Tensor]]
+"""(query_BMD, target_BMD, negative_NMD, batch) -> (loss, metrics, (B,) loss of each pair); a collective.
+
+Only the loss has a gradient.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class StepResult:
 
     metrics: Tensor
     """The objective's metrics of the local rows, on the device."""
+    pair_loss_B: Tensor
+    """The loss of each local pair, on the device."""
     applied: bool
     """False when all ranks skipped the update together because the gradient was not finite."""
 
@@ -50,22 +55,22 @@ def train_step(engine: StepEngine, objective: Objective, batch: Batch) -> StepRe
     num_chunks, num_negatives = max_over_ranks([len(batch.chunks), batch.num_negatives], device=batch.order_R.device)
     batch = batch.leveled(num_chunks=num_chunks, num_negatives=num_negatives)
     accumulate = _one_pass if batch.one_pass else _two_passes
-    metrics = accumulate(engine, objective, batch)
-    return StepResult(metrics=metrics, applied=engine.step())
+    metrics, pair_loss_B = accumulate(engine, objective, batch)
+    return StepResult(metrics=metrics, pair_loss_B=pair_loss_B, applied=engine.step())
 
 
-def _one_pass(engine: StepEngine, objective: Objective, batch: Batch) -> Tensor:
+def _one_pass(engine: StepEngine, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
     """Every chunk is small enough to keep its graph: plain forward and backward."""
     rows = torch.cat([engine.encode(chunk) for chunk in batch.chunks])
-    loss, metrics = objective(*batch.split(rows), batch)
+    loss, metrics, pair_loss_B = objective(*batch.split(rows), batch)
     engine.backward(loss, True)
-    return metrics
+    return metrics, pair_loss_B
 
 
-def _two_passes(engine: StepEngine, objective: Objective, batch: Batch) -> Tensor:
+def _two_passes(engine: StepEngine, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
     embeddings, random_states = encode_without_graph(engine.encode, batch.chunks)
     leaves = [embedding.requires_grad_() for embedding in embeddings]
-    loss, metrics = objective(*batch.split(torch.cat(leaves)), batch)
+    loss, metrics, pair_loss_B = objective(*batch.split(torch.cat(leaves)), batch)
     gradients = torch.autograd.grad(loss, leaves)
     backward_through_chunks(engine.encode, batch.chunks, gradients, random_states, engine.backward)
-    return metrics
+    return metrics, pair_loss_B

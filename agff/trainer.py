@@ -23,6 +23,8 @@ class StepReport:
     """Steps finished, this one included."""
     metrics: Tensor
     """The objective's metrics of the local rows."""
+    pair_losses: tuple[float, ...]
+    """Of this rank's pairs, in the order of `addresses`."""
     applied: bool
     gradient_norm: float
     learning_rate: float
@@ -80,6 +82,7 @@ def train(
             StepReport(
                 step=step + 1,
                 metrics=result.metrics,
+                pair_losses=tuple(result.pair_loss_B.tolist()),
                 applied=result.applied,
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -170,8 +170,8 @@ class Watch:
 
 def load_batches(
     batches: StepBatches, *, start_step: int, num_steps: int, num_workers: int, stalled_after_s: float = 300
-) -> Iterator[Batch]:
-    """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes.
+) -> Generator[Batch]:
+    """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes; `close` ends those.
 
     Resume is start_step. A batch's tensors are valid until the next batch is asked for. Raises DataError when a batch cannot
     be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing watches the reading.

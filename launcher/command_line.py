@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import torch.distributed as dist
 
 from agff.errors import AgffError, ConfigError
 from launcher.config import RunConfig
@@ -81,9 +83,16 @@ def _run_config(parsed: jsonargparse.Namespace) -> RunConfig:
 
 
 def report(error: AgffError) -> int:
-    """Print the error on rank 0 (a message that all ranks share needs saying once); return the exit code, 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print the error; return the exit code, 2.
+
+    What all ranks share is said by rank 0 alone. Before the ranks have met nobody knows whether they share it, so the first
+    rank of each machine speaks: a folder may be missing on one machine only. After that each rank that has one of its own.
+    """
+    rank, is_first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if rank == "0":
         sys.stderr.write(f"error: {error}\n")
+    elif not error.on_all_ranks and (is_first_here or dist.is_initialized()):
+        sys.stderr.write(f"\nerror on rank {rank} ({socket.gethostname()}): {error}\n")  # below the progress bar
     return 2
 
 

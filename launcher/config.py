@@ -37,6 +37,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_last",
     "keep_every",
     "max_skipped_in_a_row",
+    "loss_spike_deviations",
     "collective_timeout_s",
     "stalled_step_s",
     "log_every",
@@ -147,6 +148,8 @@ class RunConfig:
     """Checkpoints of steps that are multiples of this are kept beside them."""
     max_skipped_in_a_row: int = 10
     """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
+    loss_spike_deviations: float | None = 6.0
+    """A loss so many standard deviations above the mean of the last 100 steps is told, with its worst pairs. null: never."""
     collective_timeout_s: float = 1800
     """A rank that waits so long for the others ends: they are gone, or cut off."""
     stalled_step_s: float = 900
@@ -177,6 +180,7 @@ class RunConfig:
             "cpu_ranks",
             "keep_last",
             "keep_every",
+            "loss_spike_deviations",
             "collective_timeout_s",
             "stalled_step_s",
         ):
@@ -203,18 +207,29 @@ class ResolvedRun:
 
     @property
     def zero_stage(self) -> int:
-        """0 to 3."""
-        return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        """1 to 3."""
+        return self.deepspeed["zero_optimization"]["stage"]
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The mechanism file. Raises ConfigError when it is unreadable, silent on clipping, or holds a key of the recipe."""
+    """The mechanism file. Raises ConfigError when it is unreadable, silent on clipping, or holds what cannot be used."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the DeepSpeed configuration: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+    zero = values.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise ConfigError(
+            f'{path}: "zero_optimization" must be an object whose "stage" is 1, 2 or 3; without ZeRO a gradient that is not '
+            "finite would go into the parameters"
+        )
+    if writers := [key for key in ("checkpoint", "nebula", "datastates_ckpt") if key in values]:
+        raise ConfigError(
+            f"{path}: {', '.join(writers)}: DeepSpeed's own asynchronous writers cannot be used: when their process dies, "
+            "saves are left out silently. Checkpoints are written, synced and hashed before they get their name"
+        )
     if "gradient_clipping" not in values:
         raise ConfigError(
             f'{path}: "gradient_clipping" is missing; DeepSpeed would clip at 1.0 silently, so state it (0.0 for none)'
@@ -246,6 +261,8 @@ def resolve(
         "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": 10**9,
     }
+    if precision == "bf16" and deepspeed_values["zero_optimization"]["stage"] > 1:
+        deepspeed.setdefault("data_types", {"grad_accum_dtype": "fp32"})  # else the chunks' gradients are summed in bf16
     run_dir = Path(config.run_dir) if config.run_dir else Path("runs") / f"{config.name}-{deepspeed_name}"
     return ResolvedRun(
         config=config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class RunData:
     manifest: Manifest
     plan: Plan
 
-    def batches(self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int) -> Iterator[Batch]:
+    def batches(self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int) -> Generator[Batch]:
         """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
         config = run.config.data
         batches = StepBatches(

@@ -48,8 +48,8 @@ def rank_from_environment(environ: Mapping[str, str]) -> RankInfo:
         return _rank_info(environ, _OPEN_MPI, "mpirun", addr="127.0.0.1" if is_one_machine else None, port=DEFAULT_PORT)
     if "SLURM_STEP_ID" in environ:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-        # ranks of one job must agree and jobs on one machine must not: the job id decides
-        port = 20000 + _whole_number(environ, "SLURM_JOB_ID", "srun", default=0) % 20000
+        # ranks of one job must agree and jobs on one machine must not: the job id decides; below the ephemeral ports
+        port = 12000 + _whole_number(environ, "SLURM_JOB_ID", "srun", default=0) % 20000
         return _rank_info(environ, _SLURM, "srun", addr=first_host(nodes) or None, port=port)
     return RankInfo(
         rank=0,

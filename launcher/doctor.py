@@ -12,8 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from launcher import doctor_checks as checks
-from launcher.doctor_checks import Finding
+# These import torch and our other packages when they check: doctor must also speak where that fails.
+from launcher.doctor_data import check_run, check_shards
+from launcher.doctor_finding import Finding, one_line
+from launcher.doctor_job import check_job, check_mpi, check_network
+from launcher.doctor_machine import (
+    check_build_locks,
+    check_disk,
+    check_limits,
+    check_shared_memory,
+    extension_folder,
+    places,
+)
+from launcher.doctor_ranks import check_ranks
+from launcher.doctor_software import Devices, check_devices, check_versions
 
 ABOUT = """\
 Check this machine, and the job it is called in, before a run does: versions, GPUs, MPI, disks, /dev/shm, limits, locks that
@@ -50,32 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def findings(runs: Sequence[Path], shards: str | None, *, with_ranks: bool) -> Iterator[Finding]:
     """What each check finds about this machine, one check after the other."""
-    yield from guarded("versions", checks.check_versions)
+    yield from guarded("versions", check_versions)
     num_gpus = 0
 
-    def check_devices() -> list[Finding]:
+    def check_own_devices() -> list[Finding]:
         nonlocal num_gpus
-        devices = checks.Devices.of_this_machine()
+        devices = Devices.of_this_machine()
         num_gpus = len(devices.gpus)
-        return checks.check_devices(devices)
+        return check_devices(devices)
 
-    yield from guarded("GPUs", check_devices)
+    yield from guarded("GPUs", check_own_devices)
     named: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("MPI", partial(checks.check_mpi, os.environ)),
-        ("disk", lambda: checks.check_disk(checks.places(os.environ, runs))),
-        ("shared memory", partial(checks.check_shared_memory, num_gpus=num_gpus)),
-        ("limits", checks.check_limits),
-        ("build locks", lambda: checks.check_build_locks(checks.extension_folder(os.environ))),
-        ("network", partial(checks.check_network, os.environ)),
-        ("job", partial(checks.check_job, os.environ, num_gpus=num_gpus)),
+        ("MPI", partial(check_mpi, os.environ)),
+        ("disk", lambda: check_disk(places(os.environ, runs))),
+        ("shared memory", partial(check_shared_memory, num_gpus=num_gpus)),
+        ("limits", check_limits),
+        ("build locks", lambda: check_build_locks(extension_folder(os.environ))),
+        ("network", partial(check_network, os.environ)),
+        ("job", partial(check_job, os.environ, num_gpus=num_gpus)),
     ]
     if shards is not None:
-        named.append(("shards", partial(checks.check_shards, shards)))
-    named += [("run", partial(checks.check_run, run)) for run in runs]
+        named.append(("shards", partial(check_shards, shards)))
+    named += [("run", partial(check_run, run)) for run in runs]
     if with_ranks and num_gpus:
-        named.append(("ranks", partial(checks.check_ranks, num_ranks=min(2, num_gpus), on_gpus=True)))
+        named.append(("ranks", partial(check_ranks, num_ranks=min(2, num_gpus), on_gpus=True)))
     if with_ranks and num_gpus < 2:
-        named.append(("ranks", checks.check_ranks))
+        named.append(("ranks", check_ranks))
     for name, check in named:
         yield from guarded(name, check)
 
@@ -85,7 +97,7 @@ def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except Exception as error:
-        found = f"the check failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        found = f"the check failed: {type(error).__name__}: {one_line(error)}"
         return [Finding("error", name, found, "mend the errors above; if none explains it, report this as a bug")]
 
 

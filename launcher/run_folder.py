@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from agff.checkpoint import read_state
+from agff.collectives import gather_objects, rank
 from agff.errors import CheckpointError, ConfigError
 from data_pipeline.plan import plan_changes
+from data_pipeline.storage import publish
 from launcher.command_line import config_from_values
 from launcher.config import ResolvedRun, RunConfig, as_dict, differences
 
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
+LOCK_FILE = ".lock"
+
+log = logging.getLogger(__name__)
 
 
 def check_run_folder(run: ResolvedRun) -> None:
     """Reads only. Raises ConfigError when the folder holds something else, or a run of another configuration."""
     folder = run.run_dir
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(path.name not in (LOCK_FILE, DEEPSPEED_FILE) for path in folder.iterdir()):
         return
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(f"{folder} exists and holds no run ({CONFIG_FILE} is missing); choose another --run_dir")
@@ -36,9 +45,10 @@ def check_run_folder(run: ResolvedRun) -> None:
 
 
 def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
-    """Whether the run can continue after `step` steps. Reads only.
+    """Whether the run can continue after `step` steps. Reads only; every rank must call it.
 
-    data_plan: `Plan.description`. Raises ConfigError when it was another one and data.accept_changes is not set.
+    data_plan: `Plan.description`. Raises ConfigError, on every rank, when it was another one and data.accept_changes is not
+    set.
     """
     folder = run.run_dir
     changed = plan_changes(read_state(folder, step)["data_plan"], data_plan)
@@ -46,14 +56,48 @@ def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int
         raise ConfigError(
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to continue "
             "exactly, choose another --run_dir to start anew, or continue in the new order with --data.accept_changes true"
-        )
+        ).shared()
+
+
+@contextmanager
+def hold_run_folder(folder: Path, *, patience_s: float = 120) -> Iterator[None]:
+    """Keep other jobs out of this run, whose folder is made when absent. Collective.
+
+    Raises the same ConfigError on every rank when another process holds it for longer than `patience_s`: a machine that lost
+    its power keeps its locks on a network file system for a while. Where the file system has no locks, nothing is held.
+    """
+    file, problem = None, None
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("w")
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's processes would inherit that
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    problem = f"{folder}: another process trains in this folder; wait for it, or choose another --run_dir"
+                    break
+                time.sleep(1)
+            except OSError as error:
+                log.warning("%s: this file system has no locks (%s); never run two jobs in it at once", folder, error)
+                break
+    with file or nullcontext():  # closed, it is free again; as it is when this process dies
+        if problem := gather_objects(problem)[0]:
+            raise ConfigError(problem).shared()
+        yield
 
 
 def write_run_folder(run: ResolvedRun) -> None:
-    """Record the final configuration, before the first step."""
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    (run.run_dir / CONFIG_FILE).write_text(yaml.safe_dump(as_dict(run.config), sort_keys=False))
-    (run.run_dir / DEEPSPEED_FILE).write_text(json.dumps(run.deepspeed, indent=2) + "\n")
+    """Record the final configuration, before the first step. The configuration comes last: with it the folder is a run."""
+    for name, text in (
+        (DEEPSPEED_FILE, json.dumps(run.deepspeed, indent=2) + "\n"),
+        (CONFIG_FILE, yaml.safe_dump(as_dict(run.config), sort_keys=False)),
+    ):
+        partial = run.run_dir / f"{name}.partial"
+        partial.write_text(text)
+        publish(partial, run.run_dir / name)
 
 
 def read_run_config(folder: Path) -> RunConfig:

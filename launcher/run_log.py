@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -16,6 +18,10 @@ from tqdm import tqdm
 
 from agff.collectives import gather_objects, mean_over_ranks, rank, world_size
 from agff.trainer import StepReport
+from launcher.loss_spikes import LossSpikes, Spike
+
+WORST_PAIRS = 16
+"""Of a step whose loss leaps, that are written down."""
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +38,14 @@ class RunLog:
         num_steps: int,
         log_every: int,
         log_samples: bool,
+        spike_deviations: float | None,
     ) -> None:
         self._names = metric_names
         self._log_every = log_every
         self._is_writer = rank() == 0
         self._run_dir = run_dir
         self._skipped: Counter[str] = Counter()
+        self._spikes = LossSpikes(deviations=spike_deviations)
         self._samples: TextIO | None = None
         if log_samples:
             path = run_dir / "samples" / f"{rank():05d}-of-{world_size():05d}.jsonl"
@@ -59,8 +67,13 @@ class RunLog:
             self._samples.close()
 
     def __call__(self, report: StepReport) -> None:
-        """Collective on every step (skipped samples) and on each `log_every`-th (metrics)."""
-        self._note_skipped(report)
+        """Collective on every step (skipped samples, spikes) and on each `log_every`-th (metrics)."""
+        own = torch.stack([report.metrics[0].float(), report.metrics.new_tensor(len(report.skipped)).float()])
+        loss, num_skipped = mean_over_ranks(own).tolist()  # the same number on every rank: what follows is collective
+        if num_skipped:
+            self._note_skipped(report)
+        if spike := self._spikes.judge(loss):
+            self._note_spike(report, spike)
         if self._samples is not None:
             self._samples.write(json.dumps({"step": report.step, "addresses": report.addresses}) + "\n")
         if not report.applied:
@@ -103,10 +116,26 @@ class RunLog:
                 for rank_losses, pairs in zip(losses, addresses, strict=True):
                     file.write(json.dumps({"step": report.step, "loss": str(rank_losses), "addresses": pairs}) + "\n")
 
-    def _note_skipped(self, report: StepReport) -> None:
-        any_skipped = mean_over_ranks(torch.tensor([float(len(report.skipped))], device=report.metrics.device)).item()
-        if not any_skipped:
+    def _note_spike(self, report: StepReport, spike: Spike) -> None:
+        worst = heapq.nlargest(WORST_PAIRS, zip(report.pair_losses, report.addresses, strict=True))
+        worst = heapq.nlargest(WORST_PAIRS, (pair for pairs in gather_objects(worst) for pair in pairs))
+        if not self._is_writer:
             return
+        log.warning(
+            "step %d: loss %.4g is %.1f standard deviations above the mean %.4g of the steps before; worst pair %s (%.4g), "
+            "more in loss_spikes.jsonl",
+            report.step,
+            spike.loss,
+            spike.deviations,
+            spike.mean,
+            worst[0][1],
+            worst[0][0],
+        )
+        with (self._run_dir / "loss_spikes.jsonl").open("a") as file:
+            pairs = [{"loss": loss, "address": address} for loss, address in worst]
+            file.write(json.dumps({"step": report.step, **asdict(spike), "worst_pairs": pairs}) + "\n")
+
+    def _note_skipped(self, report: StepReport) -> None:
         skipped = [sample for samples in gather_objects(report.skipped) for sample in samples]
         self._skipped.update(sample.source for sample in skipped)
         if self._is_writer:

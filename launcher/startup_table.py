@@ -75,7 +75,7 @@ def _chunks(run: ResolvedRun) -> str:
 def _parameter_gathers(run: ResolvedRun) -> str:
     """ZeRO-3 gathers in each forward and each backward of a chunk what it has not kept; the other stages once, updated."""
     if run.zero_stage < 3:
-        return "1 per step: the updated parameters" if run.zero_stage else "none"
+        return "1 per step: the updated parameters"
     per_chunk = 2 if run.one_pass else 3
     passes = "forward, backward" if run.one_pass else "forward, forward, backward"
     if isinstance(run.chunking, TokenBudget):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-#SBATCH --job-name=agff-convert
-#SBATCH --nodes=1
-#SBATCH --ntasks=1
-#SBATCH --cpus-per-task=8
-#SBATCH --mem=128G
-#SBATCH --time=02:00:00
-#SBATCH --output=slurm-%x-%j.out
+#SBATCH --job-name=agff-convert  # names the log
+#SBATCH --nodes=1                # any machine without a GPU does
+#SBATCH --ntasks=1               # one process
+#SBATCH --cpus-per-task=8        # reading and writing are quicker with some
+#SBATCH --mem=128G               # 4 bytes a parameter, twice, and room: enough for 8B
+#SBATCH --time=02:00:00          # more than enough for 8B
+#SBATCH --output=slurm-%x-%j.out # in the clone: slurm-agff-convert-<job>.out
 # A run's newest checkpoint -> a release folder, on the CPU:
 #   sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b
 set -euo pipefail

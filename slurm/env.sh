@@ -14,11 +14,11 @@ export SLURM_EXPORT_ENV=ALL                                                  # t
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"                               # every rank would otherwise take all cores of its node
 export HF_HUB_OFFLINE=1                                                      # compute nodes have no network: fail at once, not after retries
 export TOKENIZERS_PARALLELISM=false                                          # the loader's workers fork; tokenizers threads do not survive it
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1                                     # a dead rank ends the others instead of leaving them waiting
-export TORCH_EXTENSIONS_DIR="${TMPDIR:-/tmp}/torch_extensions-$SLURM_JOB_ID" # a build lock on a shared home would stall every node
+export TORCH_EXTENSIONS_DIR="${TMPDIR:-/tmp}/torch_extensions-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" # a build lock on a shared home would stall every node
 # export HF_HOME=/scratch/$USER/huggingface                                  # where the backbone was fetched to, if not in the home
 # export NCCL_SOCKET_IFNAME=ib0                                              # name it where a node has several networks
 # export NCCL_IB_HCA=mlx5                                                    # name it where a node has adapters that are not for NCCL
-if ! command -v nvidia-smi rocm-smi >/dev/null; then
+if [[ ! -e /dev/nvidiactl && ! -e /dev/kfd && ! -e /dev/dxg ]] && ! command -v nvidia-smi rocm-smi >/dev/null; then
   export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" # no GPU driver on this node: told, DeepSpeed need not guess, and its ranks meet by gloo
+  echo "slurm: $(hostname) has no GPU driver; DS_ACCELERATOR=$DS_ACCELERATOR"
 fi

@@ -3,6 +3,15 @@
 # Who asks: --signal=B:USR1@300 before the time limit, preemption, `scancel --batch --signal=USR1 JOB`.
 set -euo pipefail
 
+patiently() { # CMD... : again for two minutes when it fails, as while Slurm's controller restarts
+  local attempt
+  for attempt in {1..12}; do
+    ! "$@" || return 0
+    ((attempt == 12)) || sleep "${RETRY_AFTER_S:-10}"
+  done
+  return 1
+}
+
 STOPPED_ON_REQUEST=75 # launcher/train.py: a checkpoint is written, the same command continues
 
 run_and_requeue() { # CMD... : run it (an srun), exit with its code
@@ -14,9 +23,9 @@ run_and_requeue() { # CMD... : run it (an srun), exit with its code
     interrupted=no code=0
     wait "$srun_pid" || code=$?
   done
-  trap - USR1 TERM
+  trap '' USR1 TERM # what comes now must not end this shell before it has asked for the requeue
 
-  job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || job=
+  job=$(patiently scontrol --oneliner show job "$SLURM_JOB_ID") || job=" JobState=RUNNING " # nobody says otherwise
   # where Slurm warns the ranks itself it is seen by PreemptTime; --kill-on-bad-exit makes 143 or 137 of the last ranks' 75
   [[ $job != *" PreemptTime=2"* ]] || asked=yes
   if [[ $code == "$STOPPED_ON_REQUEST" || ($asked == yes && $code -gt 128) ]]; then
@@ -26,7 +35,7 @@ run_and_requeue() { # CMD... : run it (an srun), exit with its code
       echo "slurm: stopped, and MAX_RESTARTS=$MAX_RESTARTS is reached; the same command continues"
     else
       echo "slurm: stopped; back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)) of at most $MAX_RESTARTS)"
-      scontrol requeue "$SLURM_JOB_ID" || echo "slurm: this cluster does not requeue; the same command continues"
+      patiently scontrol requeue "$SLURM_JOB_ID" || echo "slurm: this cluster does not requeue; the same command continues"
     fi
   fi
   exit "$code"

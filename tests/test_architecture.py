@@ -137,4 +137,6 @@ def test_every_exported_variable_has_its_reason_on_the_line(script: Path) -> Non
 
 def test_ci_calls_the_command_a_person_types() -> None:
     lines = (ROOT / ".ci/run").read_text().splitlines()
-    assert [line for line in lines if line and not line.startswith(("#", "set ", "cd "))] == ["make test"]
+    commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+    assert [command.split(" ||")[0] for command in commands] == ["make install-slurm", "make test"]
+    assert "||" not in commands[-1]

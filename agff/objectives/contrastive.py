@@ -10,7 +10,7 @@ from torch import Tensor
 from agff.batch import NO_CONTENT, Batch
 from agff.collectives import all_gather_rows, rank
 from agff.errors import ConfigError
-from agff.losses import ega_loss, ega_weights
+from agff.losses import ega_loss, ega_weights, info_nce
 from agff.negatives import negative_mask
 from agff.similarity import PATTERNS, fused_similarity, pattern_shares
 
@@ -53,15 +53,15 @@ METRICS = (
 
 def contrastive_loss(
     query_BMD: Tensor, target_BMD: Tensor, negative_NMD: Tensor, batch: Batch, config: LossConfig
-) -> tuple[Tensor, Tensor]:
-    """(loss, metrics): the mean loss over this rank's rows against all candidates; METRICS without gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, metrics, pair losses): the mean loss over this rank's rows against all candidates; METRICS; (B,) of each row.
 
     Candidates of a query are the targets and the explicit negatives of all ranks; of a target (bidirectional), all queries.
     Collective: every rank must call it, with the same number of rows and of negatives. The gradient that reaches the
     embeddings is the sum over ranks of the gradients of their local means (see `all_gather_rows`).
     """
     no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
-    loss, similarity_BC, mask_BC, positive_B = _one_direction(
+    loss, pair_loss_B, similarity_BC, mask_BC, positive_B = _one_direction(
         query_BMD,
         torch.cat([target_BMD, negative_NMD]),
         batch.query_ids_B,
@@ -70,7 +70,7 @@ def contrastive_loss(
         config=config,
     )
     if config.bidirectional:
-        backward_loss, *_ = _one_direction(
+        backward_loss, backward_pair_loss_B, *_ = _one_direction(
             target_BMD,
             query_BMD,
             batch.target_ids_B,
@@ -78,16 +78,16 @@ def contrastive_loss(
             partner_ids=batch.target_ids_B,
             config=config,
         )
-        loss = (loss + backward_loss) / 2
+        loss, pair_loss_B = (loss + backward_loss) / 2, (pair_loss_B + backward_pair_loss_B) / 2
     with torch.no_grad():
         measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_B, config)]
         shares = pattern_shares(query_BMD, target_BMD, beta=config.beta)
-        return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares])
+        return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares]), pair_loss_B
 
 
 def _one_direction(
     row_BMD: Tensor, candidates: Tensor, row_ids_B: Tensor, *, candidate_ids: Tensor, partner_ids: Tensor, config: LossConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """candidates: this rank's, of which the first B are the rows' positives, in order."""
     candidate_CMD = all_gather_rows(candidates)
     ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
@@ -104,7 +104,11 @@ def _one_direction(
         renormalize=config.renormalize,
         negative_mask_BC=mask_BC,
     )
-    return loss, similarity_BC, mask_BC, positive_B
+    with torch.no_grad():
+        pair_loss_B = info_nce(
+            similarity_BC, positive_B, temperature=config.temperature, negative_mask_BC=mask_BC, reduction="none"
+        )
+    return loss, pair_loss_B, similarity_BC, mask_BC, positive_B
 
 
 def _similarity_metrics(

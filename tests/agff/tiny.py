@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agff.backbone import BackboneConfig, LoraConfig, choose_trainable
 from agff.batch import Batch, ModelInputs
 from agff.encoder import EmbeddingModel
 from agff.prompts import PromptConfig
@@ -17,8 +18,8 @@ from data_pipeline.collate import FixedRows, TokenBudget
 VOCABULARY, IMAGE_TOKEN, PATCH_VALUES = 40, 30, 3 * 2 * 4 * 4
 
 
-def tiny_model(num_fine: int, *, checkpointing: bool = True, seed: int = 0) -> EmbeddingModel:
-    """Hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2; float32."""
+def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> EmbeddingModel:
+    """Hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2; float32. lora: only adapters and soft tokens train."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     config = Qwen2VLConfig(
@@ -51,13 +52,12 @@ def tiny_model(num_fine: int, *, checkpointing: bool = True, seed: int = 0) -> E
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = EmbeddingModel(Qwen2VLModel(config), PromptConfig(num_fine=num_fine))
+        backbone = choose_trainable(Qwen2VLModel(config), BackboneConfig(path="", lora=LoraConfig(rank=2) if lora else None))
+        model = EmbeddingModel(backbone, PromptConfig(num_fine=num_fine))
     torch.nn.init.normal_(model.prompted_embedding.vectors, std=0.5)
     for parameter in model.parameters():  # far from zero, so that no gradient is small by accident
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    if checkpointing:
-        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

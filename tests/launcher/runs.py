@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 import time
 import uuid
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,37 @@ def small_project(folder: Path) -> Path:
 def train_command(stage: int) -> str:
     """As the README has it."""
     return f"deepspeed launcher/train.py --deepspeed ds_configs/zero{stage}.json"
+
+
+MISBEHAVING = """
+import sys
+import time
+
+import torch
+
+import agff.trainer
+from launcher import train
+
+right = agff.trainer.train_step
+
+
+def train_step(engine, objective, batch):
+    if engine.deepspeed.global_steps + 1 == STEP and engine.deepspeed.global_rank == 1:
+        DEED
+    return right(engine, objective, batch)
+
+
+agff.trainer.train_step = train_step
+train.__file__ = __file__  # what is started again for each rank
+sys.exit(train.main())
+"""
+
+
+def misbehaving(command: str, folder: Path, *, step: int, deed: str) -> str:
+    """The command, with a `launcher/train.py` whose rank 1 does `deed` (Python) at the beginning of that step."""
+    name = f"train_{zlib.crc32(deed.encode()):08x}.py"
+    (folder / "launcher" / name).write_text(MISBEHAVING.replace("STEP", str(step)).replace("DEED", deed))
+    return command.replace("train.py", name)
 
 
 def run_command(command: str, folder: Path, *, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,8 @@ def quickstart(*overrides: str) -> RunConfig:
 
 
 def resolve_on(config: RunConfig, world_size: int = 2):
-    return resolve(config, {"gradient_clipping": 1.0}, deepspeed_name="zero3", world_size=world_size, hardware=CPU)
+    values = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}
+    return resolve(config, values, deepspeed_name="zero3", world_size=world_size, hardware=CPU)
 
 
 def test_without_arguments_the_quickstart_runs_under_zero3() -> None:
@@ -102,16 +103,30 @@ def test_batch_sizes_and_precision_are_filled_into_the_deepspeed_config() -> Non
 @pytest.mark.parametrize("values", [{"train_batch_size": 8}, {"bf16": {"enabled": True}}, {"optimizer": {}}])
 def test_deepspeed_json_may_not_decide_what_the_recipe_decides(values: dict, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"gradient_clipping": 1.0, **values}))
+    path.write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}, **values}))
     with pytest.raises(ConfigError, match=f"{next(iter(values))} must not stand in this file"):
         read_deepspeed_json(path)
 
 
-def test_deepspeed_json_must_state_clipping_and_be_readable(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, '"zero_optimization" must be an object whose "stage" is 1, 2 or 3'),
+        ({"zero_optimization": []}, '"zero_optimization" must be an object'),
+        ({"zero_optimization": {"stage": 0}}, '"stage" is 1, 2 or 3; without ZeRO a gradient that is not finite would'),
+        ({"zero_optimization": {"stage": 3}, "checkpoint": {"writer": {"decoupled": True}}}, "checkpoint: DeepSpeed's own"),
+        ({"zero_optimization": {"stage": 3}}, '"gradient_clipping" is missing'),
+    ],
+)
+def test_deepspeed_json_that_would_train_wrongly_is_refused(values: dict, message: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match='"gradient_clipping" is missing'):
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=message):
         read_deepspeed_json(path)
+
+
+def test_deepspeed_json_must_be_readable(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
     path.write_text("[1")
     with pytest.raises(ConfigError, match=r"ds.json: cannot read"):
         read_deepspeed_json(path)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import read_deepspeed_json
+from launcher.command_line import parse_train_arguments
+from launcher.config import read_deepspeed_json, resolve
 from tests.launcher.runs import REPOSITORY, run_command
+from tests.ranks import run_ranks
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
@@ -31,6 +33,48 @@ def test_each_file_is_explained_beside_them() -> None:
     assert [path.name for path in FILES if f"| `{path.name}` |" not in text] == []
     assert {path.stem for path in FILES} == {"zero1", "zero2", "zero3", "zero3_offload", "zeropp"}
     assert json.loads((REPOSITORY / "ds_configs/zeropp.json").read_text())["zero_optimization"]["zero_quantized_weights"]
+
+
+NUM_CHUNKS = 128
+
+
+def gradient_errors() -> dict[str, float]:
+    """By DeepSpeed file: how far the sum of many chunks' bf16 gradients is off, of its norm, as it reaches the optimizer."""
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+
+    from agff.engine import Engine, start_process_group
+    from agff.precision import Hardware
+
+    device = start_process_group(0)
+    hardware = Hardware(has_gpu=True, gpu_has_bf16=True, cpu_has_bf16=False)
+    config = parse_train_arguments([]).config
+    torch.manual_seed(0)
+    inputs = (torch.randn(NUM_CHUNKS, 8, 32) + 0.3).bfloat16()
+    weights = (torch.randn(NUM_CHUNKS, 8, 16) + 0.3).bfloat16()
+    expected = torch.einsum("nbo,nbi->oi", weights.double(), inputs.double())
+    errors = {}
+    for name in ("zero2", "zero3"):
+        values = read_deepspeed_json(REPOSITORY / f"ds_configs/{name}.json")
+        run = resolve(config, values, deepspeed_name=name, world_size=1, hardware=hardware)
+        engine = Engine(
+            torch.nn.Linear(32, 16, bias=False).bfloat16(),
+            deepspeed_config=run.deepspeed,
+            optimizer=config.optimizer,
+            num_steps=9,
+            precision=run.precision,
+            device=device,
+        )
+        for index in range(NUM_CHUNKS):
+            loss = (engine.encode(inputs[index]).float() * weights[index]).sum()
+            engine.backward(loss, index == NUM_CHUNKS - 1)
+        found = safe_get_full_grad(engine.model.weight).double()
+        errors[name] = float((found - expected).norm() / expected.norm())
+    return errors
+
+
+def test_gradients_of_many_bf16_chunks_are_summed_in_float32() -> None:
+    assert all(error < 1e-3 for error in run_ranks(gradient_errors, world_size=1)[0].values())  # summed in bf16: 1e-2
 
 
 @pytest.mark.timeout(300)

@@ -23,6 +23,14 @@ ELSEWHERE = {
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
     "sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": "tests/slurm",
+    **{
+        command: "test_train.py tries these launchers on one machine"
+        for command in (
+            "mpirun -n 16 --hostfile hosts -x MASTER_ADDR=first python launcher/train.py --deepspeed ds_configs/zero3.json",
+            "deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr first launcher/train.py",
+        )
+    },
+    "deepspeed --hostfile hosts launcher/train.py": "needs pdsh and sshd; run by hand",
     "make demo": "needs the package registries; run by hand, its figures stand in the README",
     "python launcher/quickstart_data.py": "needs the package registries; part of make demo",
     "tensorboard --logdir runs": "a server; test_train.py reads the events it shows",

@@ -213,7 +213,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
     assert "6/8" in result.stdout
     assert_same_tensors(tensors_of(run / LAST), expected)
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert names == ["step-000007", "step-000008"], "the newest, and the multiple of keep_every"
+    assert names == ["step-000007", "step-000007.damaged", "step-000008"], "the newest, and the multiple of keep_every"
 
 
 def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:
@@ -408,3 +408,28 @@ def test_nothing_was_compiled(train_once: Callable[[int], tuple[Path, str]]) -> 
     train_once(3)
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     assert not [path for path in folder.rglob("*") if path.is_file()]
+
+
+LAUNCHERS = {
+    "mpirun": ["mpirun --oversubscribe -n 2 python {train}"],
+    "torchrun": ["torchrun --nproc-per-node 2 --master-port 29523 {train}"],
+    "deepspeed --hostfile on each node": [
+        f"deepspeed --hostfile hosts --no_ssh --node_rank {node} --master_addr 127.0.0.1 --master_port 29527 {{train}}"
+        for node in (0, 1)
+    ],
+}
+
+
+@pytest.mark.parametrize("commands", LAUNCHERS.values(), ids=LAUNCHERS.keys())
+def test_every_launcher_trains_the_same(
+    commands: list[str], project: Path, train_once: Callable[[int], tuple[Path, str]]
+) -> None:
+    unbroken, _ = train_once(2)
+    run = project / "runs" / f"launched-{commands[0].split()[0]}"
+    (project / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    train = f"launcher/train.py --deepspeed ds_configs/zero2.json --run_dir {run}"
+    beside = " & ".join(command.format(train=train) for command in commands)
+    result = run_command(f"{beside}; code=$?; wait; exit $code", project)
+    assert result.returncode == 0, result.stdout
+    assert "world            2, ZeRO stage 2" in result.stdout or "2, ZeRO stage 2" in result.stdout
+    assert_same_tensors(*(tensors_of(folder / "checkpoints/step-000004") for folder in (run, unbroken)))

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from tests.campaign import CAMPAIGN
 from tests.launcher.runs import REPOSITORY, small_project
 from tests.launcher.test_train import tensors_of
 
@@ -152,6 +153,8 @@ if "--stubborn" in sys.argv and rank != "0":
     time.sleep(600)
 while not Path("finish").exists():
     if "--ignore" not in sys.argv and asked:
+        for name in ("SIGUSR1", "SIGTERM"):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
         sys.exit(75)
     if Path(f"exit-{rank}").exists():
         sys.exit(int(Path(f"exit-{rank}").read_text()))
@@ -255,6 +258,32 @@ def test_a_job_goes_back_into_the_queue_a_bounded_number_of_times(cluster: Clust
     cluster.call("exec", "scancel", "--batch", "--signal=USR1", number)
     assert cluster.wait_end(number, within_s=60)["ExitCode"] == "75:0"
     assert "MAX_RESTARTS=0 is reached; the same command continues" in cluster.log(number)
+
+
+FAILS_AT_FIRST = """#!/bin/sh
+case "$*" in
+  *hostnames*) ;;
+  *) echo "$*" >> "$0.calls"; [ $(wc -l < "$0.calls") -gt 2 ] || { echo "Socket timed out" >&2; exit 1; } ;;
+esac
+exec REAL "$@"
+"""
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(cluster: Cluster, tmp_path: Path) -> None:
+    real = shutil.which("scontrol") or ""
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(FAILS_AT_FIRST.replace("REAL", real))
+    scontrol.chmod(0o755)
+    cluster.environment["RETRY_AFTER_S"] = "1"
+    cluster.environment["PATH"] = f"{scontrol.parent}:{cluster.environment['PATH']}"
+    cluster.environment["VENV"] = str(tmp_path)  # env.sh puts its bin first; python is the one of PATH
+    number = start(cluster)
+    cluster.call("exec", "scancel", "--batch", "--signal=USR1", number)
+    wait_started(cluster, number, restarts=1)
+    assert finish(cluster, number)["JobState"] == "COMPLETED"
+    calls = Path(f"{scontrol}.calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls[:4]] == ["--oneliner", "--oneliner", "--oneliner", "requeue"]
 
 
 def test_a_cancelled_job_does_not_come_back(cluster: Cluster) -> None:
@@ -361,32 +390,36 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_preempted_three_times_equals_an_unbroken_one(trained_on: Cluster, unbroken: Path) -> None:
-    run = trained_on.project / "runs/preempted"
-    number = train(trained_on, "runs/preempted", save_every=NUM_STEPS)
-    stopped_at = 0
-    for restarts in ("1", "2", "3"):
-        trained_on.wait(number, lambda step=stopped_at: steps_in(trained_on.log(number)) > step, within_s=200)
-        trained_on.preempt()
-        trained_on.wait(number, lambda restarts=restarts: trained_on.job(number)["Restarts"] == restarts, within_s=100)
-        assert newest_step(run) > stopped_at, "every turn comes further, and leaves a checkpoint of its own"
-        stopped_at = newest_step(run)
-    job = trained_on.wait_end(number, within_s=300)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "3"), trained_on.log(number)
-    assert_same_result(run, unbroken)
+    with CAMPAIGN.against("Slurm: preempted, 8 nodes, ZeRO-3") as fault:
+        run = trained_on.project / "runs/preempted"
+        number = train(trained_on, "runs/preempted", save_every=NUM_STEPS)
+        stopped_at = 0
+        for restarts in ("1", "2", "3"):
+            trained_on.wait(number, lambda step=stopped_at: steps_in(trained_on.log(number)) > step, within_s=200)
+            trained_on.preempt()
+            fault()
+            trained_on.wait(number, lambda restarts=restarts: trained_on.job(number)["Restarts"] == restarts, within_s=100)
+            assert newest_step(run) > stopped_at, "every turn comes further, and leaves a checkpoint of its own"
+            stopped_at = newest_step(run)
+        job = trained_on.wait_end(number, within_s=300)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "3"), trained_on.log(number)
+        assert_same_result(run, unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_asked_to_stop_continues_and_equals_an_unbroken_one(trained_on: Cluster, unbroken: Path) -> None:
-    run = trained_on.project / "runs/asked"
-    number = train(trained_on, "runs/asked", save_every=NUM_STEPS)
-    trained_on.wait(number, lambda: steps_in(trained_on.log(number)) >= 5, within_s=200)
-    trained_on.call("exec", "scancel", "--batch", "--signal=USR1", number)
-    trained_on.wait_state(number, "PENDING", within_s=100)
-    assert 5 <= newest_step(run) < NUM_STEPS
-    job = trained_on.wait_end(number, within_s=300)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), trained_on.log(number)
-    assert_same_result(run, unbroken)
+    with CAMPAIGN.against("Slurm: asked to stop, 8 nodes, ZeRO-3") as fault:
+        run = trained_on.project / "runs/asked"
+        number = train(trained_on, "runs/asked", save_every=NUM_STEPS)
+        trained_on.wait(number, lambda: steps_in(trained_on.log(number)) >= 5, within_s=200)
+        trained_on.call("exec", "scancel", "--batch", "--signal=USR1", number)
+        fault()
+        trained_on.wait_state(number, "PENDING", within_s=100)
+        assert 5 <= newest_step(run) < NUM_STEPS
+        job = trained_on.wait_end(number, within_s=300)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), trained_on.log(number)
+        assert_same_result(run, unbroken)
 
 
 @pytest.mark.slow
@@ -394,13 +427,15 @@ def test_a_run_asked_to_stop_continues_and_equals_an_unbroken_one(trained_on: Cl
 def test_a_run_that_loses_a_node_in_mid_step_continues_and_equals_an_unbroken_one(
     trained_on: Cluster, unbroken: Path
 ) -> None:
-    run = trained_on.project / "runs/power_cut"
-    number = train(trained_on, "runs/power_cut", save_every=4)
-    trained_on.wait(number, lambda: steps_in(trained_on.log(number)) >= 5, within_s=200)
-    trained_on.call("kill-node", "3")
-    trained_on.wait(number, lambda: not trained_on.processes(SLURM_JOB_ID=number), within_s=180)
-    trained_on.wait_state(number, "PENDING", within_s=180)
-    trained_on.call("start-node", "3")
-    job = trained_on.wait_end(number, within_s=400)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), trained_on.log(number)
-    assert_same_result(run, unbroken)
+    with CAMPAIGN.against("Slurm: a node loses its power, 8 nodes, ZeRO-3") as fault:
+        run = trained_on.project / "runs/power_cut"
+        number = train(trained_on, "runs/power_cut", save_every=4)
+        trained_on.wait(number, lambda: steps_in(trained_on.log(number)) >= 5, within_s=200)
+        trained_on.call("kill-node", "3")
+        fault()
+        trained_on.wait(number, lambda: not trained_on.processes(SLURM_JOB_ID=number), within_s=180)
+        trained_on.wait_state(number, "PENDING", within_s=180)
+        trained_on.call("start-node", "3")
+        job = trained_on.wait_end(number, within_s=400)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), trained_on.log(number)
+        assert_same_result(run, unbroken)

@@ -1,0 +1,41 @@
+"""One finding of `doctor`, a line of its table, and how the text of errors and programs becomes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    state: State
+    subject: str
+    found: str
+    """What is there and, where it is not well, the rule it breaks."""
+    remedy: str = ""
+    """What to type; stands with every warning and error."""
+
+    def __post_init__(self) -> None:
+        if (self.state == "ok") == bool(self.remedy):
+            raise ValueError(f"{self}: a remedy stands with each warning and error, and with nothing else")
+
+
+def from_message(subject: str, message: str) -> Finding:
+    """An error of ours, whose text ends with `; remedy`."""
+    found, _, remedy = message.rpartition("; ")
+    return Finding("error", subject, one_line(found or remedy), one_line(remedy if found else "see README.md"))
+
+
+def one_line(text: object) -> str:
+    """Without line breaks and runs of blanks."""
+    return " ".join(str(text).split())
+
+
+def last_lines(text: str, count: int) -> str:
+    """The last lines of a program's output that say something."""
+    lines = [one_line(line) for line in text.splitlines() if line.strip(" ^~")]  # without a traceback's underlines
+    return " | ".join(lines[-count:])

@@ -38,8 +38,8 @@ test-slurm: $(STAMP) install-slurm ## the scripts in slurm/ on a real Slurm of 8
 	python -m pytest tests/slurm
 
 install-slurm: ## Debian's Slurm, with which `make test` also tries slurm/ on two nodes (as root)
-	[ "$$(command -v slurmctld slurmd sbatch | wc -l)" = 3 ] || { apt-get update -q && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client; }
+	dpkg -s slurmctld slurmd slurm-client libpmix-dev >/dev/null 2>&1 || { apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurmctld slurmd slurm-client libpmix-dev; }
 
 lint: $(STAMP) ## format, lint and types
 	ruff format --check .

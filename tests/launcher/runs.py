@@ -128,11 +128,9 @@ class Started:
         return [candidate for candidate in psutil.process_iter() if _is_marked(candidate, self._mark)]
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes, without the workers of their loaders (which have the words of their rank)."""
+        """The training processes that run by now, without their loaders' workers (which have the words of their rank)."""
         named = [candidate for candidate in self.processes() if "--local_rank" in " ".join(candidate.cmdline())]
-        ranks = [candidate for candidate in named if candidate.parent() not in named]
-        assert ranks, "no rank found"
-        return ranks
+        return [candidate for candidate in named if candidate.parent() not in named]
 
     def end(self, timeout_s: float) -> int:
         """Exit code; nothing may be left behind."""
@@ -152,6 +150,7 @@ def signal_when_saved(
     started = Started(command, folder)
     started.wait_until(lambda: len(list((run / "checkpoints").glob("step-??????"))) >= 2)
     ranks = started.ranks()
+    assert ranks, "no rank found"
     workers = [child for rank in ranks for child in rank.children()]
     everything = {"all": started.processes(), "ranks": ranks + workers, "one rank": ranks[1:], "worker": workers[:1]}
     for victim in everything[victims]:

@@ -44,6 +44,7 @@ write_configuration() { # N
   for k in {0..7}; do mknod "$CLUSTER_DIR/gpu$k" c 1 3; done
   printf 'AutoDetect=off\nName=gpu File=%s/gpu[0-7]\n' "$CLUSTER_DIR" >"$CLUSTER_DIR/gres.conf"
   echo CgroupPlugin=cgroup/v1 >"$CLUSTER_DIR/cgroup.conf" # the one that starts where /sys/fs/cgroup is not mounted
+  echo PMIxCliTmpDirBase=/dev/shm >"$CLUSTER_DIR/mpi.conf" # the nodes share /tmp, but each has its own shared memory
   cat >"$SLURM_CONF" <<CONF
 ClusterName=tests
 SlurmctldHost=localhost(127.0.0.1)

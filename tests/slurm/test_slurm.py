@@ -439,3 +439,16 @@ def test_a_run_that_loses_a_node_in_mid_step_continues_and_equals_an_unbroken_on
         job = trained_on.wait_end(number, within_s=400)
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), trained_on.log(number)
         assert_same_result(run, unbroken)
+
+
+@pytest.mark.skipif(not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")), reason="apt-get install libpmix-dev")
+def test_srun_spreads_prepare_over_nodes_and_writes_the_same_bytes(trained_on: Cluster, tmp_path: Path) -> None:
+    shards, mmeb = (trained_on.project / ".cache/quickstart" / name for name in ("shards", "data/mmeb"))
+    prepare = ("python", "launcher/prepare.py", "--mmeb", str(mmeb), "--out", str(tmp_path / "out"))
+    output = trained_on.call("exec", "srun", "--nodes=2", "--ntasks=3", "--mpi=pmix", *prepare)
+    assert output.count("Shapes_t2i  ") == 1, "one task speaks"
+    found, expected = (
+        {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        for folder in (tmp_path / "out", shards)
+    )
+    assert found == expected

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -31,7 +32,6 @@ from agff.errors import CheckpointError
 from agff.grad_cache import random_state, set_random_state
 
 STATE_FILE = "state.json"
-FILES_OF_EACH_RANK = ("random-*.pt", "*_optim_states.pt")
 LATE_FILES_S = 60
 """How long a file that another machine wrote may stay invisible."""
 
@@ -71,7 +71,9 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
             if rank() == 0:
                 for damaged in (checkpoint_folder(run) / _name(damaged) for damaged in steps[:index]):
                     shutil.rmtree(f"{damaged}.damaged", ignore_errors=True)
-                    damaged.rename(f"{damaged}.damaged")
+                    with contextlib.suppress(FileNotFoundError):  # it was removed, and this machine did not know yet
+                        damaged.rename(f"{damaged}.damaged")
+                        log.error("set aside as %s.damaged", damaged)
             dist.barrier()
             return step
         for problem in (problem for found in gather_objects(problems) for problem in found):
@@ -86,8 +88,8 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what killed saves and conversions left. Only for the one process that holds the run."""
-    for kind in ("partial", "universal"):
+    """Remove what killed saves, removals and conversions left. Only for the one process that holds the run."""
+    for kind in ("partial", "removed", "universal"):
         for folder in checkpoint_folder(run).glob(f"step-*.{kind}"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -127,7 +129,8 @@ def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str,
     )
     torch.save(random_state(), partial / f"random-{rank():05d}.pt")
     dist.barrier()
-    own = [partial / name for name in _written_files(partial)[rank() :: world_size()]]
+    names = _written_files(partial, zero_stage=engine.deepspeed.zero_optimization_stage())
+    own = [partial / name for name in names[rank() :: world_size()]]
     for path in own:
         _sync(path)
     hashes = gather_objects({str(path.relative_to(partial)): _fingerprint(path) for path in own})
@@ -142,17 +145,18 @@ def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str,
     dist.barrier()
 
 
-def _written_files(partial: Path) -> list[str]:
+def _written_files(partial: Path, *, zero_stage: int) -> list[str]:
     """Names of the files that all ranks wrote, the same list on every rank. Collective.
 
     A network file system may show the files of other machines late, so rank 0 looks until those of each rank are there.
     """
     names: list[str] = []
     if rank() == 0:
+        kinds = ["random-*.pt", "*_optim_states.pt"] + ["zero_pp_rank_*_model_states.pt"] * (zero_stage == 3)
         deadline = time.monotonic() + LATE_FILES_S
         while True:
             names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-            num_complete = min(sum(fnmatch(name, kind) for name in names) for kind in FILES_OF_EACH_RANK)
+            num_complete = min(sum(fnmatch(name, kind) for name in names) for kind in kinds)
             if num_complete >= world_size() or time.monotonic() > deadline:
                 break
             time.sleep(0.5)
@@ -176,9 +180,11 @@ def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int 
 
 
 def _remove(checkpoint: Path) -> None:
-    """Its mark of completeness goes first, so that a kill in the middle leaves nothing that looks whole."""
-    (checkpoint / STATE_FILE).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    """Its name goes first, so that a kill in the middle leaves nothing that looks whole."""
+    removed = checkpoint.with_name(f"{checkpoint.name}.removed")
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _fingerprint(path: Path) -> str:

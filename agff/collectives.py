@@ -34,15 +34,6 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     return _AllGatherRows.apply(rows)
 
 
-def all_ranks_agree(condition: bool, *, device: torch.device) -> bool:
-    """True when `condition` holds on every rank."""
-    if world_size() == 1:
-        return condition
-    flag = torch.tensor([condition], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
-
-
 def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
     """The largest of each value over all ranks."""
     if world_size() == 1:
@@ -62,11 +53,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Mean over ranks, in place on a copy; used for metrics."""
+    """Mean over ranks, the same bits on each of them, so that they may decide by it; used for metrics."""
     if world_size() == 1:
         return values
     values = values.clone()
     dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    dist.broadcast(values, src=0)
     return values / world_size()
 
 

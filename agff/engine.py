@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from agff.batch import ModelInputs
-from agff.errors import ConfigError
 from agff.precision import Precision
 from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 
@@ -22,19 +23,14 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
 
     A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still.
 
-    Collective. Raises ConfigError when this rank has no device. On a CPU no operator is compiled: the shared-memory
-    all-reduce is left out, gloo does its work.
+    Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its work.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    elif local_rank >= accelerator.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} sees {accelerator.device_count()} devices; every rank must see all devices of its "
-            "machine: with Slurm --gpus-per-node, not --gpus-per-task, --ntasks-per-gpu or --gpu-bind"
-        )
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    elif accelerator.device_count() == 1:  # Slurm's --gpus-per-task and --gpu-bind show each rank its own device alone
+        local_rank = 0
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes its device from there
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
     )
@@ -61,6 +57,8 @@ class Engine:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = device
         self.model = model
+        for buffer in model.buffers():  # of a model that was partitioned while loading DeepSpeed moves none
+            buffer.data = buffer.data.to(device)
         self._autocast_to = torch.bfloat16 if precision == "bf16_autocast" else None
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,

@@ -17,13 +17,14 @@ def info_nce(
     negative_mask_BC: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Cross-entropy of the positive among the candidates: its mean over the local rows, or (B,) of each.
+    """Cross-entropy of the positive among the candidates: its mean over the local rows; (B,) of each with reduction "none".
 
     positive_B: index of each row's positive among the C candidates. negative_mask_BC: True = may act as a negative; the
     positive is never masked. float32 or better inside.
     """
     logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
-    return F.cross_entropy(logits_BC, positive_B, reduction=reduction)
+    loss_B = F.cross_entropy(logits_BC, positive_B, reduction="none")
+    return loss_B if reduction == "none" else loss_B.mean()
 
 
 def ega_loss(
@@ -35,6 +36,7 @@ def ega_loss(
     width: float = 0.1,
     renormalize: bool = True,
     negative_mask_BC: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """InfoNCE whose gradient is amplified at hard negatives: Explicit Gradient Amplifier (arXiv 2506.02020).
 
@@ -50,21 +52,23 @@ def ega_loss(
     """
     if amplification < 0:
         raise ValueError(f"amplification={amplification} must be >= 0")
-    loss = info_nce(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
-    if amplification == 0:
-        return loss
-    with torch.no_grad():
-        logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
-        weight_BC = ega_weights(similarity_BC, positive_B, amplification=amplification, width=width)
-        amplified_BC = logits_BC.softmax(dim=1) * weight_BC
-        if renormalize:
-            amplified_BC /= amplified_BC.sum(dim=1, keepdim=True)
-        gradient_BC = amplified_BC.scatter(1, positive_B[:, None], 0.0)
-        gradient_BC.scatter_(1, positive_B[:, None], -gradient_BC.sum(dim=1, keepdim=True))
-        gradient_BC /= similarity_BC.shape[0] * temperature
-    # zero in value: x - x, with the wanted gradient in x alone
-    carrier = (gradient_BC * similarity_BC.to(gradient_BC.dtype)).sum()
-    return loss.detach() + (carrier - carrier.detach())
+    loss_B = info_nce(
+        similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC, reduction="none"
+    )
+    if amplification > 0:
+        with torch.no_grad():
+            logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
+            weight_BC = ega_weights(similarity_BC, positive_B, amplification=amplification, width=width)
+            amplified_BC = logits_BC.softmax(dim=1) * weight_BC
+            if renormalize:
+                amplified_BC /= amplified_BC.sum(dim=1, keepdim=True)
+            gradient_BC = amplified_BC.scatter(1, positive_B[:, None], 0.0)
+            gradient_BC.scatter_(1, positive_B[:, None], -gradient_BC.sum(dim=1, keepdim=True))
+            gradient_BC /= temperature
+        # zero in value: x - x, with the wanted gradient in x alone
+        carrier_B = (gradient_BC * similarity_BC.to(gradient_BC.dtype)).sum(dim=1)
+        loss_B = loss_B.detach() + (carrier_B - carrier_B.detach())
+    return loss_B if reduction == "none" else loss_B.mean()
 
 
 def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: float, width: float) -> Tensor:

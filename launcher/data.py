@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,17 @@ def prepare_quickstart_if_named(config: RunConfig) -> None:
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:
-    """Compare all local shards and indexes with the manifest, each rank its share. Collective.
+    """Whether all ranks see the same data, and local shards and indexes are those of the manifest. Collective.
 
-    Remote ones are compared when they are fetched. Raises the same DataError, with the first problems found, on every rank.
+    Each rank looks at its share of them; remote ones are compared when they are fetched. Raises the same DataError, with the
+    first problems found, on every rank.
     """
+    plans = gather_objects(json.dumps(data.plan.description, sort_keys=True))
+    if different := [index for index, plan in enumerate(plans) if plan != plans[0]]:
+        raise DataError(
+            f"{data.folder.location}: rank {different[0]} sees other shards there than rank 0 ({len(different)} ranks do); "
+            "copy the same prepared folder to every machine"
+        ).shared()
     if not isinstance(data.folder, LocalFolder):
         return
     own = check_files(data.folder, data.manifest, part=rank(), num_parts=world_size(), hashes=hashes)

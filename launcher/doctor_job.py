@@ -112,7 +112,7 @@ def check_job(environ: Mapping[str, str], *, num_gpus: int) -> list[Finding]:
     if num_gpus and tasks > 1 and tasks != num_gpus:  # one task may be the shell of the job
         counts = f"{tasks} tasks on this machine, {num_gpus} GPUs visible; each rank takes the GPU of its local rank"
         remedy = f"#SBATCH --ntasks-per-node={num_gpus}, --gpus-per-node instead of --gpus-per-task, or mpirun -n {num_gpus}"
-        state: State = "error" if tasks > num_gpus else "warning"
+        state: State = "error" if tasks > num_gpus > 1 else "warning"  # a rank that sees one takes that one
         findings.append(Finding(state, "job", counts, remedy))
     return findings
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +26,8 @@ from launcher.config import ResolvedRun, RunConfig, as_dict, differences
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 LOCK_FILE = ".lock"
+WRITTEN_FIRST = {LOCK_FILE, DEEPSPEED_FILE, f"{DEEPSPEED_FILE}.partial", f"{CONFIG_FILE}.partial"}
+"""What a start that was killed may leave in a folder that is no run yet."""
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ log = logging.getLogger(__name__)
 def check_run_folder(run: ResolvedRun) -> None:
     """Reads only. Raises ConfigError when the folder holds something else, or a run of another configuration."""
     folder = run.run_dir
-    if not folder.exists() or not any(path.name not in (LOCK_FILE, DEEPSPEED_FILE) for path in folder.iterdir()):
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= WRITTEN_FIRST:
         return
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(f"{folder} exists and holds no run ({CONFIG_FILE} is missing); choose another --run_dir")
@@ -45,13 +49,14 @@ def check_run_folder(run: ResolvedRun) -> None:
 
 
 def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
-    """Whether the run can continue after `step` steps. Reads only; every rank must call it.
+    """Whether the run can continue after `step` steps. Reads only. Collective.
 
-    data_plan: `Plan.description`. Raises ConfigError, on every rank, when it was another one and data.accept_changes is not
-    set.
+    data_plan: `Plan.description` of this rank's manifest. Raises the same ConfigError on every rank when it was another one
+    on any of them, and data.accept_changes is not set.
     """
     folder = run.run_dir
-    changed = plan_changes(read_state(folder, step)["data_plan"], data_plan)
+    found = gather_objects(plan_changes(read_state(folder, step)["data_plan"], data_plan))
+    changed = next((changes for changes in found if changes), None)
     if changed and not run.config.data.accept_changes:
         raise ConfigError(
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to continue "
@@ -59,8 +64,20 @@ def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int
         ).shared()
 
 
+def check_run_folder_together(run: ResolvedRun) -> None:
+    """As `check_run_folder`, once no other job can write there: rank 0 looks, every rank raises. Collective."""
+    problem = None
+    if rank() == 0:
+        try:
+            check_run_folder(run)
+        except ConfigError as error:
+            problem = str(error)
+    if problem := gather_objects(problem)[0]:
+        raise ConfigError(problem).shared()
+
+
 @contextmanager
-def hold_run_folder(folder: Path, *, patience_s: float = 120) -> Iterator[None]:
+def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
     """Keep other jobs out of this run, whose folder is made when absent. Collective.
 
     Raises the same ConfigError on every rank when another process holds it for longer than `patience_s`: a machine that lost
@@ -69,17 +86,25 @@ def hold_run_folder(folder: Path, *, patience_s: float = 120) -> Iterator[None]:
     file, problem = None, None
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("w")
+        file = (folder / LOCK_FILE).open("a+")
         deadline = time.monotonic() + patience_s
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loader's processes would inherit that
+                file.truncate(0)
+                file.write(f"{socket.gethostname()}, process {os.getpid()}, job {os.environ.get('SLURM_JOB_ID', '-')}\n")
+                file.flush()
                 break
             except (BlockingIOError, PermissionError):
+                holder = (folder / LOCK_FILE).read_text().strip()
                 if time.monotonic() > deadline:
-                    problem = f"{folder}: another process trains in this folder; wait for it, or choose another --run_dir"
+                    problem = (
+                        f"{folder}: another process trains in this folder ({holder}); wait for it, choose another "
+                        f"--run_dir, or delete {folder / LOCK_FILE} if that process is gone for good"
+                    )
                     break
-                time.sleep(1)
+                log.warning("%s: waiting for another process that trains in this folder (%s)", folder, holder)
+                time.sleep(min(10, patience_s))
             except OSError as error:
                 log.warning("%s: this file system has no locks (%s); never run two jobs in it at once", folder, error)
                 break

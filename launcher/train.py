@@ -37,7 +37,13 @@ from launcher.cpu_ranks import start_cpu_ranks
 from launcher.data import RunData, check_shards_together, open_data, prepare_quickstart_if_named
 from launcher.distributed import RankInfo, export, rank_from_environment
 from launcher.model import build_model, build_processor
-from launcher.run_folder import check_data_plan, check_run_folder, hold_run_folder, write_run_folder
+from launcher.run_folder import (
+    check_data_plan,
+    check_run_folder,
+    check_run_folder_together,
+    hold_run_folder,
+    write_run_folder,
+)
 from launcher.run_log import RunLog
 from launcher.startup_table import count_parameters, startup_table
 from launcher.stop_request import EXIT_CODE, StopRequest
@@ -81,7 +87,10 @@ def _leave(code: int, *, with_others: bool) -> int:
 
 
 def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) -> int:
-    """Check everything that can be checked alone, then train; nothing is written before. Returns the exit code."""
+    """Check everything that can be checked alone, then train. Returns the exit code.
+
+    Nothing is written before, but the quickstart's own data where they are absent.
+    """
     hardware = Hardware.of_this_machine()
     starts_ranks = rank.world_size == 1 and not hardware.has_gpu and arguments.config.cpu_ranks > 1
     run = resolve(
@@ -99,10 +108,10 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
     if rank.rank == 0 and (arguments.dry_run or not starts_ranks):
         _say(startup_table(run, data.plan.num_samples, *count_parameters(run.config)))
     if arguments.dry_run:
+        if newest := latest_step(run.run_dir):
+            check_data_plan(run, data.plan.description, step=newest)
         return 0
     if starts_ranks:
-        if latest_step(run.run_dir) == run.config.num_steps:
-            return _say_done(run)
         start_cpu_ranks(run.world_size, __file__, argv)
     stop = StopRequest()
     stop.listen()
@@ -117,7 +126,8 @@ def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcesso
     export(rank, os.environ)
     device = start_process_group(rank.local_rank, timeout_s=run.config.collective_timeout_s)
     check_shards_together(data, hashes=run.config.data.check_hashes)
-    with hold_run_folder(run.run_dir):
+    with hold_run_folder(run.run_dir, patience_s=min(120.0, run.config.collective_timeout_s / 2)):
+        check_run_folder_together(run)  # another job may have begun a run here since
         if rank.rank == 0:
             remove_unfinished(run.run_dir)
         start_step = newest_intact_step(run.run_dir, device=device) or 0

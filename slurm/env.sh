@@ -6,7 +6,7 @@ PROJECT_DIR=${PROJECT_DIR:-${SLURM_SUBMIT_DIR:-$PWD}}               # the clone,
 VENV=${VENV:-$PROJECT_DIR/.venv}                                    # made by `make install` on a node like the ones that train
 NUM_GPUS_PER_NODE=${NUM_GPUS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-8}} # one rank per GPU: what sbatch was asked for
 MAX_RESTARTS=${MAX_RESTARTS:-100}                                   # so often a stopped run goes back into the queue by itself
-SRUN_OPTIONS=()                                                     # a container: (--container-image=agff.sqsh --container-mounts=/data)
+SRUN_OPTIONS=()                                                     # a container: (--container-image=agff.sqsh --container-mounts="$PROJECT_DIR,/data" --container-workdir="$PROJECT_DIR")
 # module load cuda/12.8                                             # what the site keeps in modules
 
 export PATH="$VENV/bin:$PATH"                                                # srun starts this environment's python

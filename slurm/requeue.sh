@@ -23,6 +23,7 @@ run_and_requeue() { # CMD... : run it (an srun), exit with its code
     interrupted=no code=0
     wait "$srun_pid" || code=$?
   done
+  [[ $code == "$STOPPED_ON_REQUEST" || $code -gt 128 ]] || exit "$code"
   trap '' USR1 TERM # what comes now must not end this shell before it has asked for the requeue
 
   job=$(patiently scontrol --oneliner show job "$SLURM_JOB_ID") || job=" JobState=RUNNING " # nobody says otherwise

@@ -10,7 +10,7 @@ from torch import Tensor
 from agff.batch import NO_CONTENT, Batch
 from agff.collectives import all_gather_rows, rank
 from agff.errors import ConfigError
-from agff.losses import ega_loss, ega_weights, info_nce
+from agff.losses import ega_loss, ega_weights
 from agff.negatives import negative_mask
 from agff.similarity import PATTERNS, fused_similarity, pattern_shares
 
@@ -61,7 +61,7 @@ def contrastive_loss(
     embeddings is the sum over ranks of the gradients of their local means (see `all_gather_rows`).
     """
     no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
-    loss, pair_loss_B, similarity_BC, mask_BC, positive_B = _one_direction(
+    pair_loss_B, similarity_BC, mask_BC, positive_B = _one_direction(
         query_BMD,
         torch.cat([target_BMD, negative_NMD]),
         batch.query_ids_B,
@@ -70,7 +70,7 @@ def contrastive_loss(
         config=config,
     )
     if config.bidirectional:
-        backward_loss, backward_pair_loss_B, *_ = _one_direction(
+        backward_loss_B, *_ = _one_direction(
             target_BMD,
             query_BMD,
             batch.target_ids_B,
@@ -78,16 +78,17 @@ def contrastive_loss(
             partner_ids=batch.target_ids_B,
             config=config,
         )
-        loss, pair_loss_B = (loss + backward_loss) / 2, (pair_loss_B + backward_pair_loss_B) / 2
+        pair_loss_B = (pair_loss_B + backward_loss_B) / 2
+    loss = pair_loss_B.mean()
     with torch.no_grad():
         measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_B, config)]
         shares = pattern_shares(query_BMD, target_BMD, beta=config.beta)
-        return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares]), pair_loss_B
+        return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares]), pair_loss_B.detach()
 
 
 def _one_direction(
     row_BMD: Tensor, candidates: Tensor, row_ids_B: Tensor, *, candidate_ids: Tensor, partner_ids: Tensor, config: LossConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """candidates: this rank's, of which the first B are the rows' positives, in order."""
     candidate_CMD = all_gather_rows(candidates)
     ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
@@ -95,7 +96,7 @@ def _one_direction(
     positive_B = torch.arange(num_rows, device=row_BMD.device) + rank() * candidates.shape[0]
     mask_BC = negative_mask(row_ids_B, candidate_ids[:num_rows], ids_C, partner_ids_C)
     similarity_BC = fused_similarity(row_BMD, candidate_CMD, beta=config.beta)
-    loss = ega_loss(
+    loss_B = ega_loss(
         similarity_BC,
         positive_B,
         temperature=config.temperature,
@@ -103,12 +104,9 @@ def _one_direction(
         width=config.width,
         renormalize=config.renormalize,
         negative_mask_BC=mask_BC,
+        reduction="none",
     )
-    with torch.no_grad():
-        pair_loss_B = info_nce(
-            similarity_BC, positive_B, temperature=config.temperature, negative_mask_BC=mask_BC, reduction="none"
-        )
-    return loss, pair_loss_B, similarity_BC, mask_BC, positive_B
+    return loss_B, similarity_BC, mask_BC, positive_B
 
 
 def _similarity_metrics(

@@ -135,7 +135,7 @@ def test_damaged_checkpoints_are_set_aside_and_a_run_without_an_intact_one_does_
 
 def test_what_killed_saves_left_is_removed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10, is_damaged=False)
-    for name in ("step-000012.partial", "step-000010.universal"):
+    for name in ("step-000012.partial", "step-000010.universal", "step-000004.removed"):
         (tmp_path / "checkpoints" / name).mkdir()
     remove_unfinished(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
@@ -147,7 +147,7 @@ def files_seen_late(folder: Path) -> list[str]:
         time.sleep(1)
     for name in (f"random-{rank:05d}.pt", f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"):
         (folder / name).touch()
-    return _written_files(folder)
+    return _written_files(folder, zero_stage=2)
 
 
 def test_files_of_other_machines_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,4 +158,4 @@ def test_files_of_other_machines_are_waited_for(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "random-00000.pt").unlink()
     (tmp_path / "random-00001.pt").unlink()
     with pytest.raises(CheckpointError, match="does not see the files of all 1 ranks"):
-        _written_files(tmp_path)
+        _written_files(tmp_path, zero_stage=2)

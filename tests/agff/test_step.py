@@ -286,6 +286,8 @@ def train_with_poison(stage: int, precision: Any, clip: float, value: float) -> 
     rank = dist.get_rank()
     device = start_process_group(rank)
     config = zero_config(stage, NUM_ROWS // 2, clip=clip) | {"bf16": {"enabled": precision == "bf16"}}
+    if precision == "bf16" and stage > 1:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # as launcher/config.py fills it in
     engine = Engine(
         tiny_model(4),
         deepspeed_config=config,

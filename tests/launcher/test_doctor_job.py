@@ -127,7 +127,7 @@ def test_contradicting_variables_of_a_launcher_are_an_error() -> None:
         ({}, 8, ["ok"]),
         (SRUN, 8, ["ok"]),
         (SRUN, 0, ["ok"]),
-        (SRUN, 1, ["ok", "error"]),  # --gpus-per-task: each task sees one GPU
+        (SRUN, 1, ["ok", "warning"]),  # --gpus-per-task: each task sees one GPU
         (SRUN | {"SLURM_NTASKS": "8"}, 8, ["ok", "warning"]),
         (SRUN | {"SLURM_NTASKS_PER_NODE": "4"}, 8, ["ok", "warning"]),
         ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}, 8, ["ok"]),

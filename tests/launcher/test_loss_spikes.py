@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from agff.collectives import rank
 from agff.objectives.contrastive import METRICS
 from agff.trainer import StepReport
 from launcher.loss_spikes import WINDOW, LossSpikes
 from launcher.run_log import WORST_PAIRS, RunLog
+from tests.ranks import run_ranks
 
 
 def noisy_losses(number: int) -> list[float]:
@@ -90,3 +92,18 @@ def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step
     [written] = [json.loads(line) for line in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
     assert (written["step"], written["loss"], len(written["addresses"])) == (42, "nan", 21)
     assert "step 42 skipped on all ranks: the gradient was not finite" in caplog.text
+
+
+def log_on_a_rank(run: Path) -> None:
+    log = RunLog(run, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
+    with log:
+        for step in range(1, 31):
+            log(report(step, 2.0 + step % 2 * 0.1 + rank()))
+        log(report(31, 30.0 + 100 * rank()))
+
+
+def test_a_spike_is_told_once_with_the_worst_pairs_of_all_ranks(tmp_path: Path) -> None:
+    run_ranks(log_on_a_rank, tmp_path, world_size=2)
+    [written] = [json.loads(line) for line in (tmp_path / "loss_spikes.jsonl").read_text().splitlines()]
+    assert (written["step"], written["loss"]) == (31, 80.0)
+    assert [pair["loss"] for pair in written["worst_pairs"]] == [140.0 - place for place in range(WORST_PAIRS)]

@@ -130,11 +130,11 @@ def test_another_order_of_the_data_is_refused_and_accepted_when_told(project: Pa
     assert result.returncode == 0, result.stdout
     shutil.rmtree(project / "runs/order/checkpoints/step-000004")
     changed = f"{command} --num_steps 4 --seed 1 --data.caps 10"
-    result = run_command(changed, project)
-    assert result.returncode == 2, result.stdout
-    assert "runs/order: the order of the data changed since step 2: seed: 0 -> 1; source Shapes_VQA: samples 96 -> 10" in (
-        result.stdout
-    )
+    says = "error: runs/order: the order of the data changed since step 2: seed: 0 -> 1; source Shapes_VQA: samples 96 -> 10"
+    for attempt in (f"{changed} --dry-run", changed):
+        result = run_command(attempt, project)
+        assert result.returncode == 2, result.stdout
+        assert result.stdout.count(says) == 1
     assert "continue in the new order with --data.accept_changes true" in result.stdout
     result = run_command(f"{changed} --data.accept_changes true", project)
     assert result.returncode == 0, result.stdout
@@ -342,6 +342,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 
 
 def test_dry_run_prints_the_table_and_writes_nothing(in_project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = in_project / "runs/mmeb_qwen2vl_2b-zero3"
+    run.mkdir(parents=True)
+    for name in (".lock", "deepspeed.json", "config.yaml.partial"):  # what a start leaves that was killed at once
+        (run / name).touch()
     before = sorted(in_project.rglob("*"))
     recipe = ["--recipe", "mmeb_qwen2vl_2b", "--backbone.path", ".cache/quickstart/backbone"]
     shards = ["--data.shards", ".cache/quickstart/shards", "--data.sub_batch_size", "8"]
@@ -429,7 +433,7 @@ def test_every_launcher_trains_the_same(
     (project / "hosts").write_text("first slots=1\nsecond slots=1\n")
     train = f"launcher/train.py --deepspeed ds_configs/zero2.json --run_dir {run}"
     beside = " & ".join(command.format(train=train) for command in commands)
-    result = run_command(f"{beside}; code=$?; wait; exit $code", project)
+    result = run_command(f"{beside} && wait -n" if len(commands) > 1 else beside, project)
     assert result.returncode == 0, result.stdout
-    assert "world            2, ZeRO stage 2" in result.stdout or "2, ZeRO stage 2" in result.stdout
+    assert "ranks                2, ZeRO stage 2" in result.stdout
     assert_same_tensors(*(tensors_of(folder / "checkpoints/step-000004") for folder in (run, unbroken)))

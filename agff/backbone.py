@@ -66,7 +66,8 @@ def choose_trainable(backbone: Any, config: BackboneConfig) -> Any:
             lora_dropout=config.lora.dropout,
             target_modules=vision_free,
         )
-        backbone = peft.get_peft_model(backbone, lora)
+        # in the backbone's own precision: ZeRO-3 wants one for all
+        backbone = peft.get_peft_model(backbone, lora, autocast_adapter_dtype=False)
     elif config.freeze_vision:
         for name, parameter in backbone.named_parameters():
             if name.startswith(("visual.", "vision_tower.")):

@@ -126,8 +126,9 @@ class Batch:
         return self.map_tensors(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, copied asynchronously from pinned memory."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with its ids and its order on `device`. Each chunk moves when it is encoded."""
+        small = ("order_R", "query_ids_B", "target_ids_B", "negative_ids_N")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in small})
 
     def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `move(tensor)` for each tensor, always in the same order."""

@@ -252,6 +252,9 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
         _load(engine, folder, universal.name, trainable_only=trainable_only)
     finally:
         config.load_universal_checkpoint = False
+    for parameter, state in engine.deepspeed.optimizer.optimizer.state.items():
+        # DeepSpeed 0.19.8 gives all groups of a rank one counter, on the CPU: each would count for all
+        state["step"] = state["step"].clone().to(parameter.device)
     dist.barrier()
     if rank() == 0:
         shutil.rmtree(universal)

@@ -30,7 +30,8 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
         __compatible_ops__["deepspeed_shm_comm"] = False
     elif accelerator.device_count() == 1:  # Slurm's --gpus-per-task and --gpu-bind show each rank its own device alone
         local_rank = 0
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes its device from there
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = "0"  # DeepSpeed takes its device from there
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
     )
@@ -70,7 +71,8 @@ class Engine:
         )
 
     def encode(self, inputs: ModelInputs) -> Tensor:
-        """(B, M, D) float32 unit embeddings of one chunk. Under ZeRO-3 a collective."""
+        """(B, M, D) float32 unit embeddings of one chunk, wherever its tensors are. Under ZeRO-3 a collective."""
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         with self._autocast():
             return self.deepspeed(inputs)
 

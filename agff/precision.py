@@ -29,7 +29,7 @@ class Hardware:
         words = set(cpu_info.read_text().split()) if cpu_info.exists() else set()
         return cls(
             has_gpu=has_gpu,
-            gpu_has_bf16=has_gpu and torch.cuda.is_bf16_supported(),
+            gpu_has_bf16=has_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
             cpu_has_bf16=bool(words & {"avx512_bf16", "amx_bf16"}),
         )
 

@@ -42,9 +42,11 @@ def losses(stage: int, lora: bool, folder: Path, start_step: int, save_step: int
     world_size, rank = dist.get_world_size(), dist.get_rank()
     local = NUM_ROWS // world_size
     device = start_process_group(rank)
+    config = zero_config(stage, local, clip=0.5)
+    config["zero_optimization"]["sub_group_size"] = 500  # several groups of parameters on each rank
     engine = Engine(
         tiny_model(4, lora=lora),
-        deepspeed_config=zero_config(stage, local, clip=0.5),
+        deepspeed_config=config,
         optimizer=OPTIMIZER,
         num_steps=NUM_STEPS,
         precision="fp32",

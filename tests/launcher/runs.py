@@ -122,7 +122,7 @@ class Started:
         while not condition():
             assert time.monotonic() < deadline
             assert self._process.poll() is None, "it ended too early"
-            time.sleep(0.02)
+            time.sleep(0.005)
 
     def processes(self) -> list[psutil.Process]:
         return [candidate for candidate in psutil.process_iter() if _is_marked(candidate, self._mark)]

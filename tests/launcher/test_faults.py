@@ -93,9 +93,11 @@ def test_all_ranks_killed_while_they_save(project: Path, expected: dict[int, dic
     with CAMPAIGN.against(f"kill -9 of all ranks while they save, ZeRO-{stage}") as fault:
         for save in (1, 3, 5):
             started = Started(command_of(stage, run), project)
+            started.wait_until(lambda started=started: len(started.ranks()) == 2)
+            ranks = started.ranks()
             partial = run / f"checkpoints/step-{save:06d}.partial"
             started.wait_until(partial.exists)
-            for rank in started.ranks():
+            for rank in ranks:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     rank.kill()
             fault()

@@ -277,6 +277,21 @@ AutoModel.from_pretrained({str(tmp_path / "release/backbone")!r})
     assert convert_main([str(run), str(tmp_path / "release")]) == 2, "an existing release is not overwritten"
 
 
+@pytest.mark.parametrize(("stage", "lora"), [(2, ""), (3, "--backbone.lora.rank 2")])
+def test_bf16_weights_train_and_resume(project: Path, stage: int, lora: str) -> None:
+    """What a GPU does by default."""
+    command = f"{train_command(stage)} --precision bf16 {lora} --run_dir runs/bf16-{stage}"
+    result = run_command(command, project)
+    assert result.returncode == 0, result.stdout
+    run = project / f"runs/bf16-{stage}/checkpoints"
+    assert {value.dtype for value in consolidated_weights(run.parent, step=4).values()} == {torch.float32}, "the masters"
+    unbroken = tensors_of(run / "step-000004")
+    shutil.rmtree(run / "step-000004")
+    result = run_command(command, project)
+    assert "2/4" in result.stdout
+    assert_same_tensors(tensors_of(run / "step-000004"), unbroken)
+
+
 def test_lora_run_resumes_and_is_released(project: Path, tmp_path: Path) -> None:
     command = f"{train_command(3)} --backbone.lora.rank 2 --run_dir runs/lora --backbone.lora.dropout 0.1"
     result = run_command(command, project)

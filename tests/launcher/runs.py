@@ -129,13 +129,17 @@ class Started:
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes that run by now, without their loaders' workers (which have the words of their rank)."""
-        named = [candidate for candidate in self.processes() if "--local_rank" in " ".join(candidate.cmdline())]
-        return [candidate for candidate in named if candidate.parent() not in named]
+        named = {}
+        for candidate in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                if "--local_rank" in " ".join(candidate.cmdline()):
+                    named[candidate] = candidate.parent()
+        return [candidate for candidate, parent in named.items() if parent not in named]
 
     def end(self, timeout_s: float) -> int:
-        """Exit code; nothing may be left behind."""
+        """Exit code; nothing may be left behind. A loader's worker looks every 5 s whether its rank is still there."""
         code = self._process.wait(timeout=timeout_s)
-        left_behind = [process.cmdline() for process in self.processes()]
+        _, left_behind = psutil.wait_procs(self.processes(), timeout=15)
         assert not left_behind, f"left behind: {left_behind}"
         return code
 

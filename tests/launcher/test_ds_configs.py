@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.command_line import parse_train_arguments
 from launcher.config import read_deepspeed_json, resolve
@@ -35,12 +36,20 @@ def test_each_file_is_explained_beside_them() -> None:
     assert json.loads((REPOSITORY / "ds_configs/zeropp.json").read_text())["zero_optimization"]["zero_quantized_weights"]
 
 
+class OneLayer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(32, 16, bias=False).bfloat16()
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.layer(inputs["values"])
+
+
 NUM_CHUNKS = 128
 
 
 def gradient_errors() -> dict[str, float]:
     """By DeepSpeed file: how far the sum of many chunks' bf16 gradients is off, of its norm, as it reaches the optimizer."""
-    import torch
     from deepspeed.utils import safe_get_full_grad
 
     from agff.engine import Engine, start_process_group
@@ -58,7 +67,7 @@ def gradient_errors() -> dict[str, float]:
         values = read_deepspeed_json(REPOSITORY / f"ds_configs/{name}.json")
         run = resolve(config, values, deepspeed_name=name, world_size=1, hardware=hardware)
         engine = Engine(
-            torch.nn.Linear(32, 16, bias=False).bfloat16(),
+            OneLayer(),
             deepspeed_config=run.deepspeed,
             optimizer=config.optimizer,
             num_steps=9,
@@ -66,9 +75,9 @@ def gradient_errors() -> dict[str, float]:
             device=device,
         )
         for index in range(NUM_CHUNKS):
-            loss = (engine.encode(inputs[index]).float() * weights[index]).sum()
+            loss = (engine.encode({"values": inputs[index]}).float() * weights[index]).sum()
             engine.backward(loss, index == NUM_CHUNKS - 1)
-        found = safe_get_full_grad(engine.model.weight).double()
+        found = safe_get_full_grad(engine.model.layer.weight).double()
         errors[name] = float((found - expected).norm() / expected.norm())
     return errors
 

@@ -1,4 +1,4 @@
-"""A checkpoint of two ranks, continued on one and on four; and one of those four, on one."""
+"""A checkpoint of two ranks, continued on four; and one of those four, continued on one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def losses_of_all_cases(folder: Path, start_step: int, save_step: int | None) ->
 @pytest.mark.timeout(600)
 def test_another_number_of_ranks_continues_with_the_same_losses(tmp_path: Path) -> None:
     unbroken = run_ranks(losses_of_all_cases, tmp_path, 0, 2, world_size=2)[0]
-    for world_size, start_step, save_step in ((1, 2, None), (4, 2, 3), (1, 3, None)):  # the last continues the four ranks
+    for world_size, start_step, save_step in ((4, 2, 3), (1, 3, None)):  # the last continues the four ranks
         found = run_ranks(losses_of_all_cases, tmp_path, start_step, save_step, world_size=world_size)[0]
         for case, expected, continued in zip(CASES, unbroken, found, strict=True):
             # losses of 3 to 8 in float32; weights, moments, schedule and the step must all have come along

@@ -33,7 +33,7 @@ def info(rank: int, local_rank: int, world_size: int, addr: str, port: int) -> R
     [
         (TORCHRUN, info(3, 1, 4, "gpu7", 1234)),
         (MPIRUN, info(3, 3, 4, "127.0.0.1", 29500)),
-        (SRUN, info(9, 1, 16, "gpu003", 20123)),
+        (SRUN, info(9, 1, 16, "gpu003", 12123)),
         ({**SRUN, "MASTER_ADDR": "head", "MASTER_PORT": "5"}, info(9, 1, 16, "head", 5)),
         ({**SRUN, **TORCHRUN}, info(3, 1, 4, "gpu7", 1234)),
         ({**SRUN, **MPIRUN}, info(3, 3, 4, "127.0.0.1", 29500)),
@@ -64,7 +64,7 @@ def test_exported_variables_read_back_the_same() -> None:
     environ = dict(SRUN)
     export(rank_from_environment(SRUN), environ)
     assert rank_from_environment(environ) == rank_from_environment(SRUN)
-    assert environ["MASTER_PORT"] == "20123"
+    assert environ["MASTER_PORT"] == "12123"
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ AutoModel.from_pretrained({str(tmp_path / "release/backbone")!r})
     assert convert_main([str(run), str(tmp_path / "release")]) == 2, "an existing release is not overwritten"
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(2, ""), (3, "--backbone.lora.rank 2")])
+@pytest.mark.parametrize(("stage", "lora"), [pytest.param(2, "", marks=pytest.mark.slow), (3, "--backbone.lora.rank 2")])
 def test_bf16_weights_train_and_resume(project: Path, stage: int, lora: str) -> None:
     """What a GPU does by default."""
     command = f"{train_command(stage)} --precision bf16 {lora} --run_dir runs/bf16-{stage}"

@@ -152,12 +152,11 @@ Path(f"started-{restarts}-{rank}").touch()
 if "--stubborn" in sys.argv and rank != "0":
     time.sleep(600)
 while not Path("finish").exists():
-    if "--ignore" not in sys.argv and asked:
-        for name in ("SIGUSR1", "SIGTERM"):
+    told = Path(f"exit-{rank}")
+    if told.exists() or ("--ignore" not in sys.argv and asked):
+        for name in ("SIGUSR1", "SIGTERM"):  # srun ends the last ranks when the first one has left
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-        sys.exit(75)
-    if Path(f"exit-{rank}").exists():
-        sys.exit(int(Path(f"exit-{rank}").read_text()))
+        sys.exit(int(told.read_text()) if told.exists() else 75)
     if Path(f"die-{rank}").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.1)

@@ -447,8 +447,9 @@ def test_every_launcher_trains_the_same(
     run = project / "runs" / f"launched-{commands[0].split()[0]}"
     (project / "hosts").write_text("first slots=1\nsecond slots=1\n")
     train = f"launcher/train.py --deepspeed ds_configs/zero2.json --run_dir {run}"
-    beside = " & ".join(command.format(train=train) for command in commands)
-    result = run_command(f"{beside} && wait -n" if len(commands) > 1 else beside, project)
+    *others, last = [command.format(train=train) for command in commands]
+    beside = "".join(f"{other} & other=$!; " for other in others)
+    result = run_command(f"{beside}{last}{' && wait $other' if others else ''}", project)
     assert result.returncode == 0, result.stdout
     assert "ranks                2, ZeRO stage 2" in result.stdout
     assert_same_tensors(*(tensors_of(folder / "checkpoints/step-000004") for folder in (run, unbroken)))

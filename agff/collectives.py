@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agff.errors import AgffError
+
 
 def world_size() -> int:
     """Number of ranks; 1 without a process group. Not a collective."""
@@ -50,6 +52,13 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def raise_together(error: AgffError | None) -> None:
+    """Raise on every rank the error that the first of them has; return when none has one."""
+    found = next((other for other in gather_objects(error) if other is not None), None)
+    if found is not None:
+        raise found.shared()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's device.
 
-    A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still.
+    A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still. A rank that sees one
+    device alone takes it, and writes 0 into LOCAL_RANK.
 
     Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its work.
     """

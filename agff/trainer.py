@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from agff.batch import Batch, SkippedSample
-from agff.collectives import gather_objects, max_over_ranks
+from agff.collectives import max_over_ranks, raise_together
 from agff.engine import Engine
-from agff.errors import AgffError, DataError, TrainingError
+from agff.errors import AgffError, TrainingError
 from agff.step import Objective, train_step
 
 
@@ -116,7 +116,7 @@ def _next_on_all_ranks(batches: Iterator[Batch], engine: Engine, should_stop: Ca
         error = caught
     any_failed, any_stops = max_over_ranks([error is not None, should_stop()], device=engine.device)
     if any_failed:
-        raise DataError(next(message for message in gather_objects(str(error) if error else None) if message)).shared()
+        raise_together(error)
     if any_stops:
         return None
     assert batch is not None

@@ -220,7 +220,7 @@ class CachedFolder:
         url = f"{self.location}/{source}/{file.name}"
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
-            with _locked(self._lock_path(file.sha256)):
+            with locked(self._lock_path(file.sha256)):
                 if self._path(file).exists() or (is_ahead and file.sha256 not in self._pending):
                     return
                 partial = self._make_room(file, url, is_ahead=is_ahead)
@@ -270,7 +270,7 @@ class CachedFolder:
 
     def _claim_room(self, file: StoredFile, partial: Path, *, is_ahead: bool) -> bool:
         """False when there is no room now."""
-        with _locked(self._dir / "lock"):
+        with locked(self._dir / "lock"):
             used, now = 0, time.time()
             evictable = []
             for path in self._dir.iterdir():
@@ -299,7 +299,7 @@ class CachedFolder:
         """
         sha256, size, _ = partial.name.split(".")
         lock = self._lock_path(sha256)
-        with contextlib.nullcontext(True) if lock == held else _locked(lock, wait=False) as is_dead:
+        with contextlib.nullcontext(True) if lock == held else locked(lock, wait=False) as is_dead:
             if is_dead:
                 partial.unlink(missing_ok=True)
                 return 0
@@ -335,7 +335,7 @@ def _with_retries(url: str, fetch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a file among the processes and threads of this machine; False when `wait` is and it is taken."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:

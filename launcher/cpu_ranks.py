@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from launcher.distributed import free_port
 
 
 def start_cpu_ranks(num_ranks: int, program: str, argv: Sequence[str]) -> NoReturn:
     """Become DeepSpeed's launcher, which runs the program with that many ranks."""
     arguments = [a for a in argv if not a.startswith("--local_rank")]
-    with socket.socket() as probe:  # a free port: the launcher's default would let two runs on one machine collide
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
     command += ["--num_accelerators", str(num_ranks)]
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
         os.environ.pop(name, None)

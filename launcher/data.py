@@ -15,7 +15,7 @@ from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
-from data_pipeline.storage import CachedFolder, LocalFolder, open_folder
+from data_pipeline.storage import CachedFolder, LocalFolder, locked, open_folder
 from launcher.config import ResolvedRun, RunConfig
 from launcher.prepare import prepare
 from launcher.quickstart_data import DEFAULT_OUT
@@ -75,10 +75,10 @@ def prepare_quickstart_if_named(config: RunConfig) -> None:
     wanted = {Path(config.data.shards), Path(config.backbone.path)} & marks.keys()
     if all((path / marks[path]).exists() for path in wanted):
         return
-    from launcher.quickstart.assemble import exclusive, prepare_quickstart
+    from launcher.quickstart.assemble import prepare_quickstart
 
     DEFAULT_OUT.mkdir(parents=True, exist_ok=True)
-    with exclusive(DEFAULT_OUT / ".shards.lock"):
+    with locked(DEFAULT_OUT / ".shards.lock"):
         paths = prepare_quickstart(DEFAULT_OUT)
         prepare(paths.mmeb, QUICKSTART_SHARDS)
 

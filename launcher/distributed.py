@@ -6,6 +6,7 @@ DeepSpeed reads these five variables and never SLURM_*; without them it would st
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -69,6 +70,13 @@ def export(info: RankInfo, environ: MutableMapping[str, str]) -> None:
         MASTER_ADDR=info.master_addr,
         MASTER_PORT=str(info.master_port),
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now: a fixed one would let two groups of ranks on one machine collide."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def first_host(nodelist: str) -> str:

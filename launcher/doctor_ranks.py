@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,12 +32,16 @@ def check_ranks(
 
     log_folder: where the whole output of a rank that failed is kept; the folder for temporary files unless given.
     """
+    from launcher.distributed import free_port
+
     what = f"{num_ranks} on {'GPUs over NCCL' if on_gpus else 'the CPU over gloo'}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     base = {name: value for name, value in environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), "OMP_NUM_THREADS": "1"}
+    base |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+        "OMP_NUM_THREADS": "1",
+    }
     base["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), environ.get("PYTHONPATH")]))
     base |= {"DS_ACCELERATOR": "cuda"} if on_gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", f"from {__name__} import step_on_this_rank; step_on_this_rank({limit_s})"]

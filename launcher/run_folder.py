@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from agff.checkpoint import read_state
-from agff.collectives import gather_objects, rank
+from agff.collectives import raise_together, rank
 from agff.errors import CheckpointError, ConfigError
 from data_pipeline.plan import plan_changes
 from data_pipeline.storage import publish
@@ -55,13 +55,13 @@ def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int
     on any of them, and data.accept_changes is not set.
     """
     folder = run.run_dir
-    found = gather_objects(plan_changes(read_state(folder, step)["data_plan"], data_plan))
-    changed = next((changes for changes in found if changes), None)
+    changed, problem = plan_changes(read_state(folder, step)["data_plan"], data_plan), None
     if changed and not run.config.data.accept_changes:
-        raise ConfigError(
+        problem = ConfigError(
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to continue "
             "exactly, choose another --run_dir to start anew, or continue in the new order with --data.accept_changes true"
-        ).shared()
+        )
+    raise_together(problem)
 
 
 def check_run_folder_together(run: ResolvedRun) -> None:
@@ -71,9 +71,8 @@ def check_run_folder_together(run: ResolvedRun) -> None:
         try:
             check_run_folder(run)
         except ConfigError as error:
-            problem = str(error)
-    if problem := gather_objects(problem)[0]:
-        raise ConfigError(problem).shared()
+            problem = error
+    raise_together(problem)
 
 
 @contextmanager
@@ -98,7 +97,7 @@ def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 holder = (folder / LOCK_FILE).read_text().strip()
                 if time.monotonic() > deadline:
-                    problem = (
+                    problem = ConfigError(
                         f"{folder}: another process trains in this folder ({holder}); wait for it, choose another "
                         f"--run_dir, or delete {folder / LOCK_FILE} if that process is gone for good"
                     )
@@ -109,8 +108,7 @@ def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
                 log.warning("%s: this file system has no locks (%s); never run two jobs in it at once", folder, error)
                 break
     with file or nullcontext():  # closed, it is free again; as it is when this process dies
-        if problem := gather_objects(problem)[0]:
-            raise ConfigError(problem).shared()
+        raise_together(problem)
         yield
 
 

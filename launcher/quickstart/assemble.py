@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from agff.errors import ConfigError
+from data_pipeline.storage import locked
 from launcher.quickstart.backbone import BackboneSizes, build_tiny_qwen2vl
 from launcher.quickstart.concepts import KEYWORDS, NAMES, STUDIOS, Concept, Studio, load_concepts, match_studio
 from launcher.quickstart.eval_sets import write_eval_sets
@@ -105,7 +104,7 @@ def _build_once(folder: Path, fingerprint: dict[str, Any], build: Callable[[Path
     if _marker(folder) == fingerprint:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder.with_name(f".{folder.name}.lock")):
+    with locked(folder.with_name(f".{folder.name}.lock")):
         if _marker(folder) == fingerprint:
             return
         if folder.exists() and _marker(folder) is None and any(folder.iterdir()):
@@ -137,14 +136,6 @@ def _marker(folder: Path) -> Any:
         return json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def exclusive(lock: Path) -> Iterator[None]:
-    """Held by one process at a time; the kernel frees it when that process dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build_data(folder: Path, packages: Path, config: QuickstartConfig) -> None:

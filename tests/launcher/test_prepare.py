@@ -171,12 +171,15 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
     kills = 0
     seen = set()
     while kills < 20:
+        more = generator.randint(0, 40)  # counted in shards, not seconds: the same on a slow machine and a fast one
+        target = len(list(out.glob("*/*.tar"))) + more
         running = start_prepare(*arguments)
-        assert running.stdout is not None
-        running.stdout.read(1)  # the progress bar appears: the writers begin
-        time.sleep(generator.random() ** 2 * 0.5)
+        while running.poll() is None and len(list(out.glob("*/*.tar"))) < target:
+            time.sleep(0.001)
+        time.sleep(generator.random() * 0.005)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
+        assert running.stdout is not None
         running.stdout.close()
         if running.wait() == 0:
             assert contents(out) == contents(tmp_path / "whole")
@@ -184,7 +187,7 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
             continue
         kills += 1
         seen.add(len(list(out.glob("*/*.tar"))))
-    assert len(seen) > 3, "the kills came at different moments"
+    assert len(seen) > 10, "the kills came at different moments"
     running = start_prepare(*arguments)
     assert running.communicate()[0]
     assert running.returncode == 0

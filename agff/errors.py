@@ -25,6 +25,10 @@ class DataError(AgffError):
     """A data set, shard or sample is not what it must be; the text starts with its address."""
 
 
+class StorageError(DataError):
+    """Bytes cannot be had now: network, disk, permission. No sample's fault: the run stops, no other sample is drawn."""
+
+
 class TrainingError(AgffError):
     """Training cannot go on: the gradients stay not finite, or the memory is too small."""
 

@@ -10,7 +10,13 @@ import torch
 
 from agff.errors import ConfigError
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")
 Precision = Literal["bf16", "bf16_autocast", "fp32"]
+
+
+def num_nvidia_gpus() -> int:
+    """GPUs that NVIDIA's driver knows on this machine, whether torch can use them or not."""
+    return len(list(NVIDIA_DRIVER.iterdir())) if NVIDIA_DRIVER.is_dir() else 0
 
 
 @dataclass(frozen=True, kw_only=True)

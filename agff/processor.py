@@ -7,7 +7,8 @@ uses the PIL image processors: with torchvision present or absent, the tensors a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,11 @@ class ItemProcessor:
         gradient is zero).
 
         Raises DataError for a text that holds the image placeholder or the backbone's own image token wrongly, or an image
-        that needs more than `max_tokens`.
+        that needs more than `max_tokens` or that the image processor refuses, as one thinner than 1:200.
         """
         images = [item.image for item in items if item.image is not None]
-        pixels = dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
+        with _refusals_as_data_errors():
+            pixels = dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
         num_image_tokens = self.family.num_image_tokens(pixels)
         per_item = iter(num_image_tokens)
         rows = [self._row(item, next(per_item) if item.image is not None else 0) for item in items]
@@ -140,7 +142,7 @@ class ItemProcessor:
             raise DataError(
                 f"image of {item.image.size if item.image else None} pixels needs {len(image_ids)} tokens and the prompts "
                 f"{self.prompts.num_tokens}, more than processor.max_tokens={self.limits.max_tokens}; "
-                "lower processor.max_pixels or raise processor.max_tokens"
+                f"{'lower processor.max_pixels or ' if self.family.has_pixel_limits else ''}raise processor.max_tokens"
             )
         before_ids = self.tokenize(before)[:room]
         after_ids = self.tokenize(after)[: room - len(before_ids)]
@@ -149,7 +151,8 @@ class ItemProcessor:
     def _num_image_tokens(self, item: Item) -> int:
         if item.image is None:
             return 0
-        return self.family.num_tokens_of_size(item.image.height, item.image.width, self.image_processor)
+        with _refusals_as_data_errors():
+            return self.family.num_tokens_of_size(item.image.height, item.image.width, self.image_processor)
 
     def _image_ids(self, num_image_tokens: int) -> list[int]:
         return self._before_image + [self._image_token_id] * num_image_tokens + self._after_image
@@ -162,6 +165,15 @@ class ItemProcessor:
 
     def _blank_image(self) -> Image.Image:
         return Image.new("RGB", (self.family.blank_image_size, self.family.blank_image_size))
+
+
+@contextmanager
+def _refusals_as_data_errors() -> Iterator[None]:
+    """Image processors raise ValueError for an image that they cannot resize."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"the backbone's image processor refuses the image: {error}") from None
 
 
 def check_placeholder(item: Item) -> None:
@@ -185,6 +197,7 @@ class _QwenVL:
     image_token: str = "<|image_pad|>"
     around_image: tuple[tuple[str, ...], tuple[str, ...]] = (("<|vision_start|>",), ("<|vision_end|>",))
     image_inputs: tuple[str, ...] = ("pixel_values", "image_grid_thw")
+    has_pixel_limits = True
 
     def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
         return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
@@ -214,6 +227,7 @@ class _LlavaOneVision:
     image_token: str = "<image>"
     around_image: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
+    has_pixel_limits = False
 
     @property
     def blank_image_size(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from agff.batch import Batch, EncodeItems, SkippedSample
-from agff.errors import AgffError, DataError
+from agff.errors import AgffError, DataError, StorageError
 from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
 from data_pipeline.handover import HandedBatch, Slots
@@ -89,6 +89,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     def _batch(self, step: int) -> Batch:
         try:
             return self._assemble(step, self._decode)
+        except StorageError:
+            raise
         except DataError:  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
             return self._assemble(step, self._decode_and_encode)
 
@@ -118,6 +120,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
                 self.watch.reading(step, source, sample)
             try:
                 return decode_sample(self.reader.read(name, sample))
+            except StorageError:  # not the sample's fault: another one would make the order depend on the network
+                raise
             except DataError as error:
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
@@ -174,7 +178,8 @@ def load_batches(
     """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes; `close` ends those.
 
     Resume is start_step. A batch's tensors are valid until the next batch is asked for. Raises DataError when a batch cannot
-    be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing watches the reading.
+    be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing watches the reading. A worker
+    that is killed while the caller computes may show as torch's RuntimeError there.
     """
     watch = Watch(max(1, num_workers))
     slots = Slots(num_workers, slots_per_worker=PREFETCH + 1)

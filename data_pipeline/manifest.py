@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
-from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile, publish
+from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile, partial_path, publish
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
@@ -121,7 +121,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "settings": dict(manifest.settings),
         "sources": {name: asdict(source) for name, source in sorted(manifest.sources.items())},
     }
-    partial = folder / f"{MANIFEST_FILE}.partial"
+    partial = partial_path(folder / MANIFEST_FILE)
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     publish(partial, folder / MANIFEST_FILE)
 
@@ -129,7 +129,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequence[int]]]) -> StoredFile:
     """Write index.arrow from the (offset, size) of each sample of each shard; what the manifest says of it."""
     path = source_folder / INDEX_FILE
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
         for shard, samples in enumerate(samples_of_shards):
             columns = [[shard] * len(samples), [offset for offset, _ in samples], [size for _, size in samples]]

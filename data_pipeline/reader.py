@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agff.errors import DataError
+from agff.errors import DataError, StorageError
 from data_pipeline.manifest import Manifest, Shard, read_index
 from data_pipeline.storage import Folder
 
@@ -50,12 +50,15 @@ class ShardReader:
         self._indexes = {name: read_index(folder, name, source) for name, source in manifest.sources.items()}
 
     def read(self, source: str, sample: int) -> RawSample:
-        """The sample. Raises DataError with the shard's name, and its key if known, when it is not what the index says."""
+        """The sample. Raises DataError with the shard's name, and its key if known, when it is not what the index says.
+
+        Raises StorageError when the shard cannot be had at all.
+        """
         shard, offset, size = self._where(source, sample)
         try:
             descriptor = self.folder.open(source, shard)
         except OSError as error:
-            raise DataError(f"{shard.name}: cannot read the shard: {error}") from None
+            raise StorageError(f"{shard.name}: cannot read the shard: {error}") from None
         try:
 
             def read_range(start: int, length: int) -> bytes:
@@ -63,7 +66,7 @@ class ShardReader:
 
             return parse_sample(read_range(offset, size), shard.name, read_range)
         except OSError as error:
-            raise DataError(f"{shard.name}: cannot read the shard: {error}") from None
+            raise StorageError(f"{shard.name}: cannot read the shard: {error}") from None
         finally:
             os.close(descriptor)
 

@@ -7,6 +7,7 @@ bytes stand in the file: {"image": "000000012.query.jpg", "at": [offset, size]}.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -20,12 +21,15 @@ from PIL import Image
 
 from agff.batch import IMAGE_FORMATS
 from agff.errors import DataError
-from data_pipeline.decode import MAX_PIXELS
+from data_pipeline.decode import FORMATS, MAX_PIXELS
 from data_pipeline.mmeb import Pair, Side
 from data_pipeline.reader import MAX_IMAGE_BYTES
-from data_pipeline.storage import publish
+from data_pipeline.storage import partial_path, publish
 
-SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""By Pillow's name of the format; MPO is a JPEG with further pictures behind the first, as cameras write it."""
+NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What is wrong with a name in the row; any other error of the system may be gone the next time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +48,13 @@ class ShardRecord:
 def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> ShardRecord:
     """Write the pairs as `path` and return its record; a string among them is a reason to reject that row.
 
-    The bytes depend on the pairs alone. The file appears under its name when it is complete and on disk.
+    The bytes depend on the pairs alone. The file appears under its name when it is complete and on disk. Raises OSError when
+    the file system fails, in reading an image as in writing.
     """
     samples: list[tuple[int, int]] = []
     rejected: list[tuple[int, str]] = []
     stored: dict[bytes, _Stored] = {}
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, pair in enumerate(pairs, start=first_row):
             try:
@@ -118,7 +123,10 @@ def _sha256(content: bytes) -> bytes:
 
 
 def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
-    """(original bytes, suffix of their format); the header is read, the pixels are not."""
+    """(original bytes, suffix of their format); the header is read, the pixels are not.
+
+    Raises DataError for a row that cannot be used, OSError when the file system fails: the row must not be lost by that.
+    """
     if side.image is None:
         return None, ""
     try:
@@ -131,7 +139,11 @@ def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
             return content, SUFFIX[image.format or ""]
     except FileNotFoundError:
         raise DataError(f"{role}: image {side.image} is missing") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except OSError as error:
+        if error.errno is not None and error.errno not in NO_SUCH_FILE:  # Pillow's own errors have no number
+            raise
+        raise DataError(f"{role}: {side.image}: cannot read the image: {error}") from None
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{role}: {side.image}: cannot read the image: {error}") from None
     except KeyError as error:
-        raise DataError(f"{role}: {side.image}: image format {error} is none of {', '.join(SUFFIX)}") from None
+        raise DataError(f"{role}: {side.image}: image format {error} is none of {', '.join(FORMATS)}") from None

@@ -10,11 +10,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import math
 import os
 import queue
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,16 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from agff.errors import AgffError, ConfigError, DataError
+from agff.errors import AgffError, ConfigError, StorageError
 
+log = logging.getLogger(__name__)
 SAFE_NAME = r"\w[\w.+-]*"
 """Of sources and files, which become parts of paths."""
 SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
 """Storages that are read through fsspec. Anything else that looks like a URL is refused, above all `pipe:`."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
-ATTEMPTS = 5
+ATTEMPTS = 8
 FIRST_WAIT_S = 0.5
-"""Before the second attempt; doubled before each further one, with up to half of it added at random."""
+"""Before the second attempt; doubled before each further one, with up to half of it added at random: 64 to 95 s in all."""
+TOLD_FROM = 4
+"""The attempt from which on a failure is worth a warning."""
 HTTP_TIMEOUT_S = 60
 """An HTTP server that sends nothing for so long has failed this attempt."""
 FETCHERS = 4
@@ -98,10 +103,10 @@ class Folder(Protocol):
         """A small file at the top, as it is now. Raises FileNotFoundError or another OSError."""
 
     def local_path(self, source: str, file: StoredFile) -> Path:
-        """Path of the file on this machine, fetched if it must be. Raises DataError."""
+        """Path of the file on this machine, fetched if it must be. Raises StorageError."""
 
     def open(self, source: str, file: StoredFile) -> int:
-        """File descriptor of the file, which stays readable whatever happens to its name. Raises OSError or DataError."""
+        """File descriptor of the file; on a local disk readable when its name is gone. Raises OSError or StorageError."""
 
     def fetch_ahead(self, source: str, file: StoredFile) -> None:
         """Say that the file will be wanted soon; returns at once."""
@@ -171,6 +176,10 @@ class CachedFolder:
         while True:
             with contextlib.suppress(FileNotFoundError):  # not fetched yet, or just evicted by another process
                 descriptor = os.open(self._path(file), os.O_RDONLY)
+                if os.fstat(descriptor).st_size != file.size_bytes:  # a disk lost its end
+                    os.close(descriptor)
+                    self._path(file).unlink(missing_ok=True)
+                    continue
                 with contextlib.suppress(PermissionError):  # somebody else's copy
                     os.utime(descriptor)  # what was used longest ago goes first
                 return descriptor
@@ -216,7 +225,7 @@ class CachedFolder:
             ) from None
 
     def _fetch(self, source: str, file: StoredFile, *, is_ahead: bool) -> None:
-        """Fetch the file unless it is there. One process at a time; raises DataError when it cannot be had whole."""
+        """Fetch the file unless it is there. One process at a time; raises StorageError when it cannot be had whole."""
         url = f"{self.location}/{source}/{file.name}"
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -231,7 +240,7 @@ class CachedFolder:
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(
+            raise StorageError(
                 f"{url}: cannot write {file.size_bytes:,} bytes to the cache {self._dir}: {error}; "
                 "free space there, lower data.cache.max_gib, or choose another data.cache.dir"
             ) from None
@@ -240,7 +249,7 @@ class CachedFolder:
         try:
             self._filesystem().get_file(url, str(partial))
         except FileNotFoundError:
-            raise DataError(f"{url}: the file is missing there, the manifest names it") from None
+            raise StorageError(f"{url}: the file is missing there, the manifest names it") from None
         if (size := partial.stat().st_size) != file.size_bytes:
             raise _DamagedError(f"{size:,} bytes came, the manifest says {file.size_bytes:,}")
         with partial.open("rb") as content:
@@ -249,7 +258,7 @@ class CachedFolder:
             raise _DamagedError(f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}...")
         if is_ahead:
             os.utime(partial, (NOT_USED_YET, time.time()))
-        partial.replace(self._path(file))
+        publish(partial, self._path(file))
 
     def _make_room(self, file: StoredFile, url: str, *, is_ahead: bool) -> Path | None:
         """Evict until the file fits, and claim its space by the name of an empty file, which is returned.
@@ -257,7 +266,7 @@ class CachedFolder:
         None when a file that is fetched ahead would drive out what is in use or was itself fetched ahead.
         """
         if file.size_bytes > self._cache.max_bytes:
-            raise DataError(
+            raise StorageError(
                 f"{url}: {file.size_bytes:,} bytes are more than the whole cache of {self._cache.max_bytes:,} "
                 "(data.cache.max_gib); raise it"
             )
@@ -322,13 +331,15 @@ def _with_retries(url: str, fetch: Any) -> Any:
         except (FileNotFoundError, AgffError):
             raise
         except PermissionError as error:
-            raise DataError(f"{url}: access denied: {error}; check the credentials of this machine") from None
+            raise StorageError(f"{url}: access denied: {error}; check the credentials of this machine") from None
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
                 raise
+            text = str(error) or type(error).__name__
             if attempt == ATTEMPTS:
-                text = str(error) or type(error).__name__
-                raise DataError(f"{url}: {ATTEMPTS} attempts failed, the last: {text}") from None
+                raise StorageError(f"{url}: {ATTEMPTS} attempts failed, the last: {text}") from None
+            if attempt >= TOLD_FROM:
+                log.warning("%s: attempt %d of %d failed: %s; again in %.0f s", url, attempt, ATTEMPTS, text, wait)
         time.sleep(wait * (1 + random.random() / 2))
         wait *= 2
     raise AssertionError
@@ -347,6 +358,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes what will be `path`: two writers of the same file do not meet."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def publish(partial: Path, path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from agff.batch import Batch
-from agff.collectives import gather_objects, rank, world_size
+from agff.collectives import gather_objects, rank
 from agff.errors import DataError
 from agff.processor import ItemProcessor
 from data_pipeline.loader import StepBatches, load_batches
@@ -86,8 +87,8 @@ def prepare_quickstart_if_named(config: RunConfig) -> None:
 def check_shards_together(data: RunData, *, hashes: bool) -> None:
     """Whether all ranks see the same data, and local shards and indexes are those of the manifest. Collective.
 
-    Each rank looks at its share of them; remote ones are compared when they are fetched. Raises the same DataError, with the
-    first problems found, on every rank.
+    The ranks that see one copy share the work; each copy, as on disks of the nodes, is looked at whole. Remote shards are
+    compared when they are fetched. Raises the same DataError, with the first problems found, on every rank.
     """
     plans = gather_objects(json.dumps(data.plan.description, sort_keys=True))
     if different := [index for index, plan in enumerate(plans) if plan != plans[0]]:
@@ -97,8 +98,14 @@ def check_shards_together(data: RunData, *, hashes: bool) -> None:
         ).shared()
     if not isinstance(data.folder, LocalFolder):
         return
-    own = check_files(data.folder, data.manifest, part=rank(), num_parts=world_size(), hashes=hashes)
-    problems = [problem for problems in gather_objects(own) for problem in problems]
+    status = (data.folder.path / MANIFEST_FILE).stat()
+    copies = gather_objects((status.st_ino, status.st_ctime_ns))  # equal for one file; no copying preserves the second
+    own_copy = [index for index, copy in enumerate(copies) if copy == copies[rank()]]
+    part, num_parts = own_copy.index(rank()), len(own_copy)
+    own = check_files(data.folder, data.manifest, part=part, num_parts=num_parts, hashes=hashes)
+    if num_parts < len(copies):
+        own = [f"{socket.gethostname()}: {problem}" for problem in own]
+    problems = list(dict.fromkeys(problem for problems in gather_objects(own) for problem in problems))
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise DataError("; ".join(problems[:5]) + more).shared()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python` may be one in which nothing of ours is installed
+
 # These import torch and our other packages when they check: doctor must also speak where that fails.
 from launcher.doctor_data import check_run, check_shards
 from launcher.doctor_finding import Finding, one_line

@@ -81,17 +81,18 @@ class Devices:
         import torch
         import torch.distributed as dist
 
+        from agff.precision import num_nvidia_gpus
+
         with warnings.catch_warnings(record=True):  # torch warns of an unusable driver; the finding says it
             has_gpu = torch.cuda.is_available()
         gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_gpu else ()
         has_nccl = has_gpu and dist.is_nccl_available()
-        driver = Path("/proc/driver/nvidia/gpus")
         return cls(
             gpus=gpus,
             has_bf16=bool(gpus) and all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(len(gpus))),
             nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "",
             has_gloo=dist.is_gloo_available(),
-            num_nvidia=len(list(driver.iterdir())) if driver.is_dir() else 0,
+            num_nvidia=num_nvidia_gpus(),
             torch_build=torch.version.cuda or "cpu",
         )
 
@@ -114,7 +115,7 @@ def check_devices(devices: Devices) -> list[Finding]:
     elif devices.num_nvidia:
         found = f"the driver knows {devices.num_nvidia} NVIDIA GPUs, torch ({devices.torch_build} build) can use none"
         remedy = "unset CUDA_VISIBLE_DEVICES; compare the CUDA version in nvidia-smi; install torch's CUDA build"
-        findings.append(Finding("warning", "GPUs", found, remedy))
+        findings.append(Finding("error", "GPUs", found, remedy))
     else:
         findings.append(Finding("ok", "GPUs", "none: CPU and gloo"))
     if devices.has_gloo:

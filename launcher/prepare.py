@@ -7,9 +7,11 @@ import contextlib
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -32,7 +34,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.mmeb import SPLITS, count_rows, find_subsets, parquet_files, read_pairs
 from data_pipeline.shards import ShardRecord, write_shard
-from data_pipeline.storage import LocalFolder, publish
+from data_pipeline.storage import LocalFolder, partial_path, publish
 from launcher.command_line import report
 from launcher.distributed import rank_from_environment
 
@@ -106,6 +108,8 @@ def prepare(
         with _write_errors(out):
             _write_shards([task for task in tasks if not task.record_path.exists()], executor)
             _finish(out, rows, tasks, settings)
+    for left_by_killed_writers in (*out.glob("*.partial"), *out.glob("*/*.partial")):
+        left_by_killed_writers.unlink(missing_ok=True)
     for subset in rows:
         shutil.rmtree(out / subset / RECORDS, ignore_errors=True)
     return read_manifest(LocalFolder(out))
@@ -119,8 +123,8 @@ def _write_errors(out: Path) -> Iterator[None]:
         raise DataError(f"{out}: a writer died ({error}); give the same command again to continue") from None
     except OSError as error:
         raise DataError(
-            f"cannot write {error.filename or out}: {error.strerror or error}; free space or mend the cause, then give the "
-            "same command again: what is complete stays"
+            f"cannot read or write {error.filename or out}: {error.strerror or error}; free space or mend the cause, then "
+            "give the same command again: what is complete stays"
         ) from None
 
 
@@ -164,8 +168,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds a conversion with other {', '.join(changed)}; remove it, or choose another --out"
             )
         return
-    partial = f"{SETTINGS_FILE}.partial"  # of a run that was killed at once
-    if out.exists() and any(path.name != partial for path in out.iterdir()):
+    unfinished = f"{SETTINGS_FILE}.*.partial"  # of a run that was killed at once
+    if out.exists() and any(not path.match(unfinished) for path in out.iterdir()):
         raise ConfigError(f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     _write_text(marker, json.dumps(settings, indent=1) + "\n")
@@ -189,6 +193,18 @@ def _write_shards(tasks: Sequence[_Task], executor: Callable[[], AbstractContext
                 for future in futures:
                     future.cancel()
                 raise
+
+
+def _end_with_parent() -> None:
+    """In a writer: a killed command must not leave writers behind, which would go on with its work and never end."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _write_one(task: _Task) -> int:
@@ -230,7 +246,7 @@ def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> int:
 
 def _write_text(path: Path, text: str) -> None:
     """In one piece and on disk: a kill at any moment leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     partial.write_text(text, encoding="utf-8")
     publish(partial, path)
 
@@ -266,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
                 raise ConfigError(f"--{name} {getattr(arguments, name)} must be >= 1")
         if rank_from_environment(os.environ).world_size == 1:
-            pool = functools.partial(ProcessPoolExecutor, arguments.processes)
+            pool = functools.partial(ProcessPoolExecutor, arguments.processes, initializer=_end_with_parent)
             return _run(arguments, pool if arguments.processes != 1 else None)
         return _run_under_mpi(arguments)
     except AgffError as error:

@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=8      # ranks on each: one per GPU
 #SBATCH --gpus-per-node=8        # every rank sees all of its machine's and takes the one of its local rank
 #SBATCH --cpus-per-task=8        # for a rank and the processes that load its data
+#SBATCH --mem=0                  # all memory of the machine: loaders hold batches, whoever takes all GPUs takes it too
 #SBATCH --time=24:00:00          # of one turn in the queue; the run continues in the next
 #SBATCH --signal=B:USR1@300      # so many seconds before that limit: save and go back into the queue
 #SBATCH --requeue                # a lost machine brings the job back too

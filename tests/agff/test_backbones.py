@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Item
 from agff.embedder import Embedder
 from agff.encoder import EmbeddingModel
 from agff.errors import ConfigError
-from agff.processor import ItemProcessor, ProcessorConfig
+from agff.processor import ItemProcessor, ProcessorConfig, _LlavaOneVision
 from agff.prompts import PromptConfig
 from tests.drawings import tiny_backbone
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = PromptConfig(num_fine=2)
 ROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
 TEXT = {
@@ -165,6 +168,31 @@ def test_pixel_limits_have_no_meaning_for_llava(tmp_path: Path) -> None:
     llava_onevision(tmp_path)
     with pytest.raises(ConfigError, match="no meaning for llava_onevision"):
         ItemProcessor.from_folder(tmp_path, prompts=PROMPTS, limits=ProcessorConfig(max_pixels=1000))
+
+
+def test_every_image_fits_the_recipe_of_llava() -> None:
+    """With the numbers of the published 7B model: pinpoints of 384 to 2304 pixels, views of 27 x 27 patches."""
+    recipe = yaml.safe_load((ROOT / "launcher/recipes/mmeb_llava_ov_7b.yaml").read_text())
+    steps = range(384, 2305, 384)
+    family = _LlavaOneVision(
+        pinpoints=[[height, width] for height in steps for width in steps], view_size=384, patch_size=14, max_crops=9
+    )
+    sides = (*range(32, 3000, 64), *steps)
+    most = max(family.num_tokens_of_size(height, width, None) for height in sides for width in sides)
+    assert 8000 < most <= recipe["processor"]["max_tokens"] - 256, "room for prompts and text"
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    """transformers would begin with random ones, with a warning."""
+    weights = tiny_backbone(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors[next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"the weights lack 1 parameters of the model, .*layers\.1\.mlp\.up_proj\.weight"):
+        load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ConfigError, match=r"cannot load a backbone"):
+        load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
 
 
 def test_other_backbones_are_refused(tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_a_long_text_loses_its_end_and_an_image_is_never_cut(processor: ItemProc
         large([Item(text="<|image_1|>", image=IMAGE.resize((280, 280)))])
 
 
+def test_an_image_that_the_image_processor_refuses_is_a_fault_of_the_data(processor: ItemProcessor) -> None:
+    thin = Item(text="<|image_1|>", image=Image.new("RGB", (2000, 4)))
+    for refuses in (lambda: processor([thin]), lambda: processor.num_tokens(thin)):
+        with pytest.raises(DataError, match=r"refuses the image: absolute aspect ratio must be smaller than 200"):
+            refuses()
+
+
 def tiny_config(processor: ItemProcessor) -> object:
     from transformers import AutoConfig
 

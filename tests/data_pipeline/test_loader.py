@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agff.batch import NO_CONTENT, Batch, Item, ModelInputs
+from agff.batch import NO_CONTENT, Batch, Item, ModelInputs, SkippedSample
 from agff.errors import DataError
 from data_pipeline import loader
 from data_pipeline.collate import FixedRows, TokenBudget
@@ -129,6 +129,20 @@ def test_a_bad_sample_is_listed_and_another_of_its_source_drawn(shards: tuple[Pa
         assert not any(address.startswith("Shapes_i2t-00000") for address in first.addresses)
         if first.skipped:
             assert any(address.startswith("Shapes_i2t-0000") for address in first.addresses)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_cannot_be_read_at_all_ends_the_run_and_draws_nothing_else(
+    shards: tuple[Path, Manifest], num_workers: int
+) -> None:
+    """Else the batches would depend on what the network did."""
+    (shards[0] / "Shapes_i2t/Shapes_i2t-00000.tar").unlink()
+    expected = batches_of(shards, weights={"Shapes_i2t": 1}, max_bad_in_a_row=50)
+    batches = load_batches(expected, start_step=0, num_steps=40, num_workers=num_workers)
+    skipped: list[SkippedSample] = []
+    with pytest.raises(DataError, match=r"^Shapes_i2t-00000.tar: cannot read the shard: .*No such file"):
+        skipped.extend(sample for batch in batches for sample in batch.skipped)
+    assert skipped == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

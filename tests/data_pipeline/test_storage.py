@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import threading
 import time
@@ -167,21 +168,39 @@ def test_a_fault_of_the_network_is_tried_again(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("500", "5 attempts failed, the last: 500"),
-        ("flip", r"5 attempts failed, the last: SHA-256 of what came is \w+..., the manifest says"),
-        ("short", "5 attempts failed, the last: 10,240 bytes came, the manifest says 20,480"),
+        ("500", "8 attempts failed, the last: 500"),
+        ("flip", r"8 attempts failed, the last: SHA-256 of what came is \w+..., the manifest says"),
+        ("short", "8 attempts failed, the last: 10,240 bytes came, the manifest says 20,480"),
     ],
 )
 def test_a_fault_that_stays_is_an_error_with_the_address(
-    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path, fault: str, message: str
+    shards: tuple[Path, Manifest],
+    server: FaultyServer,
+    tmp_path: Path,
+    fault: str,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     shard = shard_of(shards[1], "Shapes_text")
     path = f"Shapes_text/{shard.name}"
-    server.faults[path] = [fault] * 10
+    server.faults[path] = [fault] * 20
     with pytest.raises(DataError, match=rf"^{server.url}/{path}: {message}"):
         content_of(cached(server, tmp_path / "cache"), "Shapes_text", shard)
     assert server.requests[path] == storage.ATTEMPTS
+    assert [re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages] == list(
+        "4567"
+    )
     assert files_in(tmp_path / "cache") == [], "nothing half is left"
+
+
+def test_a_cached_file_that_lost_its_end_is_fetched_again(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
+    folder, shard = cached(server, tmp_path / "cache"), shard_of(shards[1])
+    content = content_of(folder, "Shapes_i2t", shard)
+    os.truncate(next(iter(files_in(tmp_path / "cache"))), 512)
+    assert content_of(folder, "Shapes_i2t", shard) == content
+    assert server.requests[f"Shapes_i2t/{shard.name}"] == 2
 
 
 def test_a_missing_file_is_not_tried_again(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_gpus_are_counted_by_kind() -> None:
 @pytest.mark.parametrize(
     ("devices", "state", "text"),
     [
-        (Devices(**{**vars(CPU_ONLY), "num_nvidia": 2}), "warning", "the driver knows 2 NVIDIA GPUs, torch (cpu build)"),
+        (Devices(**{**vars(CPU_ONLY), "num_nvidia": 2}), "error", "the driver knows 2 NVIDIA GPUs, torch (cpu build)"),
         (Devices(**{**vars(CPU_ONLY), "has_gloo": False}), "error", "no gloo"),
         (Devices(**{**vars(EIGHT_GPUS), "has_bf16": False}), "warning", "without bf16"),
         (Devices(**{**vars(EIGHT_GPUS), "nccl": ""}), "error", "no NCCL"),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -22,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +33,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from agff.errors import ConfigError, DataError
+from data_pipeline.decode import decode
 from data_pipeline.manifest import check_files, read_index, read_manifest
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
@@ -162,7 +166,7 @@ def start_prepare(*arguments: object, launcher: Sequence[str] = ()) -> subproces
 
 
 def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
-    """SIGKILL to the command and all its writers, wherever they are."""
+    """SIGKILL to the command and all its writers, wherever they are; every other time to the command alone."""
     drawings = write_drawings(tmp_path / "drawings", num_images=60).mmeb
     prepare(drawings, tmp_path / "whole", rows_per_shard=1)
     generator = random.Random(0)
@@ -178,7 +182,7 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
             time.sleep(0.001)
         time.sleep(generator.random() * 0.005)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
+            (os.killpg if kills % 2 else os.kill)(running.pid, signal.SIGKILL)
         assert running.stdout is not None
         running.stdout.close()
         if running.wait() == 0:
@@ -188,10 +192,30 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
         kills += 1
         seen.add(len(list(out.glob("*/*.tar"))))
     assert len(seen) > 10, "the kills came at different moments"
+    writers = [process for process in psutil.process_iter(["cmdline"]) if str(out) in (process.info["cmdline"] or ())]
+    assert psutil.wait_procs(writers, timeout=10)[1] == [], "writers outlive the command"
     running = start_prepare(*arguments)
     assert running.communicate()[0]
     assert running.returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_file_system_that_fails_for_a_while_costs_no_row(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(drawings, tmp_path / "whole")
+    right, reads = Path.read_bytes, itertools.count()
+
+    def fails_once(path: Path) -> bytes:
+        if path.suffix == ".png" and next(reads) == 7:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return right(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails_once)
+    with pytest.raises(DataError, match=r"cannot read or write .*\.png: Stale file handle; free space or mend the cause"):
+        prepare(drawings, tmp_path / "out")
+    assert prepare(drawings, tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_mpirun_spreads_the_work_and_writes_the_same_bytes(drawings: Path, tmp_path: Path) -> None:
@@ -249,7 +273,7 @@ def test_a_disk_that_takes_no_more_is_named_and_the_conversion_continues(
         timeout=60,
     )
     assert result.returncode == 2, result.stderr
-    assert "error: cannot write " in result.stderr
+    assert "error: cannot read or write " in result.stderr
     assert "File too large; free space or mend the cause, then give the same command again" in result.stderr
     prepare(drawings, tmp_path / "out", rows_per_shard=40)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -423,6 +447,21 @@ def test_images_that_pillow_trips_over_are_rejected_and_the_rest_written(tmp_pat
     assert [re.search(p, r) is not None for p, r in zip(["too large", "null byte", "cannot identify"], reasons, strict=True)]
 
 
+def test_a_jpeg_of_several_pictures_is_kept_as_the_jpeg_it_is(tmp_path: Path) -> None:
+    """Cameras write them; Pillow calls the format MPO."""
+    root = tmp_path / "mmeb"
+    (root / "images").mkdir(parents=True)
+    red, blue = (Image.new("RGB", (56, 56), color) for color in ("red", "blue"))
+    red.save(root / "images/two.jpg", "MPO", save_all=True, append_images=[blue])
+    write_subset(root, [row(qry="<|image_1|>\nx", qry_image_path="images/two.jpg")])
+    manifest = prepare(root, tmp_path / "out")
+    raw = ShardReader(LocalFolder(tmp_path / "out"), manifest).read("Sub", 0)
+    assert raw.images["query"].address == "Sub-00000.tar:000000000.query.jpg"
+    image = decode(raw).query.image
+    assert image is not None
+    assert image.getpixel((28, 28))[0] > 250, "the first picture"
+
+
 def test_a_damaged_parquet_page_is_named_as_such(tmp_path: Path) -> None:
     root = tmp_path / "mmeb"
     write_subset(root, [row(qry=f"number {n}") for n in range(500)])
@@ -442,11 +481,11 @@ def test_wrong_places_and_names_are_one_line(drawings: Path, tmp_path: Path, cap
         return lines[0]
 
     (tmp_path / "file").write_text("x")
-    assert f"cannot write {tmp_path}/file" in error_of("--mmeb", drawings, "--out", tmp_path / "file")
-    assert f"cannot write {tmp_path}/file/out" in error_of("--mmeb", drawings, "--out", tmp_path / "file/out")
+    assert f"cannot read or write {tmp_path}/file" in error_of("--mmeb", drawings, "--out", tmp_path / "file")
+    assert f"cannot read or write {tmp_path}/file/out" in error_of("--mmeb", drawings, "--out", tmp_path / "file/out")
     killed_at_once = tmp_path / "killed"
     killed_at_once.mkdir()
-    (killed_at_once / "prepare.json.partial").write_text("{")
+    (killed_at_once / "prepare.json.node-1.partial").write_text("{")
     assert main(["--mmeb", str(drawings), "--out", str(killed_at_once), "--processes", "1"]) == 0
     (killed_at_once / "prepare.json").write_text("{")
     assert "prepare.json is damaged; remove" in error_of("--mmeb", drawings, "--out", killed_at_once)

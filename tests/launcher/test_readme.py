@@ -13,7 +13,9 @@ from tests.launcher.runs import REPOSITORY, run_command, train_command
 
 README = (REPOSITORY / "README.md").read_text()
 COMMANDS = re.findall(
-    r"^ {4,7}((?:make|python|mpirun|deepspeed|sbatch|agff|tensorboard) [^#\n]*[^#\s])", README, flags=re.MULTILINE
+    r"^ {4,7}((?:make|python|mpirun|deepspeed|srun|sbatch|source|hf|agff|tensorboard) [^#\n]*[^#\s])",
+    README,
+    flags=re.MULTILINE,
 )
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
@@ -22,7 +24,12 @@ ELSEWHERE = {
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
-    "sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": "tests/slurm",
+    "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": "tests/slurm",
+    "srun -l --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 .venv/bin/python launcher/doctor.py --shards shards/mmeb": (
+        "needs the nodes; tests/slurm starts doctor under srun"
+    ),
+    "source .venv/bin/activate": "the environment these tests run in",
+    "hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct": "needs the model hub",
     **{
         command: "test_train.py tries these launchers on one machine"
         for command in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from agff import precision
 from agff.checkpoint import consolidated_weights
 from launcher.convert_checkpoint import main as convert_main
 from launcher.stop_request import EXIT_CODE
+from launcher.train import _check_gpus_are_usable
 from launcher.train import main as train_main
 from tests.data_pipeline.test_storage import FaultyServer
 from tests.launcher.runs import run_command, signal_when_saved, train_command
@@ -371,6 +374,23 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert len(errors) == 1
     assert message in errors[0]
     assert sorted(in_project.rglob("*")) == before, "nothing may be written"
+
+
+def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
+    in_project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(precision, "NVIDIA_DRIVER", in_project / "driver")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    (in_project / "driver/0000:01:00.0").mkdir(parents=True)
+    assert train_main(SMALL) == 2
+    assert re.search(
+        r": the driver knows 1 NVIDIA GPUs, torch .* can use none; .*DS_ACCELERATOR=cpu", capfd.readouterr().err
+    )
+    for meant in ({"DS_ACCELERATOR": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}):
+        _check_gpus_are_usable(precision.Hardware.of_this_machine(), meant)
+    assert train_main([*SMALL, "--dry-run"]) == 0
 
 
 def test_dry_run_prints_the_table_and_writes_nothing(in_project: Path, capfd: pytest.CaptureFixture[str]) -> None:

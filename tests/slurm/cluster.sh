@@ -3,7 +3,6 @@
 #   cluster.sh up N           start, and wait until N nodes are idle
 #   cluster.sh exec CMD...    run CMD as on the login node: sbatch, squeue, ...
 #   cluster.sh kill-node K    node K loses its power: slurmd, batch shells and tasks are gone at once
-#   cluster.sh start-node K   switch it on again
 #   cluster.sh down           stop everything, remove CLUSTER_DIR
 # CLUSTER_DIR holds configuration, state and logs. The partition `high` preempts jobs of the partition `low` (the default).
 # Every node is a process namespace: its end is the end of all that ran there. Its host name and /etc/hosts are its own.
@@ -118,7 +117,6 @@ case ${1:-} in
   up) up "$2" ;;
   exec) exec "${@:2}" ;;
   kill-node) power_off "node$2" ;;
-  start-node) start_node "$2" ;;
   down) down ;;
   *) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -20,13 +20,13 @@ help: ## list the targets
 
 install: $(STAMP) ## make ./.venv with everything in requirements.txt
 
-demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> release -> scores, about 9 minutes on 2 cores
+demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> release -> scores, about 11 minutes on 2 cores
 	python launcher/quickstart_data.py --out $(DATA)
 	python launcher/prepare.py --mmeb $(DATA)/data/mmeb --out $(DATA)/shards
 	deepspeed launcher/train.py --deepspeed ds_configs/zero3.json
 	rm -rf $(RELEASE)
 	python launcher/convert_checkpoint.py $(RUN) $(RELEASE)
-	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 1
+	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 3
 
 test: lint ## format, lint, types, and every test but the slow ones
 	python -m pytest -m 'not slow'

@@ -122,7 +122,9 @@ def check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bo
     for image in rows_of_image:
         parent, name = os.path.split(image)
         wanted[parent] += 1
-        if name not in names_in.setdefault(parent, _names_in(root / parent)):
+        if parent not in names_in:
+            names_in[parent] = _names_in(root / parent)
+        if name not in names_in[parent]:
             missing.setdefault(parent, []).append(image)
         elif deep:
             problems += _image_problem(root, subset, image)

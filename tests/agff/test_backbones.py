@@ -37,27 +37,42 @@ TEXT = {
 }
 
 
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
+
+
+def special_tokens(folder: Path) -> dict[str, int]:
+    """Of the tiny Qwen2-VL, whose tokenizer and image processor serve the later ones too."""
+    tokens = json.loads((tiny_backbone(folder) / "config.json").read_text())
+    return {name: tokens[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
+
+
 def qwen2_5_vl(folder: Path) -> None:
-    """The tiny Qwen2-VL's tokenizer and image processor with a Qwen2.5-VL beside them."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-    tiny_backbone(folder)
-    tokens = json.loads((folder / "config.json").read_text())
-    special = {name: tokens[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
     config = Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_parameters": ROPE},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 14,
-            "fullatt_block_indexes": [1],
-        },
-        **special,
+        vision_config={**VISION, "fullatt_block_indexes": [1]},
+        **special_tokens(folder),
     )
     Qwen2_5_VLModel(config).save_pretrained(folder)
+
+
+def qwen3_vl(folder: Path) -> None:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
+        vision_config={**VISION, "deepstack_visual_indexes": [1], "num_position_embeddings": 16},
+        **special_tokens(folder),
+    )
+    Qwen3VLModel(config).save_pretrained(folder)
 
 
 def llava_onevision(folder: Path) -> None:
@@ -91,7 +106,12 @@ def llava_onevision(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-BUILDERS = {"qwen2_vl": tiny_backbone, "qwen2_5_vl": qwen2_5_vl, "llava_onevision": llava_onevision}
+BUILDERS = {
+    "qwen2_vl": tiny_backbone,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "llava_onevision": llava_onevision,
+}
 
 
 @pytest.fixture(scope="module", params=sorted(BUILDERS))

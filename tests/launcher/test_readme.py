@@ -25,10 +25,10 @@ ELSEWHERE = {
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
     "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": "tests/slurm",
-    "srun -l --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 .venv/bin/python launcher/doctor.py --shards shards/mmeb": (
-        "needs the nodes; tests/slurm starts doctor under srun"
-    ),
+    "srun -p gpu -A my_project -l --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 "
+    ".venv/bin/python launcher/doctor.py --shards shards/mmeb": "needs the nodes; tests/slurm starts doctor under srun",
     "source .venv/bin/activate": "the environment these tests run in",
+    "hf download --repo-type dataset TIGER-Lab/MMEB-train --local-dir mmeb": "needs the data hub",
     "hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct": "needs the model hub",
     **{
         command: "test_train.py tries these launchers on one machine"
@@ -61,8 +61,10 @@ def test_the_other_commands_run_as_they_stand(project: Path, train_once: Callabl
         assert "Traceback" not in result.stdout
     assert (project / "releases/quickstart/agff_config.json").exists()
     assert (project / "runs/quickstart-zero3/scores.json").exists()
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (56, 56), "red").save(project / name)
+    images = project / ".cache/quickstart/data/mmeb_eval/images/Emoji_t2i-fxemoji"
+    images.mkdir(parents=True)
+    for name in ("fxemoji_2764.png", "fxemoji_1f480.png"):
+        Image.new("RGB", (56, 56), "red").save(images / name)
     for snippet in SNIPPETS:
         (project / "snippet.py").write_text(snippet)
         result = run_command("python snippet.py", project)

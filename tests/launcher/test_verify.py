@@ -5,12 +5,14 @@ import json
 import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from data_pipeline import verify
 from data_pipeline.manifest import read_manifest
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
@@ -242,6 +244,21 @@ def test_a_download_before_conversion(tmp_path: Path, capsys: pytest.CaptureFixt
     assert any("columns qry_image_path, pos_text, pos_image_path are missing" in line for line in lines)
     assert main([str(root), "--repair-index"]) == 2
     assert "it has no index to repair" in capsys.readouterr().err
+
+
+def test_each_folder_of_a_download_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subset has a hundred thousand images in one folder."""
+    listed: Counter[Path] = Counter()
+    right = verify._names_in
+
+    def counted(folder: Path) -> set[str]:
+        listed[folder] += 1
+        return right(folder)
+
+    monkeypatch.setattr(verify, "_names_in", counted)
+    found = verify.check_subset(write_drawings(tmp_path / "d").mmeb, "Shapes_i2t", split="original", num_rows=24, deep=False)
+    assert found.num_images > 10
+    assert list(listed.values()) == [1]
 
 
 def test_a_folder_that_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ class DataError(AgffError):
     """A data set, shard or sample is not what it must be; the text starts with its address."""
 
 
-class StorageError(DataError):
+class StorageError(AgffError):
     """Bytes cannot be had now: network, disk, permission. No sample's fault: the run stops, no other sample is drawn."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,12 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")
 Precision = Literal["bf16", "bf16_autocast", "fp32"]
 
 
-def num_nvidia_gpus() -> int:
-    """GPUs that NVIDIA's driver knows on this machine, whether torch can use them or not."""
-    return len(list(NVIDIA_DRIVER.iterdir())) if NVIDIA_DRIVER.is_dir() else 0
+def num_unusable_gpus(environ: Mapping[str, str]) -> int:
+    """GPUs that NVIDIA's driver knows on this machine and torch cannot use; 0 where the environment says to use none."""
+    is_meant = environ.get("DS_ACCELERATOR") == "cpu" or environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if is_meant or not NVIDIA_DRIVER.is_dir() or torch.cuda.is_available():
+        return 0
+    return len(list(NVIDIA_DRIVER.iterdir()))
 
 
 @dataclass(frozen=True, kw_only=True)

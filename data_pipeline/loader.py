@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from agff.batch import Batch, EncodeItems, SkippedSample
-from agff.errors import AgffError, DataError, StorageError
+from agff.errors import AgffError, DataError
 from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
 from data_pipeline.handover import HandedBatch, Slots
@@ -89,8 +89,6 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     def _batch(self, step: int) -> Batch:
         try:
             return self._assemble(step, self._decode)
-        except StorageError:
-            raise
         except DataError:  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
             return self._assemble(step, self._decode_and_encode)
 
@@ -120,9 +118,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
                 self.watch.reading(step, source, sample)
             try:
                 return decode_sample(self.reader.read(name, sample))
-            except StorageError:  # not the sample's fault: another one would make the order depend on the network
-                raise
-            except DataError as error:
+            except DataError as error:  # not StorageError: the order must not depend on the network
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
                 sample = self.plan.redraw(step, row, attempt=len(failures))

@@ -142,7 +142,10 @@ def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequen
 
 
 def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
-    """The index of source `name`, memory-mapped: its pages are read when they are looked at. Raises DataError."""
+    """The index of source `name`, memory-mapped: its pages are read when they are looked at. Raises DataError.
+
+    Raises StorageError for a remote one that cannot be had.
+    """
     where = f"{name}/{INDEX_FILE}"
     remedy = "rebuild it with launcher/verify.py DIR --repair-index"
     try:

@@ -45,7 +45,7 @@ class ShardReader:
     """Reads samples of a shard folder by (source, number). Keeps the memory-mapped indexes, no shard file open."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        """Raises DataError for an index that is missing, damaged or of other shards."""
+        """Raises DataError for an index that is missing, damaged or of other shards, StorageError for one out of reach."""
         self.folder, self._manifest = folder, manifest
         self._indexes = {name: read_index(folder, name, source) for name, source in manifest.sources.items()}
 

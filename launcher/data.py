@@ -58,7 +58,7 @@ class RunData:
 
 
 def open_data(run: ResolvedRun) -> RunData:
-    """Read the manifest and lay the plan; reads only. Raises DataError or ConfigError."""
+    """Read the manifest and lay the plan; reads only. Raises DataError, StorageError or ConfigError."""
     config = run.config
     folder = open_folder(config.data.shards, config.data.cache)
     manifest = read_manifest(folder)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # `python` may be one in which nothing of ours is installed
+if __name__ == "__main__":  # started by a `python` in which perhaps nothing of ours is installed
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # These import torch and our other packages when they check: doctor must also speak where that fails.
 from launcher.doctor_data import check_run, check_shards

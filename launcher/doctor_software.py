@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import sys
 import warnings
@@ -70,8 +71,8 @@ class Devices:
     nccl: str
     """Version; "" when torch has none."""
     has_gloo: bool
-    num_nvidia: int
-    """NVIDIA GPUs that the driver knows, whether torch can use them or not."""
+    num_unusable: int
+    """NVIDIA GPUs that the driver knows and torch cannot use, though nothing hides them."""
     torch_build: str
     """`cpu`, or the CUDA version that torch was built for."""
 
@@ -81,7 +82,7 @@ class Devices:
         import torch
         import torch.distributed as dist
 
-        from agff.precision import num_nvidia_gpus
+        from agff.precision import num_unusable_gpus
 
         with warnings.catch_warnings(record=True):  # torch warns of an unusable driver; the finding says it
             has_gpu = torch.cuda.is_available()
@@ -92,7 +93,7 @@ class Devices:
             has_bf16=bool(gpus) and all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(len(gpus))),
             nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "",
             has_gloo=dist.is_gloo_available(),
-            num_nvidia=num_nvidia_gpus(),
+            num_unusable=num_unusable_gpus(os.environ),
             torch_build=torch.version.cuda or "cpu",
         )
 
@@ -112,9 +113,9 @@ def check_devices(devices: Devices) -> list[Finding]:
             findings.append(Finding("ok", "NCCL", devices.nccl))
         else:
             findings.append(Finding("error", "NCCL", "torch has no NCCL; ranks on GPUs meet over it", again))
-    elif devices.num_nvidia:
-        found = f"the driver knows {devices.num_nvidia} NVIDIA GPUs, torch ({devices.torch_build} build) can use none"
-        remedy = "unset CUDA_VISIBLE_DEVICES; compare the CUDA version in nvidia-smi; install torch's CUDA build"
+    elif devices.num_unusable:
+        found = f"the driver knows {devices.num_unusable} NVIDIA GPUs, torch ({devices.torch_build} build) can use none"
+        remedy = "compare the CUDA version in nvidia-smi; install torch's build for it; or DS_ACCELERATOR=cpu to use none"
         findings.append(Finding("error", "GPUs", found, remedy))
     else:
         findings.append(Finding("ok", "GPUs", "none: CPU and gloo"))

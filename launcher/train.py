@@ -28,7 +28,7 @@ from agff.collectives import rank as engine_rank
 from agff.engine import Engine, start_process_group
 from agff.errors import AgffError, ConfigError, TrainingError
 from agff.objectives.contrastive import METRICS, contrastive_loss
-from agff.precision import Hardware, num_nvidia_gpus
+from agff.precision import Hardware, num_unusable_gpus
 from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.command_line import TrainArguments, parse_train_arguments, report
@@ -101,7 +101,7 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
         hardware=hardware,
     )
     if not arguments.dry_run:
-        _check_gpus_are_usable(hardware, os.environ)
+        _check_gpus_are_usable()
         prepare_quickstart_if_named(arguments.config)
     data = open_data(run)
     check_run_folder(run)
@@ -122,10 +122,9 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
         raise TrainingError(_out_of_memory(run, error)) from None
 
 
-def _check_gpus_are_usable(hardware: Hardware, environ: Mapping[str, str]) -> None:
+def _check_gpus_are_usable() -> None:
     """A job that holds GPUs, or one machine of it, must not train on the CPU because torch and the driver disagree."""
-    is_meant = environ.get("DS_ACCELERATOR") == "cpu" or environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not hardware.has_gpu and not is_meant and (count := num_nvidia_gpus()):
+    if count := num_unusable_gpus(os.environ):
         raise ConfigError(
             f"{socket.gethostname()}: the driver knows {count} NVIDIA GPUs, torch {torch.__version__} (CUDA "
             f"{torch.version.cuda}) can use none; compare the CUDA version that nvidia-smi prints, install a newer driver "

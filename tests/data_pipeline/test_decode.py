@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from agff.batch import NO_CONTENT, Item
-from agff.errors import DataError
+from agff.errors import DataError, StorageError
 from data_pipeline import decode as decode_module
 from data_pipeline.decode import decode, decode_image
 from data_pipeline.manifest import Manifest, read_manifest, write_index
@@ -244,7 +244,7 @@ def test_truncated_shard_wrong_offset_and_missing_file_are_named(shards: tuple[P
     with pytest.raises(DataError, match=r"^Shapes_t2i-00000.tar: "):
         reader.read("Shapes_t2i", 0)
     shard.unlink()
-    with pytest.raises(DataError, match=r"^Shapes_t2i-00000.tar: cannot read the shard"):
+    with pytest.raises(StorageError, match=r"^Shapes_t2i-00000.tar: cannot read the shard"):
         reader.read("Shapes_t2i", 0)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from agff.errors import ConfigError, DataError
+from agff.errors import ConfigError, DataError, StorageError
 from data_pipeline import storage
 from data_pipeline.loader import load_batches
 from data_pipeline.manifest import Manifest, Shard, read_manifest
@@ -184,7 +184,7 @@ def test_a_fault_that_stays_is_an_error_with_the_address(
     shard = shard_of(shards[1], "Shapes_text")
     path = f"Shapes_text/{shard.name}"
     server.faults[path] = [fault] * 20
-    with pytest.raises(DataError, match=rf"^{server.url}/{path}: {message}"):
+    with pytest.raises(StorageError, match=rf"^{server.url}/{path}: {message}"):
         content_of(cached(server, tmp_path / "cache"), "Shapes_text", shard)
     assert server.requests[path] == storage.ATTEMPTS
     assert [re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages] == list(
@@ -206,7 +206,7 @@ def test_a_cached_file_that_lost_its_end_is_fetched_again(
 def test_a_missing_file_is_not_tried_again(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
     shard = shard_of(shards[1])
     (shards[0] / "Shapes_i2t" / shard.name).unlink()
-    with pytest.raises(DataError, match=f"{shard.name}: the file is missing there, the manifest names it"):
+    with pytest.raises(StorageError, match=f"{shard.name}: the file is missing there, the manifest names it"):
         content_of(cached(server, tmp_path / "cache"), "Shapes_i2t", shard)
     assert server.requests[f"Shapes_i2t/{shard.name}"] == 1
     with pytest.raises(DataError, match="no shards here"):
@@ -373,7 +373,7 @@ def test_a_hash_in_a_manifest_cannot_name_a_file_of_this_machine(
 
 
 def test_a_shard_larger_than_the_cache_is_named(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"bytes are more than the whole cache of 1,073 .data.cache.max_gib.; raise it"):
+    with pytest.raises(StorageError, match=r"bytes are more than the whole cache of 1,073 .data.cache.max_gib.; raise it"):
         content_of(cached(server, tmp_path / "cache", max_gib=1e-6), "Shapes_i2t", shard_of(shards[1]))
 
 
@@ -385,7 +385,9 @@ def test_a_full_disk_names_the_cache_and_leaves_nothing(
 
     folder = cached(server, tmp_path / "cache")
     monkeypatch.setattr(folder, "_download", full)
-    with pytest.raises(DataError, match=r"cannot write .* bytes to the cache .*No space left on device; free space there"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .* bytes to the cache .*No space left on device; free space there"
+    ):
         content_of(folder, "Shapes_i2t", shard_of(shards[1]))
     assert files_in(tmp_path / "cache") == []
 
@@ -399,7 +401,7 @@ def test_a_really_full_disk(shards: tuple[Path, Manifest], server: FaultyServer,
     if mounted.returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        with pytest.raises(DataError, match=r"cannot write .* bytes to the cache .*No space left on device; free space"):
+        with pytest.raises(StorageError, match=r"cannot write .* bytes to the cache .*No space left on device; free space"):
             content_of(cached(server, cache), "Shapes_i2t", shard_of(shards[1]))
         assert files_in(cache) == []
     finally:

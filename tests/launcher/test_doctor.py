@@ -134,6 +134,14 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
+def test_it_speaks_where_nothing_is_installed() -> None:
+    bare = [sys.executable, "-I", "-S", doctor.__file__, "--skip-ranks"]
+    result = subprocess.run(bare, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "torch is not installed" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
 def test_it_speaks_where_torch_cannot_be_imported(healthy: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from launcher import doctor; sys.exit(doctor.main(['--skip-ranks']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

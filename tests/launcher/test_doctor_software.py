@@ -12,8 +12,8 @@ from launcher.doctor_finding import Finding, State
 from launcher.doctor_software import Devices, check_devices, check_versions
 from tests.launcher.test_doctor_finding import only, states
 
-CPU_ONLY = Devices(gpus=(), has_bf16=False, nccl="", has_gloo=True, num_nvidia=0, torch_build="cpu")
-EIGHT_GPUS = Devices(gpus=("H200",) * 8, has_bf16=True, nccl="2.27.3", has_gloo=True, num_nvidia=8, torch_build="13.0")
+CPU_ONLY = Devices(gpus=(), has_bf16=False, nccl="", has_gloo=True, num_unusable=0, torch_build="cpu")
+EIGHT_GPUS = Devices(gpus=("H200",) * 8, has_bf16=True, nccl="2.27.3", has_gloo=True, num_unusable=0, torch_build="13.0")
 
 
 def versions(tmp_path: Path, **changed: str | None) -> list[Finding]:
@@ -80,7 +80,7 @@ def test_gpus_are_counted_by_kind() -> None:
 @pytest.mark.parametrize(
     ("devices", "state", "text"),
     [
-        (Devices(**{**vars(CPU_ONLY), "num_nvidia": 2}), "error", "the driver knows 2 NVIDIA GPUs, torch (cpu build)"),
+        (Devices(**{**vars(CPU_ONLY), "num_unusable": 2}), "error", "the driver knows 2 NVIDIA GPUs, torch (cpu build)"),
         (Devices(**{**vars(CPU_ONLY), "has_gloo": False}), "error", "no gloo"),
         (Devices(**{**vars(EIGHT_GPUS), "has_bf16": False}), "warning", "without bf16"),
         (Devices(**{**vars(EIGHT_GPUS), "nccl": ""}), "error", "no NCCL"),

@@ -22,7 +22,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"backbone.lora.rank={self.rank} must be >= 1; for full tuning leave backbone.lora null")
+            raise ConfigError(
+                f"backbone.lora.rank={self.rank} must be >= 1; for full tuning leave backbone.lora null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class BackboneConfig:
     """Which model is trained, and which of its parameters."""
 
     path: str
-    """Folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision model: weights, tokenizer, image processor."""
+    """Folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision model: weights, tokenizer, image
+    processor."""
     lora: LoraConfig | None = None
     """Null: full tuning."""
     freeze_vision: bool = False
@@ -44,27 +47,32 @@ class BackboneConfig:
 def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     """The model of a Hugging Face folder without its language-model head.
 
-    With an active ZeRO-3 configuration of transformers the parameters are partitioned while loading; then a collective.
-    Raises ConfigError when the folder holds no model, or not all of its weights.
+    With an active ZeRO-3 configuration of transformers the parameters are partitioned while loading; then a
+    collective. Raises ConfigError when the folder holds no model, or not all of its weights.
     """
     from transformers import AutoModel
 
     try:
         model, found = AutoModel.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder}: cannot load a backbone: {str(error).splitlines()[0]}") from None
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
-            f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; they would begin "
-            "at random: download the folder anew"
+            f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
+            "they would begin at random: download the folder anew"
         )
     return model
 
 
 def choose_trainable(backbone: Any, config: BackboneConfig) -> Any:
-    """The backbone with adapters or frozen parts as configured; the soft tokens are added later and always train."""
+    """The backbone with adapters or frozen parts as configured; the soft tokens are added later and always
+    train."""
     if config.lora is not None:
         import peft
 

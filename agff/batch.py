@@ -1,4 +1,5 @@
-"""What one step consumes: items (text and image), the backbone's inputs for a chunk of items, and the batch of chunks."""
+"""What one step consumes: items (text and image), the backbone's inputs for a chunk of items, and the batch
+of chunks."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One thing to embed. `text` holds IMAGE_PLACEHOLDER exactly once when there is an image, never otherwise."""
+    """One thing to embed. `text` holds IMAGE_PLACEHOLDER exactly once when there is an image, never
+    otherwise."""
 
     text: str
     image: Image.Image | None = None
@@ -32,7 +34,8 @@ ModelInputs = Mapping[str, Tensor]
 
 
 class EncodeItems(Protocol):
-    """Items -> inputs of one chunk (`agff.processor.ItemProcessor`). Raises DataError for an item it cannot represent."""
+    """Items -> inputs of one chunk (`agff.processor.ItemProcessor`). Raises DataError for an item it cannot
+    represent."""
 
     def __call__(self, items: Sequence[Item]) -> ModelInputs:
         """Inputs of the items as the rows of one chunk."""
@@ -56,11 +59,13 @@ NO_CONTENT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The local pairs of one step. Their R = 2 B + N items (queries, targets, explicit negatives) are cut into chunks."""
+    """The local pairs of one step. Their R = 2 B + N items (queries, targets, explicit negatives) are cut
+    into chunks."""
 
     chunks: tuple[ModelInputs, ...]
     order_R: Tensor
-    """int64: where item i stands among the rows of all chunks; items are the B queries, the B targets, the N negatives."""
+    """int64: where item i stands among the rows of all chunks; items are the B queries, the B targets, the N
+    negatives."""
     query_ids_B: Tensor
     """int64 content ids: equal ids mean equal text and image bytes."""
     target_ids_B: Tensor
@@ -71,7 +76,8 @@ class Batch:
     filler: ModelInputs
     """A chunk of one blank row, whose embedding is not used."""
     one_pass: bool
-    """All chunks are encoded with their graph at once; else GradCache. From the configuration: the same on every rank."""
+    """All chunks are encoded with their graph at once; else GradCache. From the configuration: the same on
+    every rank."""
     num_fillers: int = 0
     """How many chunks at the end are `filler`."""
     skipped: tuple[SkippedSample, ...] = ()
@@ -79,10 +85,14 @@ class Batch:
 
     def __post_init__(self) -> None:
         num_pairs, num_items = self.num_pairs, 2 * self.num_pairs + self.num_negatives
-        if self.target_ids_B.shape[0] != num_pairs or len(self.addresses) != num_pairs or self.order_R.shape[0] != num_items:
+        if (
+            self.target_ids_B.shape[0] != num_pairs
+            or len(self.addresses) != num_pairs
+            or self.order_R.shape[0] != num_items
+        ):
             raise ValueError(
-                f"{num_pairs} query ids, {self.target_ids_B.shape[0]} target ids, {len(self.addresses)} addresses, "
-                f"{self.order_R.shape[0]} items; expected {num_items} items"
+                f"{num_pairs} query ids, {self.target_ids_B.shape[0]} target ids, {len(self.addresses)} "
+                f"addresses, {self.order_R.shape[0]} items; expected {num_items} items"
             )
 
     @property
@@ -102,23 +112,30 @@ class Batch:
         return sum(int(chunk["attention_mask"].sum()) for chunk in own)
 
     def leveled(self, *, num_chunks: int, num_negatives: int) -> Batch:
-        """The same batch with fillers up to that many chunks and negatives, so that all ranks have equally many."""
+        """The same batch with fillers up to that many chunks and negatives, so that all ranks have equally
+        many."""
         missing_chunks, missing_negatives = num_chunks - len(self.chunks), num_negatives - self.num_negatives
         if missing_chunks < 0 or missing_negatives < 0:
             raise ValueError(
-                f"{len(self.chunks)} chunks, {self.num_negatives} negatives: more than {num_chunks}, {num_negatives}"
+                f"{len(self.chunks)} chunks, {self.num_negatives} negatives: more than {num_chunks}, "
+                f"{num_negatives}"
             )
         return replace(
             self,
             chunks=self.chunks + (self.filler,) * missing_chunks,
             num_fillers=self.num_fillers + missing_chunks,
-            order_R=functional.pad(self.order_R, (0, missing_negatives)),  # any row: its id keeps it out of the loss
+            order_R=functional.pad(
+                self.order_R, (0, missing_negatives)
+            ),  # any row: its id keeps it out of the loss
             negative_ids_N=functional.pad(self.negative_ids_N, (0, missing_negatives), value=NO_CONTENT),
         )
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of all chunks' rows (in a row) -> those of the queries, of the targets, of the negatives."""
-        query, target, negative = rows[self.order_R].split([self.num_pairs, self.num_pairs, self.num_negatives])
+        """Embeddings of all chunks' rows (in a row) -> those of the queries, of the targets, of the
+        negatives."""
+        query, target, negative = rows[self.order_R].split(
+            [self.num_pairs, self.num_pairs, self.num_negatives]
+        )
         return query, target, negative
 
     def pin_memory(self) -> Batch:

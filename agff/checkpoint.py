@@ -1,8 +1,10 @@
 """Checkpoints of a run: ZeRO's partitions, the step and the random states; complete or absent, never half.
 
-<run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial` and then renamed
+<run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial` and then
+renamed
                               random-00000.pt ...   each rank's random state
-                              state.json            step, ranks, hashes of the files, description of the data plan; last
+                              state.json            step, ranks, hashes of the files, description of the data
+                              plan; last
 """
 
 from __future__ import annotations
@@ -59,10 +61,11 @@ def latest_step(run: Path) -> int | None:
 
 
 def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
-    """Step of the newest checkpoint whose files are all as they were written; None when there is none at all. Collective.
+    """Step of the newest checkpoint whose files are all as they were written; None when there is none at all.
+    Collective.
 
-    Damaged ones are passed over with a loud message and renamed `step-N.damaged`: they no longer count, and cost no good one
-    its place. Raises CheckpointError when every one is damaged; then all stay as they are.
+    Damaged ones are passed over with a loud message and renamed `step-N.damaged`: they no longer count, and
+    cost no good one its place. Raises CheckpointError when every one is damaged; then all stay as they are.
     """
     steps = gather_objects(complete_steps(run))[0]  # the ranks may not see the same folder yet
     for index, step in enumerate(steps):
@@ -71,7 +74,9 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
             if rank() == 0:
                 for damaged in (checkpoint_folder(run) / _name(damaged) for damaged in steps[:index]):
                     shutil.rmtree(f"{damaged}.damaged", ignore_errors=True)
-                    with contextlib.suppress(FileNotFoundError):  # it was removed, and this machine did not know yet
+                    with contextlib.suppress(
+                        FileNotFoundError
+                    ):  # it was removed, and this machine did not know yet
                         damaged.rename(f"{damaged}.damaged")
                         log.error("set aside as %s.damaged", damaged)
             dist.barrier()
@@ -81,21 +86,23 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
                 log.error("DAMAGED CHECKPOINT, going back to the one before it: %s", problem)
     if steps:
         raise CheckpointError(
-            f"{checkpoint_folder(run)}: all of the {len(steps)} checkpoints are damaged or cannot be read (listed above); "
-            "mend the file system, or start anew with another --run_dir"
+            f"{checkpoint_folder(run)}: all of the {len(steps)} checkpoints are damaged or cannot be read "
+            "(listed above); mend the file system, or start anew with another --run_dir"
         ).shared()
     return None
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what killed saves, removals and conversions left. Only for the one process that holds the run."""
+    """Remove what killed saves, removals and conversions left. Only for the one process that holds the
+    run."""
     for kind in ("partial", "removed", "universal"):
         for folder in checkpoint_folder(run).glob(f"step-*.{kind}"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1) -> list[str]:
-    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint, by size and SHA-256."""
+    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint, by size and
+    SHA-256."""
     folder = checkpoint_folder(run) / _name(step)
     try:
         files = sorted(read_state(run, step)["files"].items())
@@ -111,12 +118,14 @@ def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1)
     return problems
 
 
-def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str, Any], trainable_only: bool) -> None:
+def save_checkpoint(
+    engine: Engine, run: Path, *, step: int, state: Mapping[str, Any], trainable_only: bool
+) -> None:
     """Write a checkpoint of `step` completed steps. Collective; returns when it is complete on disk.
 
-    state: JSON values stored beside it. trainable_only: leave frozen parameters out (they are the backbone folder's).
-    Written under a temporary name; each rank then syncs and hashes its share of the files, state.json with the hashes is
-    written last, and the folder gets its name.
+    state: JSON values stored beside it. trainable_only: leave frozen parameters out (they are the backbone
+    folder's). Written under a temporary name; each rank then syncs and hashes its share of the files,
+    state.json with the hashes is written last, and the folder gets its name.
     """
     folder, name = checkpoint_folder(run), _name(step)
     partial = folder / f"{name}.partial"
@@ -148,7 +157,8 @@ def save_checkpoint(engine: Engine, run: Path, *, step: int, state: Mapping[str,
 def _written_files(partial: Path, *, zero_stage: int) -> list[str]:
     """Names of the files that all ranks wrote, the same list on every rank. Collective.
 
-    A network file system may show the files of other machines late, so rank 0 looks until those of each rank are there.
+    A network file system may show the files of other machines late, so rank 0 looks until those of each rank
+    are there.
     """
     names: list[str] = []
     if rank() == 0:
@@ -171,7 +181,8 @@ def _written_files(partial: Path, *, zero_stage: int) -> list[str]:
 
 
 def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Keep the newest `keep_last` checkpoints (None: all) and those whose step is a multiple of `keep_every`."""
+    """Keep the newest `keep_last` checkpoints (None: all) and those whose step is a multiple of
+    `keep_every`."""
     if keep_last is None:
         return
     for step in complete_steps(run)[keep_last:]:
@@ -200,9 +211,9 @@ def read_state(run: Path, step: int) -> dict[str, Any]:
 def restore_checkpoint(engine: Engine, run: Path, *, step: int, trainable_only: bool) -> None:
     """Load parameters, optimizer, schedule and random state, so that the run continues. Collective.
 
-    With the number of ranks that saved (`state.json` tells it) it continues bit for bit. With another one the partitions are
-    put together and cut anew; then the weights and moments are the same, sums are taken in another order, and ranks that did
-    not exist before draw their dropout from the step and their number.
+    With the number of ranks that saved (`state.json` tells it) it continues bit for bit. With another one the
+    partitions are put together and cut anew; then the weights and moments are the same, sums are taken in
+    another order, and ranks that did not exist before draw their dropout from the step and their number.
     """
     folder, saved_by = checkpoint_folder(run), read_state(run, step)["world_size"]
     if saved_by == world_size():
@@ -223,10 +234,17 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     if rank() == 0:
         shutil.rmtree(universal, ignore_errors=True)
         log.warning("%s: cutting the checkpoint anew for %d ranks", folder / name, world_size())
-        command = ["sh", "-c", 'trap "" USR1 TERM; exec "$@"', "sh"]  # a request to stop reaches it too; it is done soon
+        command = [
+            "sh",
+            "-c",
+            'trap "" USR1 TERM; exec "$@"',
+            "sh",
+        ]  # a request to stop reaches it too; it is done soon
         command += [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(folder / name), "--output_folder", str(universal)]
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         try:
             conversion = subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -245,7 +263,9 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
             break
     if failed:
         reason = gather_objects(output[-2000:] or f"exit code {exit_code}")[0]
-        raise CheckpointError(f"{folder / name}: cannot be cut anew for {world_size()} ranks: {reason}").shared()
+        raise CheckpointError(
+            f"{folder / name}: cannot be cut anew for {world_size()} ranks: {reason}"
+        ).shared()
     config = engine.deepspeed._config
     config.load_universal_checkpoint = True  # for this load only: left on, later saves break
     try:
@@ -270,7 +290,8 @@ def _load(engine: Engine, folder: Path, name: str, *, trainable_only: bool) -> N
 def consolidated_weights(run: Path, *, step: int) -> dict[str, Tensor]:
     """The model's parameters in float32 on the CPU, put together from the ZeRO partitions of a checkpoint.
 
-    Reads DeepSpeed's own files, which are pickles: only for runs you trust. Frozen parameters that were left out are absent.
+    Reads DeepSpeed's own files, which are pickles: only for runs you trust. Frozen parameters that were left
+    out are absent.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

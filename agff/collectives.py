@@ -1,4 +1,5 @@
-"""Collectives of the learning core. Every function here is a collective: every rank must call it, in the same order.
+"""Collectives of the learning core. Every function here is a collective: every rank must call it, in the same
+order.
 
 All of them are the identity in a world of one, also without a process group.
 """
@@ -28,8 +29,9 @@ def rank() -> int:
 def all_gather_rows(rows: Tensor) -> Tensor:
     """(B, ...) on each rank -> (W * B, ...) in rank order on every rank. B must be equal on all ranks.
 
-    The gradient is summed over ranks and handed back to the rank that owns the row. With a mean loss over local rows and
-    ZeRO's mean over ranks this is the exact gradient of the global mean, without any world-size factor.
+    The gradient is summed over ranks and handed back to the rank that owns the row. With a mean loss over
+    local rows and ZeRO's mean over ranks this is the exact gradient of the global mean, without any
+    world-size factor.
     """
     if world_size() == 1:
         return rows
@@ -46,7 +48,8 @@ def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Each rank's small picklable value, in rank order, on every rank. Only for messages between our own ranks."""
+    """Each rank's small picklable value, in rank order, on every rank. Only for messages between our own
+    ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -58,11 +58,14 @@ class Embedder:
                 moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
                 chunks.append(self.model(moved).cpu())
         if not chunks:
-            return torch.empty(0, self.model.prompts.num_vectors, self.model.prompted_embedding.vectors.shape[1])
+            return torch.empty(
+                0, self.model.prompts.num_vectors, self.model.prompted_embedding.vectors.shape[1]
+            )
         return torch.cat(chunks)
 
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
-        """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training run."""
+        """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training
+        run."""
         return fused_similarity(a_NMD, b_CMD, beta=self.beta)
 
 

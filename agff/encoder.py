@@ -11,9 +11,11 @@ from agff.prompts import PromptConfig, PromptedEmbedding
 
 
 class EmbeddingModel(nn.Module):
-    """Backbone (without language-model head) + soft tokens -> (B, M, D) unit embeddings, the global one at index 0.
+    """Backbone (without language-model head) + soft tokens -> (B, M, D) unit embeddings, the global one at
+    index 0.
 
-    A vector is the last hidden state at the last soft token of its block, L2-normalised (README, Method 1, our definition).
+    A vector is the last hidden state at the last soft token of its block, L2-normalised (README, Method 1,
+    our definition).
     """
 
     def __init__(self, backbone: Any, prompts: PromptConfig) -> None:
@@ -33,7 +35,8 @@ class EmbeddingModel(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """(B, M, D) float32 unit embeddings of one chunk (`ItemProcessor.__call__`).
 
-        Under ZeRO-3 every parameter is gathered on the way: every rank must call it, with the same number of chunks.
+        Under ZeRO-3 every parameter is gathered on the way: every rank must call it, with the same number of
+        chunks.
         """
         inputs = dict(inputs)
         prompt_start_B = inputs.pop("prompt_start_B")

@@ -1,4 +1,5 @@
-"""The only caller of DeepSpeed engines. It owns the accumulation boundary, the precision and the optimizer."""
+"""The only caller of DeepSpeed engines. It owns the accumulation boundary, the precision and the
+optimizer."""
 
 from __future__ import annotations
 
@@ -19,22 +20,28 @@ from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 
 
 def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:
-    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's device.
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's
+    device.
 
-    A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still. A rank that sees one
-    device alone takes it, and writes 0 into LOCAL_RANK.
+    A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still. A rank
+    that sees one device alone takes it, and writes 0 into LOCAL_RANK.
 
-    Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its work.
+    Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its
+    work.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False
-    elif accelerator.device_count() == 1:  # Slurm's --gpus-per-task and --gpu-bind show each rank its own device alone
+    elif (
+        accelerator.device_count() == 1
+    ):  # Slurm's --gpus-per-task and --gpu-bind show each rank its own device alone
         local_rank = 0
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = "0"  # DeepSpeed takes its device from there
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout_s), verbose=False
+        dist_backend=accelerator.communication_backend_name(),
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
     )
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
@@ -55,7 +62,8 @@ class Engine:
         precision: Precision,
         device: torch.device,
     ) -> None:
-        """Collective. `deepspeed_config` is final: batch sizes and precision are filled in (launcher/config.py)."""
+        """Collective. `deepspeed_config` is final: batch sizes and precision are filled in
+        (launcher/config.py)."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = device
         self.model = model
@@ -72,7 +80,8 @@ class Engine:
         )
 
     def encode(self, inputs: ModelInputs) -> Tensor:
-        """(B, M, D) float32 unit embeddings of one chunk, wherever its tensors are. Under ZeRO-3 a collective."""
+        """(B, M, D) float32 unit embeddings of one chunk, wherever its tensors are. Under ZeRO-3 a
+        collective."""
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         with self._autocast():
             return self.deepspeed(inputs)
@@ -80,8 +89,8 @@ class Engine:
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.
 
-        The boundary is moved by hand: with several backwards in a step, ZeRO-1 and 2 would otherwise keep only part of the
-        gradient, silently.
+        The boundary is moved by hand: with several backwards in a step, ZeRO-1 and 2 would otherwise keep
+        only part of the gradient, silently.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -89,7 +98,8 @@ class Engine:
     def step(self) -> bool:
         """Clip, update, advance the schedule. Collective.
 
-        False when the gradient norm over all ranks was not finite: then no rank has changed parameters or optimizer.
+        False when the gradient norm over all ranks was not finite: then no rank has changed parameters or
+        optimizer.
         """
         self.deepspeed.step()
         return self.deepspeed.was_step_applied()

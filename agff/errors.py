@@ -1,4 +1,5 @@
-"""The errors a person sees: one line each that says what, found, rule and remedy. Entry points exit with code 2 on them."""
+"""The errors a person sees: one line each that says what, found, rule and remedy. Entry points exit with code
+2 on them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class DataError(AgffError):
 
 
 class StorageError(AgffError):
-    """Bytes cannot be had now: network, disk, permission. No sample's fault: the run stops, no other sample is drawn."""
+    """Bytes cannot be had now: network, disk, permission. No sample's fault: the run stops, no other sample
+    is drawn."""
 
 
 class TrainingError(AgffError):

@@ -1,7 +1,9 @@
-"""The two-pass step (GradCache, arXiv 2101.06983): any batch in the memory of one chunk, with the exact gradient.
+"""The two-pass step (GradCache, arXiv 2101.06983): any batch in the memory of one chunk, with the exact
+gradient.
 
-Pass 1 encodes every chunk without a graph. The loss gives the gradient at the embeddings. Pass 2 encodes again, chunk by
-chunk, and carries that gradient into the parameters. These functions know no engine: `encode` and `backward` are given.
+Pass 1 encodes every chunk without a graph. The loss gives the gradient at the embeddings. Pass 2 encodes
+again, chunk by chunk, and carries that gradient into the parameters. These functions know no engine: `encode`
+and `backward` are given.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def backward_through_chunks(
 ) -> None:
     """Encode each chunk again and call `backward(surrogate, is_last)`.
 
-    surrogate = sum(embedding * gradient): a scalar whose parameter gradient is the chunk's share of the true gradient.
-    Under ZeRO a collective: every rank must call it with the same number of chunks.
+    surrogate = sum(embedding * gradient): a scalar whose parameter gradient is the chunk's share of the true
+    gradient. Under ZeRO a collective: every rank must call it with the same number of chunks.
     """
     for index, (chunk, gradient, state) in enumerate(zip(chunks, gradients, random_states, strict=True)):
         set_random_state(state)

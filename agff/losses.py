@@ -1,4 +1,5 @@
-"""Contrastive losses over a (B, C) similarity: InfoNCE, and EGA, which amplifies the gradient of hard negatives."""
+"""Contrastive losses over a (B, C) similarity: InfoNCE, and EGA, which amplifies the gradient of hard
+negatives."""
 
 from __future__ import annotations
 
@@ -17,12 +18,15 @@ def info_nce(
     negative_mask_BC: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Cross-entropy of the positive among the candidates: its mean over the local rows; (B,) of each with reduction "none".
+    """Cross-entropy of the positive among the candidates: its mean over the local rows; (B,) of each with
+    reduction "none".
 
-    positive_B: index of each row's positive among the C candidates. negative_mask_BC: True = may act as a negative; the
-    positive is never masked. float32 or better inside.
+    positive_B: index of each row's positive among the C candidates. negative_mask_BC: True = may act as a
+    negative; the positive is never masked. float32 or better inside.
     """
-    logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
+    logits_BC = masked_logits(
+        similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC
+    )
     loss_B = F.cross_entropy(logits_BC, positive_B, reduction="none")
     return loss_B if reduction == "none" else loss_B.mean()
 
@@ -40,24 +44,31 @@ def ega_loss(
 ) -> Tensor:
     """InfoNCE whose gradient is amplified at hard negatives: Explicit Gradient Amplifier (arXiv 2506.02020).
 
-    The value is the InfoNCE loss. Its gradient with respect to the similarity is (P_bar - I) / (N temperature), where
-    P_bar re-weights the softmax P by `ega_weights` (README, Method 2: the weights are our definition).
-    Amplification 0 is InfoNCE bit for bit. Differentiable once; no gradient flows through the weights.
+    The value is the InfoNCE loss. Its gradient with respect to the similarity is (P_bar - I) / (N
+    temperature), where P_bar re-weights the softmax P by `ega_weights` (README, Method 2: the weights are our
+    definition). Amplification 0 is InfoNCE bit for bit. Differentiable once; no gradient flows through the
+    weights.
 
     amplification: >= 0; the hardest negative weighs 1 + amplification.
     width: distance to the positive, in units of cosine, at which the extra weight has fallen to 1/e; > 0.
-    renormalize: True: rows of P_bar are probabilities again. False: the gradient of each negative is multiplied by
-        exactly its weight, and the positive balances the row.
+    renormalize: True: rows of P_bar are probabilities again. False: the gradient of each negative is
+        multiplied by exactly its weight, and the positive balances the row.
     negative_mask_BC: True = may act as a negative; the positive is never masked.
     """
     if amplification < 0:
         raise ValueError(f"amplification={amplification} must be >= 0")
     loss_B = info_nce(
-        similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC, reduction="none"
+        similarity_BC,
+        positive_B,
+        temperature=temperature,
+        negative_mask_BC=negative_mask_BC,
+        reduction="none",
     )
     if amplification > 0:
         with torch.no_grad():
-            logits_BC = masked_logits(similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC)
+            logits_BC = masked_logits(
+                similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC
+            )
             weight_BC = ega_weights(similarity_BC, positive_B, amplification=amplification, width=width)
             amplified_BC = logits_BC.softmax(dim=1) * weight_BC
             if renormalize:
@@ -74,7 +85,8 @@ def ega_loss(
 def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: float, width: float) -> Tensor:
     """(B, C) weights 1 + amplification * exp(-|s_ij - s_ii| / width); 1 at the positive. No gradient (ours).
 
-    Hard is what comes close to the positive's own similarity, not what is similar in itself (relative-similarity hardness).
+    Hard is what comes close to the positive's own similarity, not what is similar in itself
+    (relative-similarity hardness).
     """
     if width <= 0:
         raise ValueError(f"width={width} must be > 0")
@@ -88,11 +100,14 @@ def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: flo
 def masked_logits(
     similarity_BC: Tensor, positive_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None
 ) -> Tensor:
-    """(B, C) similarity / temperature, -inf where a candidate may not act as a negative; never at the positive."""
+    """(B, C) similarity / temperature, -inf where a candidate may not act as a negative; never at the
+    positive."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be > 0")
     if similarity_BC.ndim != 2 or positive_B.shape != similarity_BC.shape[:1]:
-        raise ValueError(f"expected (B, C) and (B,), got {tuple(similarity_BC.shape)} and {tuple(positive_B.shape)}")
+        raise ValueError(
+            f"expected (B, C) and (B,), got {tuple(similarity_BC.shape)} and {tuple(positive_B.shape)}"
+        )
     logits_BC = similarity_BC.to(torch.promote_types(similarity_BC.dtype, torch.float32)) / temperature
     if negative_mask_BC is None:
         return logits_BC

@@ -16,7 +16,8 @@ Precision = Literal["bf16", "bf16_autocast", "fp32"]
 
 
 def num_unusable_gpus(environ: Mapping[str, str]) -> int:
-    """GPUs that NVIDIA's driver knows on this machine and torch cannot use; 0 where the environment says to use none."""
+    """GPUs that NVIDIA's driver knows on this machine and torch cannot use; 0 where the environment says to
+    use none."""
     is_meant = environ.get("DS_ACCELERATOR") == "cpu" or environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if is_meant or not NVIDIA_DRIVER.is_dir() or torch.cuda.is_available():
         return 0
@@ -44,7 +45,8 @@ class Hardware:
         )
 
     def choose_precision(self, wanted: Literal["auto", "bf16", "bf16_autocast", "fp32"]) -> Precision:
-        """auto -> bf16 weights on a capable GPU, bf16 arithmetic with float32 weights on a capable CPU, else fp32."""
+        """auto -> bf16 weights on a capable GPU, bf16 arithmetic with float32 weights on a capable CPU, else
+        fp32."""
         if wanted == "auto":
             if self.has_gpu:
                 return "bf16" if self.gpu_has_bf16 else "fp32"

@@ -1,7 +1,7 @@
 """Items -> inputs of one chunk: image placeholder expanded, prompts appended, padded on the right.
 
-One processor serves training, evaluation and a loaded release, so that none of them can drift from the others. It always
-uses the PIL image processors: with torchvision present or absent, the tensors are the same.
+One processor serves training, evaluation and a loaded release, so that none of them can drift from the
+others. It always uses the PIL image processors: with torchvision present or absent, the tensors are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from agff.prompts import PromptConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
-    """Limits on what one item may cost. They travel inside the release: the same limits in training and in use."""
+    """Limits on what one item may cost. They travel inside the release: the same limits in training and in
+    use."""
 
     max_tokens: int = 512
     """Tokens of one item, image and prompts included; a longer text loses its end, an image is never cut."""
@@ -37,14 +38,22 @@ class ProcessorConfig:
         if self.max_tokens < 16:
             raise ConfigError(f"processor.max_tokens={self.max_tokens} must be >= 16")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
-            raise ConfigError(f"processor.min_pixels={self.min_pixels} must be <= processor.max_pixels={self.max_pixels}")
+            raise ConfigError(
+                f"processor.min_pixels={self.min_pixels} must be <= processor.max_pixels={self.max_pixels}"
+            )
 
 
 class ItemProcessor:
-    """Callable: items -> ModelInputs (`agff.batch.EncodeItems`). Holds a tokenizer, an image processor, no weights."""
+    """Callable: items -> ModelInputs (`agff.batch.EncodeItems`). Holds a tokenizer, an image processor, no
+    weights."""
 
     def __init__(
-        self, tokenizer: Any, image_processor: Any, model_config: Any, prompts: PromptConfig, limits: ProcessorConfig
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        model_config: Any,
+        prompts: PromptConfig,
+        limits: ProcessorConfig,
     ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.prompts, self.limits = prompts, limits
@@ -60,7 +69,8 @@ class ItemProcessor:
 
     @classmethod
     def from_folder(cls, folder: Path, *, prompts: PromptConfig, limits: ProcessorConfig) -> ItemProcessor:
-        """Read tokenizer and image processor of a backbone folder. Raises ConfigError when one is missing or unknown."""
+        """Read tokenizer and image processor of a backbone folder. Raises ConfigError when one is missing or
+        unknown."""
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         try:
@@ -73,7 +83,9 @@ class ItemProcessor:
             )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{folder}: not a backbone folder with tokenizer and image processor: {reason}") from None
+            raise ConfigError(
+                f"{folder}: not a backbone folder with tokenizer and image processor: {reason}"
+            ) from None
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor in their own formats; any transformers program reads them."""
@@ -83,13 +95,14 @@ class ItemProcessor:
     def __call__(self, items: Sequence[Item]) -> ModelInputs:
         """Inputs of one chunk of rows.
 
-        input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token stands; and the image
-        processor's own tensors. There is always at least one image: a chunk of texts carries a small blank one behind its
-        shortest row, outside the attention, so that every rank calls the same modules under ZeRO-3 (exact: its
-        gradient is zero).
+        input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token
+        stands; and the image processor's own tensors. There is always at least one image: a chunk of texts
+        carries a small blank one behind its shortest row, outside the attention, so that every rank calls the
+        same modules under ZeRO-3 (exact: its gradient is zero).
 
-        Raises DataError for a text that holds the image placeholder or the backbone's own image token wrongly, or an image
-        that needs more than `max_tokens` or that the image processor refuses, as one thinner than 1:200.
+        Raises DataError for a text that holds the image placeholder or the backbone's own image token
+        wrongly, or an image that needs more than `max_tokens` or that the image processor refuses, as one
+        thinner than 1:200.
         """
         images = [item.image for item in items if item.image is not None]
         with _refusals_as_data_errors():
@@ -125,7 +138,8 @@ class ItemProcessor:
         return self.family.max_image_pixels(self.image_processor)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a plain text. Special tokens spelled out in it are text too: content cannot steer the model."""
+        """Ids of a plain text. Special tokens spelled out in it are text too: content cannot steer the
+        model."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _row(self, item: Item, num_image_tokens: int) -> list[int]:
@@ -135,14 +149,18 @@ class ItemProcessor:
                 f"text {item.text[:60]!r} holds the backbone's own image token {self.family.image_token}; "
                 f"write {IMAGE_PLACEHOLDER} where the image belongs"
             )
-        before, _, after = item.text.partition(IMAGE_PLACEHOLDER) if item.image is not None else ("", "", item.text)
+        before, _, after = (
+            item.text.partition(IMAGE_PLACEHOLDER) if item.image is not None else ("", "", item.text)
+        )
         image_ids = self._image_ids(num_image_tokens) if item.image is not None else []
         room = self.limits.max_tokens - len(image_ids) - self.prompts.num_tokens
         if room < 0:
             raise DataError(
-                f"image of {item.image.size if item.image else None} pixels needs {len(image_ids)} tokens and the prompts "
-                f"{self.prompts.num_tokens}, more than processor.max_tokens={self.limits.max_tokens}; "
-                f"{'lower processor.max_pixels or ' if self.family.has_pixel_limits else ''}raise processor.max_tokens"
+                f"image of {item.image.size if item.image else None} pixels needs {len(image_ids)} tokens "
+                f"and the prompts {self.prompts.num_tokens}, more than "
+                f"processor.max_tokens={self.limits.max_tokens}; "
+                f"{'lower processor.max_pixels or ' if self.family.has_pixel_limits else ''}raise "
+                "processor.max_tokens"
             )
         before_ids = self.tokenize(before)[:room]
         after_ids = self.tokenize(after)[: room - len(before_ids)]
@@ -160,7 +178,9 @@ class ItemProcessor:
     def _special_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
-            raise ConfigError(f"the tokenizer has no token {token}, which {self.family.name} puts around an image")
+            raise ConfigError(
+                f"the tokenizer has no token {token}, which {self.family.name} puts around an image"
+            )
         return token_id
 
     def _blank_image(self) -> Image.Image:
@@ -177,7 +197,8 @@ def _refusals_as_data_errors() -> Iterator[None]:
 
 
 def check_placeholder(item: Item) -> None:
-    """Raise DataError unless IMAGE_PLACEHOLDER stands exactly once in the text of an item with an image, else nowhere."""
+    """Raise DataError unless IMAGE_PLACEHOLDER stands exactly once in the text of an item with an image, else
+    nowhere."""
     found, expected = item.text.count(IMAGE_PLACEHOLDER), int(item.image is not None)
     if found != expected:
         what = "an image" if expected else "no image"
@@ -217,7 +238,8 @@ class _QwenVL:
 
 @dataclass(frozen=True, kw_only=True)
 class _LlavaOneVision:
-    """LLaVA-OneVision: a base view and up to nine crops, unpadded, with a newline token after each row of patches."""
+    """LLaVA-OneVision: a base view and up to nine crops, unpadded, with a newline token after each row of
+    patches."""
 
     pinpoints: list[list[int]]
     view_size: int
@@ -234,7 +256,9 @@ class _LlavaOneVision:
         return self.view_size
 
     def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
-        return [self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]]
+        return [
+            self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
+        ]
 
     def max_image_pixels(self, image_processor: Any) -> int:
         return max(height * width for height, width in self.pinpoints)
@@ -255,8 +279,8 @@ class _LlavaOneVision:
     def set_pixel_limits(self, image_processor: Any, limits: ProcessorConfig) -> None:
         if limits.min_pixels is not None or limits.max_pixels is not None:
             raise ConfigError(
-                "processor.min_pixels and processor.max_pixels have no meaning for llava_onevision, whose image sizes are "
-                "the backbone's image_grid_pinpoints; leave them null"
+                "processor.min_pixels and processor.max_pixels have no meaning for llava_onevision, whose "
+                "image sizes are the backbone's image_grid_pinpoints; leave them null"
             )
 
 
@@ -278,5 +302,6 @@ def _family(model_config: Any) -> _QwenVL | _LlavaOneVision:
             max_crops=int(model_config.vision_aspect_ratio.removeprefix("anyres_max_")),
         )
     raise ConfigError(
-        f"backbone of type {kind!r} is not supported; known are qwen2_vl, qwen2_5_vl, qwen3_vl, llava_onevision"
+        f"backbone of type {kind!r} is not supported; known are qwen2_vl, qwen2_5_vl, qwen3_vl, "
+        "llava_onevision"
     )

@@ -1,8 +1,9 @@
-"""Learnable prompts: soft tokens after the content, whose hidden states become the global and fine-grained embeddings.
+"""Learnable prompts: soft tokens after the content, whose hidden states become the global and fine-grained
+embeddings.
 
 M = 1 + K blocks of `tokens_per_prompt` soft tokens, the global block first (our definition). In `input_ids` a
-soft token has an id beyond the vocabulary: `vocabulary_size + m * tokens_per_prompt + l`. So prompts travel through any
-backbone as ordinary ids: no model code, position index or attention mask needs to know of them.
+soft token has an id beyond the vocabulary: `vocabulary_size + m * tokens_per_prompt + l`. So prompts travel
+through any backbone as ordinary ids: no model code, position index or attention mask needs to know of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         if self.num_fine < 0:
-            raise ConfigError(f"prompts.num_fine={self.num_fine} must be >= 0; 0 trains the global embedding alone")
+            raise ConfigError(
+                f"prompts.num_fine={self.num_fine} must be >= 0; 0 trains the global embedding alone"
+            )
         if not 1 <= self.tokens_per_prompt <= 4:
             raise ConfigError(f"prompts.tokens_per_prompt={self.tokens_per_prompt} must be 1, 2, 3 or 4")
 
@@ -72,11 +75,13 @@ class PromptedEmbedding(nn.Module):
         return torch.where(is_prompt[..., None], prompts.to(embedded.dtype), embedded)
 
 
-def initial_vectors(config: PromptConfig, tokenize: Callable[[str], list[int]], embed: Callable[[Tensor], Tensor]) -> Tensor:
+def initial_vectors(
+    config: PromptConfig, tokenize: Callable[[str], list[int]], embed: Callable[[Tensor], Tensor]
+) -> Tensor:
     """(M * tokens_per_prompt, H) soft tokens made of the embeddings of `config.texts`.
 
-    Each text's token embeddings are averaged in `tokens_per_prompt` near-equal parts. Blocks that share a text (K > 8)
-    are told apart by rolling the vector, so that no two prompts start equal.
+    Each text's token embeddings are averaged in `tokens_per_prompt` near-equal parts. Blocks that share a
+    text (K > 8) are told apart by rolling the vector, so that no two prompts start equal.
 
     embed: ids (T,) -> (T, H); under ZeRO-3 the caller gathers the embedding first.
     """

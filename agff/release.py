@@ -1,6 +1,7 @@
 """A release folder: everything needed to use a trained model, and vectors that prove it was loaded rightly.
 
-<release>/backbone/            weights, configuration, tokenizer and image processor in Hugging Face's own formats
+<release>/backbone/            weights, configuration, tokenizer and image processor in Hugging Face's own
+formats
           prompts.safetensors  the soft tokens
           agff_config.json     the contract: prompts, limits, beta, versions, where it came from
           golden.safetensors   embeddings of built-in items, checked at every load
@@ -32,18 +33,22 @@ from agff.prompts import PromptConfig
 CONTRACT_FILE = "agff_config.json"
 FORMAT = 1
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest difference of a vector's component: another machine's arithmetic stays below, another model does not."""
+"""Largest difference of a vector's component: another machine's arithmetic stays below, another model does
+not."""
 
 
 def save_release(embedder: Embedder, folder: Path, *, origin: Mapping[str, Any]) -> Any:
-    """Write a release and return the backbone that was written: unwrapped, adapters merged. The embedder is used up by it.
+    """Write a release and return the backbone that was written: unwrapped, adapters merged. The embedder is
+    used up by it.
 
     origin: JSON values that say where the weights come from (run, step, backbone).
     """
     model, processor = embedder.model, embedder.processor
     folder.mkdir(parents=True)
     golden = embedder.encode(golden_items())
-    save_file({"vectors": model.prompted_embedding.vectors.detach().cpu().clone()}, folder / "prompts.safetensors")
+    save_file(
+        {"vectors": model.prompted_embedding.vectors.detach().cpu().clone()}, folder / "prompts.safetensors"
+    )
     save_file({"embeddings": golden}, folder / "golden.safetensors")
     backbone = plain_backbone(model)
     backbone.save_pretrained(folder / "backbone")
@@ -67,7 +72,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
     """The model of a release folder, ready for `.encode(items)` and `.similarity(a, b)`. Needs no DeepSpeed.
 
     check: encode the built-in items and compare them with the release's golden vectors.
-    Raises CheckpointError when the folder is no release, is incomplete or does not reproduce its golden vectors.
+    Raises CheckpointError when the folder is no release, is incomplete or does not reproduce its golden
+    vectors.
     """
     folder = Path(folder)
     contract = _read_contract(folder)
@@ -78,7 +84,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
     processor = ItemProcessor.from_folder(folder / "backbone", prompts=prompts, limits=limits)
     embedder = Embedder(model.to(device), processor, beta=contract["beta"])
     if check:
-        check_golden(embedder, load_file(folder / "golden.safetensors")["embeddings"], contract["dtype"], folder)
+        check_golden(
+            embedder, load_file(folder / "golden.safetensors")["embeddings"], contract["dtype"], folder
+        )
     return embedder
 
 
@@ -91,8 +99,9 @@ def check_golden(embedder: Embedder, golden: Tensor, dtype: str, folder: Path) -
     if not difference <= GOLDEN_TOLERANCE[dtype]:
         raise CheckpointError(
             f"{folder}: the loaded model differs from its golden vectors by {difference:.2g}, "
-            f"allowed {GOLDEN_TOLERANCE[dtype]:.2g} in {dtype}; weights, tokenizer or image processor are not the released "
-            "ones. Convert the checkpoint again, or pass check=False to look at it all the same"
+            f"allowed {GOLDEN_TOLERANCE[dtype]:.2g} in {dtype}; weights, tokenizer or image processor are "
+            "not the released ones. Convert the checkpoint again, or pass check=False to look at it all the "
+            "same"
         )
     return difference
 
@@ -125,10 +134,14 @@ def _read_contract(folder: Path) -> dict[str, Any]:
             "make one with launcher/convert_checkpoint.py RUN OUT"
         ) from None
     if contract.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {contract.get('format')} is not {FORMAT}, the one this version reads")
+        raise CheckpointError(
+            f"{path}: format {contract.get('format')} is not {FORMAT}, the one this version reads"
+        )
     for name in ("backbone", "prompts.safetensors", "golden.safetensors"):
         if not (folder / name).exists():
-            raise CheckpointError(f"{folder / name} is missing; the release is incomplete: convert the checkpoint again")
+            raise CheckpointError(
+                f"{folder / name} is missing; the release is incomplete: convert the checkpoint again"
+            )
     return contract
 
 
@@ -137,8 +150,8 @@ def _model_card(contract: Mapping[str, Any]) -> str:
     num_fine = contract["prompts"]["num_fine"]
     return f"""# A multimodal embedding model
 
-Trained with AGFF-Embed and EGA: one global and {num_fine} fine-grained vectors per item, compared by a log-sum-exp of
-four global/fine similarities (beta {contract["beta"]}).
+Trained with AGFF-Embed and EGA: one global and {num_fine} fine-grained vectors per item, compared by a
+log-sum-exp of four global/fine similarities (beta {contract["beta"]}).
 
     import agff
     model = agff.load("this folder")

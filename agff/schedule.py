@@ -34,7 +34,9 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
 
 
-def build_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
+def build_adamw(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool
+) -> torch.optim.AdamW:
     """torch's AdamW; `fused` on a GPU."""
     return torch.optim.AdamW(
         parameters,
@@ -50,4 +52,6 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, *,
     """Warm-up from 0, then the configured curve over `num_steps` steps in all."""
     from transformers import get_scheduler
 
-    return get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_steps)
+    return get_scheduler(
+        config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_steps
+    )

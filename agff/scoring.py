@@ -53,7 +53,8 @@ class MmebReport:
 class PatternScore:
     """Pair accuracy of one pattern, with its binomial standard error 100 sqrt(p (1 - p) / pairs).
 
-    The error says how far another sample of as many pairs would scatter; near 0 and 100 it understates (0 of 15 gives 0).
+    The error says how far another sample of as many pairs would scatter; near 0 and 100 it understates (0 of
+    15 gives 0).
     """
 
     name: str
@@ -75,12 +76,16 @@ class MmvpReport:
 
 
 def precision_at_1_hits(similarity_BC: Tensor, candidates: Sequence[Sequence[int]]) -> list[bool]:
-    """Per query: does the truth score strictly above every other of its candidates? A tie is a miss, and so is NaN.
+    """Per query: does the truth score strictly above every other of its candidates? A tie is a miss, and so
+    is NaN.
 
-    candidates: per row the columns that take part, the truth first. The public script counts a tie at index 0 as a hit.
+    candidates: per row the columns that take part, the truth first. The public script counts a tie at index 0
+    as a hit.
     """
     if similarity_BC.ndim != 2 or similarity_BC.shape[0] != len(candidates):
-        raise ValueError(f"expected ({len(candidates)}, C) for {len(candidates)} queries, got {tuple(similarity_BC.shape)}")
+        raise ValueError(
+            f"expected ({len(candidates)}, C) for {len(candidates)} queries, got {tuple(similarity_BC.shape)}"
+        )
     hits = []
     for row, columns in zip(similarity_BC.cpu(), candidates, strict=True):
         if len(columns) < 2:
@@ -138,7 +143,8 @@ def mmvp_pair_hits(similarity_P22: Tensor) -> Tensor:
 
 
 def mmvp_report(patterns: Sequence[str], hits: Sequence[bool]) -> MmvpReport:
-    """Scores per pattern, in order of first appearance, and their mean. One pattern name and one hit per pair."""
+    """Scores per pattern, in order of first appearance, and their mean. One pattern name and one hit per
+    pair."""
     if not hits or len(patterns) != len(hits):
         raise ValueError(f"{len(patterns)} patterns, {len(hits)} hits")
     scores = tuple(

@@ -1,7 +1,9 @@
-"""The fused similarity of AGFF-Embed: four global/fine patterns joined by log-sum-exp, in memory of one block.
+"""The fused similarity of AGFF-Embed: four global/fine patterns joined by log-sum-exp, in memory of one
+block.
 
-The four patterns and their fusion (README, Method 1, our definition: the paper's equations could not be obtained) are one
-weighted log-sum-exp over all M x M pairs of vectors, because a log-mean-exp is a log-sum-exp with constant weights:
+The four patterns and their fusion (README, Method 1, our definition: the paper's equations could not be
+obtained) are one weighted log-sum-exp over all M x M pairs of vectors, because a log-mean-exp is a
+log-sum-exp with constant weights:
 
     S = beta * log sum_{m,n} w_mn exp(q_m . t_n / beta),   w_gg = 1/4, w_fg = w_gf = 1/(4 K), w_ff = 1/(4 K^2)
 
@@ -16,22 +18,26 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**22
-"""Pairs of vectors compared at once (16 MB in float32): large enough for full matmul speed, small beside any model."""
+"""Pairs of vectors compared at once (16 MB in float32): large enough for full matmul speed, small beside any
+model."""
 
 PATTERNS = ("global_global", "fine_global", "global_fine", "fine_fine")
 
 
 def fused_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> Tensor:
-    """(B, C) fused similarity of unit vectors; vector 0 of each item is the global one, the others are fine-grained.
+    """(B, C) fused similarity of unit vectors; vector 0 of each item is the global one, the others are
+    fine-grained.
 
-    Any float dtype in; float32 or better inside and out. Differentiable once in both arguments. Between the mean and the
-    maximum of the four patterns, so within [-1, 1]; without fine vectors (M = 1) it is the plain dot product, exactly.
-    Memory beyond the result and the gradients: a few times BLOCK_ELEMENTS, whatever C.
+    Any float dtype in; float32 or better inside and out. Differentiable once in both arguments. Between the
+    mean and the maximum of the four patterns, so within [-1, 1]; without fine vectors (M = 1) it is the plain
+    dot product, exactly. Memory beyond the result and the gradients: a few times BLOCK_ELEMENTS, whatever C.
 
     beta: softness of the fusion in units of cosine, > 0; towards 0 the fusion becomes a maximum.
     """
     if query_BMD.ndim != 3 or target_CMD.ndim != 3 or query_BMD.shape[1:] != target_CMD.shape[1:]:
-        raise ValueError(f"expected (B, M, D) and (C, M, D), got {tuple(query_BMD.shape)} and {tuple(target_CMD.shape)}")
+        raise ValueError(
+            f"expected (B, M, D) and (C, M, D), got {tuple(query_BMD.shape)} and {tuple(target_CMD.shape)}"
+        )
     if beta <= 0:
         raise ValueError(f"beta={beta} must be > 0")
     dtype = torch.promote_types(torch.promote_types(query_BMD.dtype, target_CMD.dtype), torch.float32)
@@ -67,13 +73,16 @@ def _log_weights(num_vectors: int, *, like: Tensor) -> Tensor:
 
 
 class _FusedSimilarity(torch.autograd.Function):
-    """Forward and backward over blocks of candidates; keeps only its inputs and its result between the two."""
+    """Forward and backward over blocks of candidates; keeps only its inputs and its result between the
+    two."""
 
     @staticmethod
     def forward(ctx: Any, query_BMD: Tensor, target_CMD: Tensor, beta: float) -> Tensor:
         fused_BC = query_BMD.new_empty(query_BMD.shape[0], target_CMD.shape[0])
         for block in _blocks(query_BMD, target_CMD):
-            fused_BC[:, block] = beta * _scaled_pairs(query_BMD, target_CMD[block], beta).logsumexp(dim=(1, 3))
+            fused_BC[:, block] = beta * _scaled_pairs(query_BMD, target_CMD[block], beta).logsumexp(
+                dim=(1, 3)
+            )
         ctx.save_for_backward(query_BMD, target_CMD, fused_BC)
         ctx.beta = beta
         return fused_BC
@@ -84,7 +93,9 @@ class _FusedSimilarity(torch.autograd.Function):
         grad_query_BMD, grad_target_CMD = torch.zeros_like(query_BMD), torch.empty_like(target_CMD)
         for block in _blocks(query_BMD, target_CMD):
             share_BMCM = _scaled_pairs(query_BMD, target_CMD[block], ctx.beta)
-            share_BMCM.sub_(fused_BC[:, None, block, None] / ctx.beta).exp_().mul_(grad_BC[:, None, block, None])
+            share_BMCM.sub_(fused_BC[:, None, block, None] / ctx.beta).exp_().mul_(
+                grad_BC[:, None, block, None]
+            )
             share = share_BMCM.reshape(query_BMD.shape[0] * query_BMD.shape[1], -1)
             grad_query_BMD.view(-1, query_BMD.shape[2]).addmm_(share, target_CMD[block].flatten(0, 1))
             grad_target_CMD[block] = (share.T @ query_BMD.flatten(0, 1)).view_as(target_CMD[block])
@@ -101,5 +112,7 @@ def _blocks(query_BMD: Tensor, target_CMD: Tensor) -> list[slice]:
 def _scaled_pairs(query_BMD: Tensor, target_CMD: Tensor, beta: float) -> Tensor:
     """(B, M, C, M) q_m . t_n / beta + log w_mn."""
     num_queries, num_vectors, _ = query_BMD.shape
-    pairs = (query_BMD.flatten(0, 1) @ target_CMD.flatten(0, 1).T).view(num_queries, num_vectors, -1, num_vectors)
+    pairs = (query_BMD.flatten(0, 1) @ target_CMD.flatten(0, 1).T).view(
+        num_queries, num_vectors, -1, num_vectors
+    )
     return pairs.div_(beta).add_(_log_weights(num_vectors, like=pairs)[:, None, :])

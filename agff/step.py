@@ -49,10 +49,12 @@ class StepResult:
 def train_step(engine: StepEngine, objective: Objective, batch: Batch) -> StepResult:
     """Encode, compare with all ranks, go back, update.
 
-    Collective: every rank must call it with a batch of the same number of pairs. Chunks and explicit negatives may differ
-    between ranks: the ranks agree on the largest numbers and fill up with blank ones.
+    Collective: every rank must call it with a batch of the same number of pairs. Chunks and explicit
+    negatives may differ between ranks: the ranks agree on the largest numbers and fill up with blank ones.
     """
-    num_chunks, num_negatives = max_over_ranks([len(batch.chunks), batch.num_negatives], device=batch.order_R.device)
+    num_chunks, num_negatives = max_over_ranks(
+        [len(batch.chunks), batch.num_negatives], device=batch.order_R.device
+    )
     batch = batch.leveled(num_chunks=num_chunks, num_negatives=num_negatives)
     accumulate = _one_pass if batch.one_pass else _two_passes
     metrics, pair_loss_B = accumulate(engine, objective, batch)

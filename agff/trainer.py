@@ -56,13 +56,15 @@ def train(
     should_stop: Callable[[], bool],
     mark: Callable[[str], None],
 ) -> bool:
-    """Run steps start_step .. num_steps - 1; save every `save_every` steps and at the end. False when stopped on request.
+    """Run steps start_step .. num_steps - 1; save every `save_every` steps and at the end. False when stopped
+    on request.
 
-    should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same step.
+    should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same
+    step.
     mark: told what this rank does next.
 
-    Collective. A data error on one rank is raised on all of them, with that rank's message. Raises TrainingError when more
-    than `max_skipped_in_a_row` steps in a row had a gradient that was not finite.
+    Collective. A data error on one rank is raised on all of them, with that rank's message. Raises
+    TrainingError when more than `max_skipped_in_a_row` steps in a row had a gradient that was not finite.
     """
     skipped_in_a_row = 0
     for step in range(start_step, num_steps):
@@ -97,8 +99,9 @@ def train(
         skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
         if skipped_in_a_row > max_skipped_in_a_row:
             raise TrainingError(
-                f"the gradient was not finite in {skipped_in_a_row} steps in a row, allowed are {max_skipped_in_a_row} "
-                "(max_skipped_in_a_row); lower optimizer.learning_rate, and look at the pairs in not_finite.jsonl"
+                f"the gradient was not finite in {skipped_in_a_row} steps in a row, allowed are "
+                f"{max_skipped_in_a_row} (max_skipped_in_a_row); lower optimizer.learning_rate, and look at "
+                "the pairs in not_finite.jsonl"
             ).shared()
         if (step + 1) % save_every == 0 or step + 1 == num_steps:
             mark(f"saving step {step + 1}")
@@ -106,8 +109,11 @@ def train(
     return True
 
 
-def _next_on_all_ranks(batches: Iterator[Batch], engine: Engine, should_stop: Callable[[], bool]) -> Batch | None:
-    """The next batch on the device; None on every rank when one was asked to stop; or the same DataError on every rank."""
+def _next_on_all_ranks(
+    batches: Iterator[Batch], engine: Engine, should_stop: Callable[[], bool]
+) -> Batch | None:
+    """The next batch on the device; None on every rank when one was asked to stop; or the same DataError on
+    every rank."""
     error: AgffError | None = None
     batch: Batch | None = None
     try:

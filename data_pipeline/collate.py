@@ -20,15 +20,18 @@ class FixedRows:
 
     def cut(self, items: Sequence[Item], encode_items: EncodeItems) -> list[list[int]]:
         """Indices of the items of each chunk."""
-        return [list(range(start, min(start + self.rows, len(items)))) for start in range(0, len(items), self.rows)]
+        return [
+            list(range(start, min(start + self.rows, len(items))))
+            for start in range(0, len(items), self.rows)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBudget:
     """Chunks of items of similar length, as many as fit: rows times the longest row is at most `max_tokens`.
 
-    Short texts come many at a time and large images few, so memory is even and little is padding. The blank image of a chunk
-    of texts is not counted.
+    Short texts come many at a time and large images few, so memory is even and little is padding. The blank
+    image of a chunk of texts is not counted.
     """
 
     max_tokens: int
@@ -49,7 +52,11 @@ Chunking = FixedRows | TokenBudget
 
 
 def collate(
-    examples: Sequence[Example], encode_items: EncodeItems, *, chunking: Chunking, skipped: Sequence[SkippedSample] = ()
+    examples: Sequence[Example],
+    encode_items: EncodeItems,
+    *,
+    chunking: Chunking,
+    skipped: Sequence[SkippedSample] = (),
 ) -> Batch:
     """The local pairs of one step. Raises DataError when an item does not fit the backbone."""
     one_pass = isinstance(chunking, FixedRows) and chunking.rows == len(examples)

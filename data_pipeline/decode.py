@@ -20,7 +20,8 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Of the images in shards; nothing else is even looked at."""
 DRAFT_MARGIN = 2
-"""A JPEG is decoded at a half, quarter or eighth of its size when each side stays so many times what the model sees."""
+"""A JPEG is decoded at a half, quarter or eighth of its size when each side stays so many times what the
+model sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Example:
 def decode(raw: RawSample, *, with_negative: bool = True, seen_pixels: int | None = None) -> Example:
     """Raises DataError for whatever is wrong with the sample; its text starts with the address.
 
-    with_negative: False leaves an explicit negative out. seen_pixels: what the model sees of one image at most.
+    with_negative: False leaves an explicit negative out. seen_pixels: what the model sees of one image at
+    most.
     """
     record = raw.record
     try:
@@ -67,10 +69,12 @@ def decode(raw: RawSample, *, with_negative: bool = True, seen_pixels: int | Non
 
 
 def decode_image(content: bytes, address: str, *, seen_pixels: int | None = None) -> Image.Image:
-    """RGB, upright, transparency on white. Raises DataError with the address for anything that is no whole image.
+    """RGB, upright, transparency on white. Raises DataError with the address for anything that is no whole
+    image.
 
-    seen_pixels: what the model sees at most. A JPEG that is much larger is decoded at a fraction of its size (libjpeg's
-    scaling, many times faster); at least DRAFT_MARGIN times what will be seen remains in each direction.
+    seen_pixels: what the model sees at most. A JPEG that is much larger is decoded at a fraction of its size
+    (libjpeg's scaling, many times faster); at least DRAFT_MARGIN times what will be seen remains in each
+    direction.
     """
     try:
         with warnings.catch_warnings():
@@ -78,7 +82,9 @@ def decode_image(content: bytes, address: str, *, seen_pixels: int | None = None
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 num_pixels = image.width * image.height
                 if num_pixels > MAX_PIXELS:
-                    raise DataError(f"{address}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                    raise DataError(
+                        f"{address}: {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}"
+                    )
                 if seen_pixels is not None and num_pixels > seen_pixels:
                     scale = DRAFT_MARGIN * math.sqrt(seen_pixels / num_pixels)
                     image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -88,7 +94,9 @@ def decode_image(content: bytes, address: str, *, seen_pixels: int | None = None
         raise DataError(f"{address}: {len(content):,} bytes that are no image") from None
     except DataError:
         raise
-    except Exception as error:  # Pillow lets errors of many kinds through, for example struct.error from broken EXIF
+    except (
+        Exception
+    ) as error:  # Pillow lets errors of many kinds through, for example struct.error from broken EXIF
         raise DataError(f"{address}: cannot decode {len(content):,} bytes: {error}") from None
 
 
@@ -109,9 +117,12 @@ def _content_id(value: int) -> int:
 
 def _item(role: str, raw: RawSample, seen_pixels: int | None) -> Item:
     text, image = str(raw.record[role]["text"]), raw.images.get(role)
-    text.encode()  # JSON can hold halves of surrogate pairs, which no tokenizer takes; UnicodeEncodeError is a ValueError
+    # JSON can hold halves of surrogate pairs, which no tokenizer takes; UnicodeEncodeError is a ValueError
+    text.encode()
     if (found := text.count(IMAGE_PLACEHOLDER)) != int(image is not None):
-        raise DataError(f"{raw.address}.json: {IMAGE_PLACEHOLDER} stands {found} times, images: {int(image is not None)}")
+        raise DataError(
+            f"{raw.address}.json: {IMAGE_PLACEHOLDER} stands {found} times, images: {int(image is not None)}"
+        )
     if image is None:
         return Item(text=text)
     return Item(text=text, image=decode_image(image.content, image.address, seen_pixels=seen_pixels))

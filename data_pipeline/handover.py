@@ -1,7 +1,8 @@
 """Handing batches from a loader's worker to its rank through memory that both share from the beginning.
 
-torch hands each tensor over in a new piece of shared memory: fresh pages, a file descriptor, room in /dev/shm. Here each
-worker has a few slots that are used again and again, so the pages are there already. (Ours.)
+torch hands each tensor over in a new piece of shared memory: fresh pages, a file descriptor, room in
+/dev/shm. Here each worker has a few slots that are used again and again, so the pages are there already.
+(Ours.)
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class HandedBatch:
 class Slots:
     """Shared memory for `num_workers` workers, made before they are forked.
 
-    A worker's batch t lies in slot t modulo `slots_per_worker`, so it is valid until that many batches later. A loader that
-    lets a worker be `prefetch` batches ahead needs prefetch + 1 slots: the last is for the batch in use.
+    A worker's batch t lies in slot t modulo `slots_per_worker`, so it is valid until that many batches later.
+    A loader that lets a worker be `prefetch` batches ahead needs prefetch + 1 slots: the last is for the
+    batch in use.
     """
 
     def __init__(self, num_workers: int, *, slots_per_worker: int) -> None:
@@ -83,8 +85,9 @@ class Slots:
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
             if end > len(self.memory[worker][slot]):
                 raise DataError(
-                    f"a batch has more than {len(self.memory[worker][slot]):,} bytes, the address space of one slot; "
-                    "raise the limit on it (ulimit -v), lower processor.max_pixels, or use more ranks"
+                    f"a batch has more than {len(self.memory[worker][slot]):,} bytes, the address space of "
+                    "one slot; raise the limit on it (ulimit -v), lower processor.max_pixels, or use more "
+                    "ranks"
                 )
             _view(self.memory[worker][slot], place).copy_(tensor)
             return place
@@ -100,12 +103,15 @@ def _reserve(num_workers: int, slots_per_worker: int) -> list[list[mmap.mmap]]:
     flags, size = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE, SLOT_BYTES
     while True:
         try:
-            return [[mmap.mmap(-1, size, flags=flags) for _ in range(slots_per_worker)] for _ in range(num_workers)]
+            return [
+                [mmap.mmap(-1, size, flags=flags) for _ in range(slots_per_worker)]
+                for _ in range(num_workers)
+            ]
         except OSError as error:
             if size <= SMALLEST_SLOT_BYTES:
                 raise DataError(
-                    f"{num_workers} loader workers need {num_workers * slots_per_worker * size:,} bytes of address space: "
-                    f"{error}; raise the limit on it (ulimit -v), or lower data.num_workers"
+                    f"{num_workers} loader workers need {num_workers * slots_per_worker * size:,} bytes of "
+                    f"address space: {error}; raise the limit on it (ulimit -v), or lower data.num_workers"
                 ) from None
             size //= 2
 

@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class StepBatches(Dataset[Batch | HandedBatch | DataError]):
-    """Batch of this rank at any step, by index. The same whatever the number of workers and ranks' history."""
+    """Batch of this rank at any step, by index. The same whatever the number of workers and ranks'
+    history."""
 
     plan: Plan
     reader: ShardReader
@@ -60,7 +61,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         self._announced_until = -1
 
     def __getitem__(self, step: int) -> Batch | HandedBatch | DataError:
-        """The batch, or the error that prevents it: a value, so that it crosses the process border as it is."""
+        """The batch, or the error that prevents it: a value, so that it crosses the process border as it
+        is."""
         worker = get_worker_info()
         try:
             self._fetch_ahead(step)
@@ -68,7 +70,9 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             return self.slots.hand(batch, worker.id) if self.slots and worker else batch
         except AgffError as error:
             return DataError(str(error))
-        except Exception as error:  # a fault of the program: all ranks must still end together, and know where it was
+        except (
+            Exception
+        ) as error:  # a fault of the program: all ranks must still end together, and know where it was
             return DataError(f"step {step}: {error!r}\n{traceback.format_exc()}")
         finally:
             if self.watch:
@@ -89,7 +93,9 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     def _batch(self, step: int) -> Batch:
         try:
             return self._assemble(step, self._decode)
-        except DataError:  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
+        except (
+            DataError
+        ):  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
             return self._assemble(step, self._decode_and_encode)
 
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
@@ -110,7 +116,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         decode_sample: Callable[[RawSample], Example],
         skipped: list[SkippedSample],
     ) -> Example:
-        """The row's example; one that cannot be used is noted in `skipped` and another of its source drawn."""
+        """The row's example; one that cannot be used is noted in `skipped` and another of its source
+        drawn."""
         failures: list[str] = []
         name = self.plan.source_names[source]
         while len(failures) <= self.max_bad_in_a_row:
@@ -123,8 +130,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
                 skipped.append(SkippedSample(name, str(error)))
                 sample = self.plan.redraw(step, row, attempt=len(failures))
         raise DataError(
-            f"{len(failures)} bad samples in a row for row {row} of step {step}, allowed are {self.max_bad_in_a_row} "
-            f"(data.max_bad_in_a_row); the last: {'; '.join(failures[-3:])}"
+            f"{len(failures)} bad samples in a row for row {row} of step {step}, allowed are "
+            f"{self.max_bad_in_a_row} (data.max_bad_in_a_row); the last: {'; '.join(failures[-3:])}"
         )
 
     def _decode(self, raw: RawSample) -> Example:
@@ -159,7 +166,9 @@ class Watch:
         for worker, (at_step, source, sample, since) in enumerate(self._board.tolist()):
             if int(at_step) == step:
                 name = batches.plan.source_names[int(source)]
-                shard = f"{batches.reader.folder.location}/{name}/{batches.reader.shard_name(name, int(sample))}"
+                shard = (
+                    f"{batches.reader.folder.location}/{name}/{batches.reader.shard_name(name, int(sample))}"
+                )
                 return f"worker {worker} has been reading {shard} for {time.monotonic() - since:.0f} s"
         return "no worker has begun with it"
 
@@ -171,11 +180,13 @@ class Watch:
 def load_batches(
     batches: StepBatches, *, start_step: int, num_steps: int, num_workers: int, stalled_after_s: float = 300
 ) -> Generator[Batch]:
-    """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes; `close` ends those.
+    """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes;
+    `close` ends those.
 
-    Resume is start_step. A batch's tensors are valid until the next batch is asked for. Raises DataError when a batch cannot
-    be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing watches the reading. A worker
-    that is killed while the caller computes may show as torch's RuntimeError there.
+    Resume is start_step. A batch's tensors are valid until the next batch is asked for. Raises DataError when
+    a batch cannot be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing
+    watches the reading. A worker that is killed while the caller computes may show as torch's RuntimeError
+    there.
     """
     watch = Watch(max(1, num_workers))
     slots = Slots(num_workers, slots_per_worker=PREFETCH + 1)
@@ -189,12 +200,15 @@ def load_batches(
         multiprocessing_context="fork" if num_workers else None,  # the slots are inherited
         pin_memory=torch.cuda.is_available(),
         timeout=min(WARN_AFTER_S, stalled_after_s) if num_workers else 0,
-        generator=torch.Generator(),  # its seed for workers must not be drawn from the training's random state
+        # its seed for workers must not be drawn from the training's random state
+        generator=torch.Generator(),
     )
     others = set(multiprocessing.active_children())
     steps = iter(loader)
     workers = set(multiprocessing.active_children()) - others
-    for worker in workers:  # should this process end in the midst: before multiprocessing would wait for them, in vain
+    for (
+        worker
+    ) in workers:  # should this process end in the midst: before multiprocessing would wait for them, in vain
         atexit.register(worker.kill)
     try:
         for step in range(start_step, num_steps):
@@ -203,35 +217,46 @@ def load_batches(
                 raise batch
             yield batch.open() if isinstance(batch, HandedBatch) else batch
     finally:
-        if num_workers:
-            steps._shutdown_workers()  # type: ignore[attr-defined]  # waits for them a while; torch has no public name for it
+        if num_workers:  # waits for them a while; torch has no public name for it
+            steps._shutdown_workers()  # type: ignore[attr-defined]
         for worker in workers:
             worker.kill()  # one that hangs in a read hears nothing else
             atexit.unregister(worker.kill)
 
 
 def _outlive_requests_to_stop(worker: int) -> None:
-    """Slurm sends its signals to all processes; the rank needs its workers until it has saved, and ends them itself."""
+    """Slurm sends its signals to all processes; the rank needs its workers until it has saved, and ends them
+    itself."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _next_batch(
-    steps: Iterator[Batch | HandedBatch | DataError], step: int, batches: StepBatches, watch: Watch, stalled_after_s: float
+    steps: Iterator[Batch | HandedBatch | DataError],
+    step: int,
+    batches: StepBatches,
+    watch: Watch,
+    stalled_after_s: float,
 ) -> Batch | HandedBatch | DataError:
     started = time.monotonic()
     while True:
         try:
             return next(steps)
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while handing over a tensor
+        except (
+            RuntimeError,
+            OSError,
+            EOFError,
+        ) as error:  # the last two: it died while handing over a tensor
             if not str(error).startswith("DataLoader timed out after"):
                 raise DataError(
-                    f"rank {batches.rank}: a loader worker died before step {step} ({error}); if it was killed for memory, "
-                    "lower data.num_workers. The same command continues from the last checkpoint"
+                    f"rank {batches.rank}: a loader worker died before step {step} ({error}); if it was "
+                    "killed for memory, lower data.num_workers. The same command continues from the last "
+                    "checkpoint"
                 ) from error
         waited = time.monotonic() - started
         message = (
-            f"rank {batches.rank} has waited {waited:.0f} s for the batch of step {step}: {watch.describe(step, batches)}"
+            f"rank {batches.rank} has waited {waited:.0f} s for the batch of step {step}: "
+            f"{watch.describe(step, batches)}"
         )
         if waited >= stalled_after_s:
             raise DataError(f"{message}; gave up after data.stalled_after_s={stalled_after_s:g}")

@@ -2,8 +2,9 @@
 
 <shards>/manifest.json
          <SOURCE>/<SOURCE>-00000.tar   an ordinary WebDataset shard
-                  index.arrow          one row a sample, in shard order: shard, offset, size (Arrow IPC, memory-mapped)
-                  rejected.jsonl       rows of the source that were not written, with their reasons
+                  index.arrow          one row a sample, in shard order: shard, offset, size (Arrow IPC,
+                  memory-mapped) rejected.jsonl       rows of the source that were not written, with their
+                  reasons
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Manifest:
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a shard folder. Raises DataError when there is none, it is damaged, or a name leaves the folder."""
+    """The manifest of a shard folder. Raises DataError when there is none, it is damaged, or a name leaves
+    the folder."""
     where = f"{folder.location}/{MANIFEST_FILE}"
     try:
         values = json.loads(folder.read_bytes(MANIFEST_FILE).decode("utf-8"))
@@ -127,12 +129,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequence[int]]]) -> StoredFile:
-    """Write index.arrow from the (offset, size) of each sample of each shard; what the manifest says of it."""
+    """Write index.arrow from the (offset, size) of each sample of each shard; what the manifest says of
+    it."""
     path = source_folder / INDEX_FILE
     partial = partial_path(path)
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
         for shard, samples in enumerate(samples_of_shards):
-            columns = [[shard] * len(samples), [offset for offset, _ in samples], [size for _, size in samples]]
+            columns = [
+                [shard] * len(samples),
+                [offset for offset, _ in samples],
+                [size for _, size in samples],
+            ]
             writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
     size_bytes = partial.stat().st_size
     with partial.open("rb") as written:
@@ -142,7 +149,8 @@ def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequen
 
 
 def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
-    """The index of source `name`, memory-mapped: its pages are read when they are looked at. Raises DataError.
+    """The index of source `name`, memory-mapped: its pages are read when they are looked at. Raises
+    DataError.
 
     Raises StorageError for a remote one that cannot be had.
     """
@@ -155,17 +163,30 @@ def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{where}: cannot read the index: {error}; {remedy}") from None
     if not index.schema.equals(INDEX_SCHEMA) or len(index) != source.num_samples or null_count:
-        raise DataError(f"{where}: the index has {len(index)} samples, the manifest {source.num_samples}; {remedy}")
+        raise DataError(
+            f"{where}: the index has {len(index)} samples, the manifest {source.num_samples}; {remedy}"
+        )
     return index
 
 
-def check_files(folder: LocalFolder, manifest: Manifest, *, part: int, num_parts: int, hashes: bool) -> list[str]:
-    """One line for each missing or changed shard or index among every `num_parts`-th one; empty when all is well.
+def check_files(
+    folder: LocalFolder, manifest: Manifest, *, part: int, num_parts: int, hashes: bool
+) -> list[str]:
+    """One line for each missing or changed shard or index among every `num_parts`-th one; empty when all is
+    well.
 
     hashes: read the files and compare SHA-256; else only their presence and size.
     """
-    files = [(name, file) for name, source in sorted(manifest.sources.items()) for file in (*source.shards, source.index)]
-    return [problem for name, file in files[part::num_parts] if (problem := file_problem(folder, name, file, hashes=hashes))]
+    files = [
+        (name, file)
+        for name, source in sorted(manifest.sources.items())
+        for file in (*source.shards, source.index)
+    ]
+    return [
+        problem
+        for name, file in files[part::num_parts]
+        if (problem := file_problem(folder, name, file, hashes=hashes))
+    ]
 
 
 def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: bool) -> str | None:
@@ -186,5 +207,8 @@ def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: 
     except OSError as error:
         return f"{path}: cannot read the {what}: {error}; {remedy}"
     if digest != file.sha256:
-        return f"{path}: SHA-256 of the {what} is {digest[:12]}..., the manifest says {file.sha256[:12]}...; {remedy}"
+        return (
+            f"{path}: SHA-256 of the {what} is {digest[:12]}..., the manifest says {file.sha256[:12]}...; "
+            f"{remedy}"
+        )
     return None

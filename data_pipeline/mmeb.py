@@ -1,11 +1,15 @@
-"""MMEB-train's layout: parquet rows and loose image files -> pairs, each with its reason when it cannot be used.
+"""MMEB-train's layout: parquet rows and loose image files -> pairs, each with its reason when it cannot be
+used.
 
-<root>/<SUBSET>/original-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path
+<root>/<SUBSET>/original-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path, neg_text,
+neg_image_path
                diverse_instruction-...parquet      the other split: the same columns
-<root>/images/<SUBSET>/Train/<file>                named by those columns, relative to the root ("" when absent)
+<root>/images/<SUBSET>/Train/<file>                named by those columns, relative to the root ("" when
+absent)
 
-In these columns instruction and content are one text. A source of one's own may keep them apart in qry_inst, pos_inst,
-neg_inst, as the newer MMEB-eval does: then they are joined as MMEB's texts are, and the shard says which part is which.
+In these columns instruction and content are one text. A source of one's own may keep them apart in qry_inst,
+pos_inst, neg_inst, as the newer MMEB-eval does: then they are joined as MMEB's texts are, and the shard says
+which part is which.
 """
 
 from __future__ import annotations
@@ -54,7 +58,9 @@ def find_subsets(root: Path, *, split: str) -> list[str]:
     """Names of the folders that hold a parquet of this split. Raises DataError when there is none."""
     names = sorted({path.parent.name for path in root.glob(f"*/{split}-*.parquet")})
     if not names:
-        raise DataError(f"{root}: no <SUBSET>/{split}-*.parquet here; give the folder of an MMEB-train download")
+        raise DataError(
+            f"{root}: no <SUBSET>/{split}-*.parquet here; give the folder of an MMEB-train download"
+        )
     return names
 
 
@@ -73,11 +79,16 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
             raise DataError(f"{path}: cannot read the parquet file: {error}") from None
         schema = file.schema_arrow
         given = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
-        if wrong := [name for name in given if str(schema.field(name).type) not in ("string", "large_string", "null")]:
-            raise DataError(f"{path}: column {wrong[0]} holds {schema.field(wrong[0]).type}, MMEB-train has text there")
+        if wrong := [
+            name for name in given if str(schema.field(name).type) not in ("string", "large_string", "null")
+        ]:
+            raise DataError(
+                f"{path}: column {wrong[0]} holds {schema.field(wrong[0]).type}, MMEB-train has text there"
+            )
         if missing := [name for name in REQUIRED if name not in schema.names]:
             raise DataError(
-                f"{path}: columns {', '.join(missing)} are missing; MMEB-train has {', '.join((*REQUIRED, *OPTIONAL[:2]))}"
+                f"{path}: columns {', '.join(missing)} are missing; MMEB-train has "
+                f"{', '.join((*REQUIRED, *OPTIONAL[:2]))}"
             )
         total += file.metadata.num_rows
     return total
@@ -108,7 +119,9 @@ def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iter
             raise DataError(f"{path}: damaged parquet file: {error}; download it again") from None
 
 
-def _rows_of_group(file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int) -> Iterator[dict[str, str]]:
+def _rows_of_group(
+    file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int
+) -> Iterator[dict[str, str]]:
     position = 0
     for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
         first, last = max(start - position, 0), min(stop - position, batch.num_rows)
@@ -131,7 +144,8 @@ def _pair(root: Path, values: dict[str, str]) -> Pair:
 
 
 def instructed_text(instruction: str, text: str, *, is_query: bool, has_image: bool) -> str:
-    """Instruction and content as one text, as MMEB's own complete texts have it; a text target stands bare."""
+    """Instruction and content as one text, as MMEB's own complete texts have it; a text target stands
+    bare."""
     if not is_query and not has_image:
         return text
     parts = (part.replace(IMAGE_PLACEHOLDER, "").strip() for part in (instruction, text))
@@ -154,7 +168,9 @@ def _side(root: Path, values: dict[str, str], column: str, text_column: str, ima
             raise DataError(f"{column}: neither text nor image")
         return Side(text=stripped, image=None, instruction=instruction if instruction in stripped else "")
     if (found := text.count(IMAGE_PLACEHOLDER)) != 1:
-        raise DataError(f"{column}: {IMAGE_PLACEHOLDER} stands {found} times in the text of an image, it must stand once")
+        raise DataError(
+            f"{column}: {IMAGE_PLACEHOLDER} stands {found} times in the text of an image, it must stand once"
+        )
     relative = PurePosixPath(image_path)
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{column}: image path {image_path!r} leaves the MMEB folder")

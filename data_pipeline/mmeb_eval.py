@@ -1,14 +1,14 @@
 """MMEB-eval's layout -> evaluation sets of unique items.
 
-One folder per set under the root: `<root>/<SET>/*.parquet`. Two column variants are read: `qry_text, qry_img_path, tgt_text,
-tgt_img_path`, whose texts are complete, and the newer one with `qry_inst` and `tgt_inst`, whose texts are put together
-here into what the first variant would say.
+One folder per set under the root: `<root>/<SET>/*.parquet`. Two column variants are read: `qry_text,
+qry_img_path, tgt_text, tgt_img_path`, whose texts are complete, and the newer one with `qry_inst` and
+`tgt_inst`, whose texts are put together here into what the first variant would say.
 
-An image path of a table is looked for under `images_root` when one is named (the real MMEB-eval unpacks its images
-wherever the user likes), else under `<root>/images/` and then under `<root>/`.
+An image path of a table is looked for under `images_root` when one is named (the real MMEB-eval unpacks its
+images wherever the user likes), else under `<root>/images/` and then under `<root>/`.
 
-`<root>/sets.json` may describe sets of one's own: `{SET: {"meta_task": ..., "in_distribution": ..., "note": ...}}`; a "note"
-beside the sets holds for all of them. The 36 sets of MMEB are built in.
+`<root>/sets.json` may describe sets of one's own: `{SET: {"meta_task": ..., "in_distribution": ..., "note":
+...}}`; a "note" beside the sets holds for all of them. The 36 sets of MMEB are built in.
 """
 
 from __future__ import annotations
@@ -40,7 +40,16 @@ _MMEB_SETS = {
         ("ScienceQA", "VizWiz", "GQA", "TextVQA"),
     ),
     "retrieval": (
-        ("VisDial", "CIRR", "VisualNews_t2i", "VisualNews_i2t", "MSCOCO_t2i", "MSCOCO_i2t", "NIGHTS", "WebQA"),
+        (
+            "VisDial",
+            "CIRR",
+            "VisualNews_t2i",
+            "VisualNews_i2t",
+            "MSCOCO_t2i",
+            "MSCOCO_i2t",
+            "NIGHTS",
+            "WebQA",
+        ),
         ("FashionIQ", "Wiki-SS-NQ", "OVEN", "EDIS"),
     ),
     "grounding": (("MSCOCO",), ("RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing")),
@@ -87,9 +96,12 @@ MMEB_SETS: Mapping[str, SetInfo] = {
 
 
 def find_eval_sets(root: Path) -> dict[str, SetInfo]:
-    """Sets under `root` in the order of sets.json, then by name. Raises DataError when there is none or one is unknown."""
+    """Sets under `root` in the order of sets.json, then by name. Raises DataError when there is none or one
+    is unknown."""
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; name the folder that holds one folder per set (--mmeb_eval)")
+        raise DataError(
+            f"{root}: no such folder; name the folder that holds one folder per set (--mmeb_eval)"
+        )
     listed = read_sets_json(root)
     folders = sorted({table.parent.name for table in root.glob("*/*.parquet")})
     if absent := [name for name in listed if name not in folders]:
@@ -124,12 +136,16 @@ def read_sets_json(root: Path) -> dict[str, SetInfo]:
         }
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise DataError(
-            f'{path}: expected {{SET: {{"meta_task": TEXT, "in_distribution": true or false}}}}, found {error!r}'
+            f'{path}: expected {{SET: {{"meta_task": TEXT, "in_distribution": true or false}}}}, found '
+            f"{error!r}"
         ) from None
 
 
-def read_eval_set(root: Path, name: str, info: SetInfo, *, images_root: Path | None, max_queries: int | None) -> EvalSet:
-    """One set; of a long one only the first `max_queries`. Every image is known to exist, none has been opened.
+def read_eval_set(
+    root: Path, name: str, info: SetInfo, *, images_root: Path | None, max_queries: int | None
+) -> EvalSet:
+    """One set; of a long one only the first `max_queries`. Every image is known to exist, none has been
+    opened.
 
     Raises DataError with the address (set, file, row) of what is wrong.
     """
@@ -139,20 +155,28 @@ def read_eval_set(root: Path, name: str, info: SetInfo, *, images_root: Path | N
     for address, row in _rows(root / name):
         if len(queries) == max_queries:
             break
-        queries.append(items.add("qry", _instruction(row, "qry"), row["qry_text"], row["qry_img_path"], address))
+        queries.append(
+            items.add("qry", _instruction(row, "qry"), row["qry_text"], row["qry_img_path"], address)
+        )
         targets = (
-            items.add("tgt", _instruction(row, "tgt"), text, image, address) for text, image in _targets(row, address)
+            items.add("tgt", _instruction(row, "tgt"), text, image, address)
+            for text, image in _targets(row, address)
         )
         candidates.append(tuple(dict.fromkeys(targets)))
         if len(candidates[-1]) < 2:
-            raise DataError(f"{address}: no candidates beside the truth; a query needs at least one other target")
+            raise DataError(
+                f"{address}: no candidates beside the truth; a query needs at least one other target"
+            )
     if not queries:
         raise DataError(f"{root / name}: no rows")
-    return EvalSet(name=name, info=info, items=items.items, queries=tuple(queries), candidates=tuple(candidates))
+    return EvalSet(
+        name=name, info=info, items=items.items, queries=tuple(queries), candidates=tuple(candidates)
+    )
 
 
 class _UniqueItems:
-    """The items of a set so far. A table names each of them up to a thousand times; it is checked the first time only."""
+    """The items of a set so far. A table names each of them up to a thousand times; it is checked the first
+    time only."""
 
     def __init__(self, image_roots: tuple[Path, ...]) -> None:
         self._image_roots = image_roots
@@ -163,8 +187,11 @@ class _UniqueItems:
     def items(self) -> tuple[EvalItem, ...]:
         return tuple(self._index)
 
-    def add(self, role: str, instruction: str | None, text: str | None, image: str | None, address: str) -> int:
-        """Index of the item that these cells of a row describe. role: "qry" or "tgt"; instruction None: text complete."""
+    def add(
+        self, role: str, instruction: str | None, text: str | None, image: str | None, address: str
+    ) -> int:
+        """Index of the item that these cells of a row describe. role: "qry" or "tgt"; instruction None: text
+        complete."""
         cell = (role, instruction, text, image)
         if cell not in self._index_of_cell:
             item = self._item(role, instruction, text or "", image or "", address)
@@ -179,7 +206,8 @@ class _UniqueItems:
 
 
 def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(address, row) of all tables of a set; rows are read in small batches, as one may hold a thousand candidates."""
+    """(address, row) of all tables of a set; rows are read in small batches, as one may hold a thousand
+    candidates."""
     for path in sorted(folder.glob("*.parquet")):
         try:
             with pq.ParquetFile(path) as table:
@@ -233,16 +261,23 @@ def _checked_text(text: str, address: str, *, has_image: bool) -> str:
         return text
     text = text or IMAGE_TARGET_TEXT
     if (count := text.count(IMAGE_PLACEHOLDER)) != 1:
-        raise DataError(f"{address} {text[:60]!r} holds {IMAGE_PLACEHOLDER} {count} times; one image needs it exactly once")
+        raise DataError(
+            f"{address} {text[:60]!r} holds {IMAGE_PLACEHOLDER} {count} times; one image needs it exactly "
+            "once"
+        )
     return text
 
 
 def _find_image(image: str, roots: tuple[Path, ...], address: str) -> Path:
     relative = PurePosixPath(image)
     if relative.is_absolute() or ".." in relative.parts:
-        raise DataError(f"{address}: image path {image!r} leaves the images folder; paths must be relative and inside it")
+        raise DataError(
+            f"{address}: image path {image!r} leaves the images folder; paths must be relative and inside it"
+        )
     for root in roots:
         if (path := root / relative).is_file():
             return path
     tried = " and ".join(str(root) for root in roots)
-    raise DataError(f"{address}: image {image!r} not found under {tried}; name the images' folder (--mmeb_images)")
+    raise DataError(
+        f"{address}: image {image!r} not found under {tried}; name the images' folder (--mmeb_images)"
+    )

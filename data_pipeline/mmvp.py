@@ -1,7 +1,7 @@
 """MMVP-VLM's layout -> pairs of texts and images that differ in one visual pattern.
 
-`<root>/Questions.csv` (Question ID, Type, Statement) and `<root>/MLLM_VLM Images/<Type>/<Question ID>.jpg`, or .png.
-Rows 2k-1 and 2k are a pair, the odd id first.
+`<root>/Questions.csv` (Question ID, Type, Statement) and `<root>/MLLM_VLM Images/<Type>/<Question ID>.jpg`,
+or .png. Rows 2k-1 and 2k are a pair, the odd id first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _COLUMNS = ("Question ID", "Type", "Statement")
 class MmvpPair:
     """Two statements and the two images they describe: text i belongs to image i.
 
-    The images stand beside MMEB's text of an image target: the form in which the model was trained to embed an image.
+    The images stand beside MMEB's text of an image target: the form in which the model was trained to embed
+    an image.
     """
 
     pattern: str
@@ -39,7 +40,8 @@ def read_mmvp(root: Path) -> tuple[MmvpPair, ...]:
     rows = _rows(root / "Questions.csv")
     if len(rows) % 2:
         raise DataError(
-            f"{root / 'Questions.csv'}: {len(rows)} rows; rows 2k-1 and 2k are a pair, so the number must be even"
+            f"{root / 'Questions.csv'}: {len(rows)} rows; rows 2k-1 and 2k are a pair, so the number must be "
+            "even"
         )
     return tuple(_pair(root, rows[i], rows[i + 1]) for i in range(0, len(rows), 2))
 
@@ -59,7 +61,10 @@ def _rows(path: Path) -> list[_Row]:
         reader = csv.DictReader(file)
         try:
             if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
-                raise DataError(f"{path}: missing columns {', '.join(missing)}; found {', '.join(reader.fieldnames or ())}")
+                raise DataError(
+                    f"{path}: missing columns {', '.join(missing)}; found "
+                    f"{', '.join(reader.fieldnames or ())}"
+                )
             rows = [_row(f"{path}:line {reader.line_num}", row) for row in reader]
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path}: not a readable CSV file in UTF-8: {error}") from None
@@ -81,7 +86,9 @@ def _row(address: str, row: dict[str, str | None]) -> _Row:
 
 def _pair(root: Path, first: _Row, second: _Row) -> MmvpPair:
     if first.pattern != second.pattern:
-        raise DataError(f"{second.address}: Type {second.pattern!r}, but the other row of its pair is {first.pattern!r}")
+        raise DataError(
+            f"{second.address}: Type {second.pattern!r}, but the other row of its pair is {first.pattern!r}"
+        )
     if first.question_id % 2 == 0 or second.question_id != first.question_id + 1:
         raise DataError(
             f"{second.address}: Question IDs {first.question_id} and {second.question_id} are no pair; "

@@ -1,13 +1,14 @@
-"""Who reads what, at which step: a pure function of integers. No state, no byte read, the same on every machine.
+"""Who reads what, at which step: a pure function of integers. No state, no byte read, the same on every
+machine.
 
-A step's global batch is a list of single-source sub-batches. Which source a sub-batch comes from is fixed by quotas over
-periods of PERIOD sub-batches; which samples it holds, by the source's endless row of epochs: each epoch permutes the shards
-and mixes the samples of WINDOW neighbouring shards, so that reads stay near-sequential. Both are looked up directly, so
-resume is a seek. (Ours.)
+A step's global batch is a list of single-source sub-batches. Which source a sub-batch comes from is fixed by
+quotas over periods of PERIOD sub-batches; which samples it holds, by the source's endless row of epochs: each
+epoch permutes the shards and mixes the samples of WINDOW neighbouring shards, so that reads stay
+near-sequential. Both are looked up directly, so resume is a seek. (Ours.)
 
-An epoch of a source is each of its samples once. With a cap it is each sample of a fixed part of it once: the same share of
-every shard, chosen by the seed, so that a source whose rows are sorted keeps all its kinds. Weights change how soon a
-source's next epoch begins, never what an epoch holds.
+An epoch of a source is each of its samples once. With a cap it is each sample of a fixed part of it once: the
+same share of every shard, chosen by the seed, so that a source whose rows are sorted keeps all its kinds.
+Weights change how soon a source's next epoch begins, never what an epoch holds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Mixture:
     """Which sources make a global batch, and in what shares."""
 
     weights: Mapping[str, float] | None = None
-    """Share of the sub-batches of each source, relative to the others; None: its number of samples, capped."""
+    """Share of the sub-batches of each source, relative to the others; None: its number of samples,
+    capped."""
     caps: int | Mapping[str, int] | None = None
     """Samples used of a source at most: one number for all, or for some by name."""
     sub_batch_size: int
@@ -54,10 +56,14 @@ class Plan:
         sources = [manifest.sources[name] for name in self.source_names]
         self._shard_sizes = [np.array([shard.num_samples for shard in source.shards]) for source in sources]
         self._kept_sizes = [
-            _share_out(_cap(mixture, name), sizes) for name, sizes in zip(self.source_names, self._shard_sizes, strict=True)
+            _share_out(_cap(mixture, name), sizes)
+            for name, sizes in zip(self.source_names, self._shard_sizes, strict=True)
         ]
         num_kept = [int(sizes.sum()) for sizes in self._kept_sizes]
-        weights = [float((mixture.weights or {}).get(n, kept)) for n, kept in zip(self.source_names, num_kept, strict=True)]
+        weights = [
+            float((mixture.weights or {}).get(n, kept))
+            for n, kept in zip(self.source_names, num_kept, strict=True)
+        ]
         self._quota = _quotas(np.array(weights))
         self._seed, self._size, self._sub_batch = seed, global_batch_size, mixture.sub_batch_size
         self.description: dict[str, Any] = {
@@ -67,10 +73,13 @@ class Plan:
             "sub_batch_size": mixture.sub_batch_size,
             "sources": {
                 name: {"shards": source.fingerprint, "samples": kept, "share": int(quota)}
-                for name, source, kept, quota in zip(self.source_names, sources, num_kept, self._quota, strict=True)
+                for name, source, kept, quota in zip(
+                    self.source_names, sources, num_kept, self._quota, strict=True
+                )
             },
         }
-        """Everything that decides the order; equal for equal orders; stored in checkpoints. share: of PERIOD sub-batches."""
+        """Everything that decides the order; equal for equal orders; stored in checkpoints. share: of PERIOD
+        sub-batches."""
 
     @property
     def num_samples(self) -> dict[str, int]:
@@ -78,11 +87,13 @@ class Plan:
         return {name: int(kept.sum()) for name, kept in zip(self.source_names, self._kept_sizes, strict=True)}
 
     def global_batch(self, step: int) -> NDArray[np.int64]:
-        """(global_batch_size, 2): index into `source_names`, index of the sample in that source. Looked up, not replayed."""
+        """(global_batch_size, 2): index into `source_names`, index of the sample in that source. Looked up,
+        not replayed."""
         return self.rank_rows(step, rank=0, world_size=1)
 
     def rank_rows(self, step: int, *, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The rank's consecutive share of the global batch. The global batch does not depend on the number of ranks."""
+        """The rank's consecutive share of the global batch. The global batch does not depend on the number of
+        ranks."""
         if self._size % world_size:
             raise ValueError(f"global batch of {self._size} rows for {world_size} ranks")
         local, per_step = self._size // world_size, self._size // self._sub_batch
@@ -101,7 +112,9 @@ class Plan:
         ends = np.cumsum(self._kept_sizes[source])
         position = int(generator.integers(ends[-1]))
         shard = np.searchsorted(ends, [position], side="right")
-        return int(self._sample_numbers(source, shard, position - (ends[shard] - self._kept_sizes[source][shard]))[0])
+        return int(
+            self._sample_numbers(source, shard, position - (ends[shard] - self._kept_sizes[source][shard]))[0]
+        )
 
     def _sub_batch_rows(self, index: int) -> NDArray[np.int64]:
         source, turn = self._source_of(index)
@@ -135,7 +148,9 @@ class Plan:
             found.append(self._sample_numbers(source, order[place], mixed - starts[place]))
         return np.concatenate(found)
 
-    def _sample_numbers(self, source: int, shards: NDArray[np.int64], within: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _sample_numbers(
+        self, source: int, shards: NDArray[np.int64], within: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         """Number in the source of the `within`-th kept sample of each shard."""
         kept = within.copy()
         for shard in np.unique(shards):
@@ -151,10 +166,14 @@ class Plan:
     def _kept(self, source: int, shard: int) -> NDArray[np.int64]:
         """Places in the shard of the samples that a cap leaves of it."""
         generator = np.random.default_rng([self._seed, 5, source, shard])
-        return np.sort(generator.permutation(self._shard_sizes[source][shard])[: self._kept_sizes[source][shard]])
+        return np.sort(
+            generator.permutation(self._shard_sizes[source][shard])[: self._kept_sizes[source][shard]]
+        )
 
     @functools.lru_cache(maxsize=32)  # noqa: B019
-    def _epoch(self, source: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _epoch(
+        self, source: int, epoch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """(shards in the epoch's order, where each starts in the epoch, end of each window)."""
         sizes = self._kept_sizes[source]
         order = np.random.default_rng([self._seed, 2, source, epoch]).permutation(len(sizes))
@@ -199,7 +218,8 @@ def _share_out(cap: int | None, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _quotas(weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sub-batches of each source in a period: proportional, at least one, PERIOD in all (largest remainder)."""
+    """Sub-batches of each source in a period: proportional, at least one, PERIOD in all (largest
+    remainder)."""
     exact = weights / weights.max() / (weights / weights.max()).sum() * (PERIOD - len(weights))
     quota = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(quota - exact, kind="stable")[: PERIOD - len(weights) - int(quota.sum())]
@@ -210,7 +230,9 @@ def _quotas(weights: NDArray[np.float64]) -> NDArray[np.int64]:
 def _check(manifest: Manifest, mixture: Mixture, global_batch_size: int) -> None:
     names = list(manifest.sources if mixture.weights is None else mixture.weights)
     if not names:
-        raise ConfigError("the mixture names no source; give data.weights at least one, or leave it null for all")
+        raise ConfigError(
+            "the mixture names no source; give data.weights at least one, or leave it null for all"
+        )
     if len(names) > PERIOD // 2:
         raise ConfigError(f"the mixture names {len(names)} sources, at most {PERIOD // 2} are supported")
     if unknown := sorted(set(names) - set(manifest.sources)):
@@ -222,22 +244,27 @@ def _check(manifest: Manifest, mixture: Mixture, global_batch_size: int) -> None
         raise ConfigError(f"data.caps names {', '.join(unknown)}, absent from the shards")
     if global_batch_size % mixture.sub_batch_size:
         raise ConfigError(
-            f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={mixture.sub_batch_size}"
+            f"global_batch_size={global_batch_size} is not a multiple of "
+            f"data.sub_batch_size={mixture.sub_batch_size}"
         )
     for name in names:
         if mixture.weights is not None and not 0 < mixture.weights[name] < math.inf:
-            raise ConfigError(f"data.weights.{name}={mixture.weights[name]} must be > 0; leave a source out to drop it")
+            raise ConfigError(
+                f"data.weights.{name}={mixture.weights[name]} must be > 0; leave a source out to drop it"
+            )
         num_samples = manifest.sources[name].num_samples
         if num_samples == 0:
             raise ConfigError(f"source {name} is empty; leave it out with data.weights")
         if (cap := _cap(mixture, name)) is not None:
             if cap < mixture.sub_batch_size:
                 raise ConfigError(
-                    f"data.caps: {cap} samples of {name} are fewer than data.sub_batch_size={mixture.sub_batch_size}"
+                    f"data.caps: {cap} samples of {name} are fewer than "
+                    f"data.sub_batch_size={mixture.sub_batch_size}"
                 )
             num_samples = min(cap, num_samples)
         if num_samples < mixture.sub_batch_size:
             raise ConfigError(
-                f"source {name} holds {num_samples} samples, fewer than data.sub_batch_size={mixture.sub_batch_size}; "
-                "lower it, or leave the source out with data.weights"
+                f"source {name} holds {num_samples} samples, fewer than "
+                f"data.sub_batch_size={mixture.sub_batch_size}; lower it, or leave the source out with "
+                "data.weights"
             )

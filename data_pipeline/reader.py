@@ -1,4 +1,5 @@
-"""One sample by (source, number): one read for the sample, one for each image that an earlier sample of the shard holds."""
+"""One sample by (source, number): one read for the sample, one for each image that an earlier sample of the
+shard holds."""
 
 from __future__ import annotations
 
@@ -42,15 +43,18 @@ class RawSample:
 
 
 class ShardReader:
-    """Reads samples of a shard folder by (source, number). Keeps the memory-mapped indexes, no shard file open."""
+    """Reads samples of a shard folder by (source, number). Keeps the memory-mapped indexes, no shard file
+    open."""
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        """Raises DataError for an index that is missing, damaged or of other shards, StorageError for one out of reach."""
+        """Raises DataError for an index that is missing, damaged or of other shards, StorageError for one out
+        of reach."""
         self.folder, self._manifest = folder, manifest
         self._indexes = {name: read_index(folder, name, source) for name, source in manifest.sources.items()}
 
     def read(self, source: str, sample: int) -> RawSample:
-        """The sample. Raises DataError with the shard's name, and its key if known, when it is not what the index says.
+        """The sample. Raises DataError with the shard's name, and its key if known, when it is not what the
+        index says.
 
         Raises StorageError when the shard cannot be had at all.
         """
@@ -83,18 +87,25 @@ class ShardReader:
         shard, offset, size = (index.column(name)[sample].as_py() for name in ("shard", "offset", "size"))
         shards = self._manifest.sources[source].shards
         if not 0 <= shard < len(shards):
-            raise DataError(f"{source}: the index names shard {shard} for sample {sample}, there are {len(shards)}")
+            raise DataError(
+                f"{source}: the index names shard {shard} for sample {sample}, there are {len(shards)}"
+            )
         return shards[shard], offset, size
 
 
 def parse_sample(content: bytes, shard: str, read_range: Callable[[int, int], bytes]) -> RawSample:
-    """The sample whose members are `content`. read_range: (offset, size) in the shard -> bytes. Raises DataError."""
+    """The sample whose members are `content`. read_range: (offset, size) in the shard -> bytes. Raises
+    DataError."""
     key, members = _members(content, shard)
     address = f"{shard}:{key}"
     try:
         record = json.loads(members["json"].decode("utf-8"))
         sides = {role: record[role] for role in ROLES if role in record}
-        images = {role: _image(side, shard, key, members, read_range) for role, side in sides.items() if side["image"]}
+        images = {
+            role: _image(side, shard, key, members, read_range)
+            for role, side in sides.items()
+            if side["image"]
+        }
     except UnicodeDecodeError as error:
         raise DataError(f"{address}.json: text is not UTF-8: {error}") from None
     except KeyError as error:
@@ -107,7 +118,11 @@ def parse_sample(content: bytes, shard: str, read_range: Callable[[int, int], by
 
 
 def _image(
-    side: Mapping[str, Any], shard: str, key: str, members: Mapping[str, bytes], read_range: Callable[[int, int], bytes]
+    side: Mapping[str, Any],
+    shard: str,
+    key: str,
+    members: Mapping[str, bytes],
+    read_range: Callable[[int, int], bytes],
 ) -> RawImage:
     name = str(side["image"])
     if "at" not in side:
@@ -134,14 +149,20 @@ def _members(content: bytes, shard: str) -> tuple[str, dict[str, bytes]]:
     except (tarfile.TarError, UnicodeError) as error:
         raise DataError(f"{shard}: the index points at no tar member: {error}") from None
     if len(keys) != 1:
-        raise DataError(f"{shard}: the index joins members of {len(keys)} samples ({', '.join(sorted(keys)[:3])})")
+        raise DataError(
+            f"{shard}: the index joins members of {len(keys)} samples ({', '.join(sorted(keys)[:3])})"
+        )
     return keys.pop(), members
 
 
 def _read_range(descriptor: int, shard: Shard, offset: int, size: int) -> bytes:
     if offset < 0 or not 0 < size <= 4 * MAX_IMAGE_BYTES or offset + size > shard.size_bytes:
-        raise DataError(f"{shard.name}: bytes {offset:,} to {offset + size:,} are not in a shard of {shard.size_bytes:,}")
+        raise DataError(
+            f"{shard.name}: bytes {offset:,} to {offset + size:,} are not in a shard of {shard.size_bytes:,}"
+        )
     content = os.pread(descriptor, size, offset)
     if len(content) != size:
-        raise DataError(f"{shard.name}: truncated at byte {offset + len(content):,}, a sample ends at {offset + size:,}")
+        raise DataError(
+            f"{shard.name}: truncated at byte {offset + len(content):,}, a sample ends at {offset + size:,}"
+        )
     return content

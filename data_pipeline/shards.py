@@ -1,8 +1,9 @@
 """Writing one WebDataset shard: deterministic bytes, complete or absent, with a record of what is in it.
 
-Members of a sample: `<key>.json`, and the original bytes of its images as `<key>.query.jpg`, `<key>.target.png`, ...
-An image that several rows of a shard use is stored with the first of them; the others' JSON names that member, and where its
-bytes stand in the file: {"image": "000000012.query.jpg", "at": [offset, size]}.
+Members of a sample: `<key>.json`, and the original bytes of its images as `<key>.query.jpg`,
+`<key>.target.png`, ... An image that several rows of a shard use is stored with the first of them; the
+others' JSON names that member, and where its bytes stand in the file: {"image": "000000012.query.jpg", "at":
+[offset, size]}.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from data_pipeline.reader import MAX_IMAGE_BYTES
 from data_pipeline.storage import partial_path, publish
 
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""By Pillow's name of the format; MPO is a JPEG with further pictures behind the first, as cameras write it."""
+"""By Pillow's name of the format; MPO is a JPEG with further pictures behind the first, as cameras write
+it."""
 NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a name in the row; any other error of the system may be gone the next time."""
 
@@ -48,8 +50,8 @@ class ShardRecord:
 def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> ShardRecord:
     """Write the pairs as `path` and return its record; a string among them is a reason to reject that row.
 
-    The bytes depend on the pairs alone. The file appears under its name when it is complete and on disk. Raises OSError when
-    the file system fails, in reading an image as in writing.
+    The bytes depend on the pairs alone. The file appears under its name when it is complete and on disk.
+    Raises OSError when the file system fails, in reading an image as in writing.
     """
     samples: list[tuple[int, int]] = []
     rejected: list[tuple[int, str]] = []
@@ -74,7 +76,9 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
         sha256 = hashlib.file_digest(written, "sha256").hexdigest()
     size_bytes = partial.stat().st_size
     publish(partial, path)
-    return ShardRecord(num_samples=len(samples), size_bytes=size_bytes, sha256=sha256, samples=samples, rejected=rejected)
+    return ShardRecord(
+        num_samples=len(samples), size_bytes=size_bytes, sha256=sha256, samples=samples, rejected=rejected
+    )
 
 
 def content_id(text: str, image: bytes | None) -> int:
@@ -90,7 +94,9 @@ class _Stored:
     offset: int
 
 
-def _members(pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]) -> list[tuple[str, bytes, bytes | None]]:
+def _members(
+    pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]
+) -> list[tuple[str, bytes, bytes | None]]:
     """(name, content, SHA-256 of an image) of each member."""
     if isinstance(pair, str):
         raise DataError(pair)
@@ -125,7 +131,8 @@ def _sha256(content: bytes) -> bytes:
 def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
     """(original bytes, suffix of their format); the header is read, the pixels are not.
 
-    Raises DataError for a row that cannot be used, OSError when the file system fails: the row must not be lost by that.
+    Raises DataError for a row that cannot be used, OSError when the file system fails: the row must not be
+    lost by that.
     """
     if side.image is None:
         return None, ""
@@ -146,4 +153,6 @@ def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{role}: {side.image}: cannot read the image: {error}") from None
     except KeyError as error:
-        raise DataError(f"{role}: {side.image}: image format {error} is none of {', '.join(FORMATS)}") from None
+        raise DataError(
+            f"{role}: {side.image}: image format {error} is none of {', '.join(FORMATS)}"
+        ) from None

@@ -1,7 +1,8 @@
 """Where shard files come from: a local folder, or a remote one through fsspec and a local cache.
 
-The cache is shared by all processes of a machine. Its files are named by their SHA-256, so equal files of any run are one;
-each was checked before it got its name. A lock of the file system keeps two processes from fetching the same file.
+The cache is shared by all processes of a machine. Its files are named by their SHA-256, so equal files of any
+run are one; each was checked before it got its name. A lock of the file system keeps two processes from
+fetching the same file.
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ log = logging.getLogger(__name__)
 SAFE_NAME = r"\w[\w.+-]*"
 """Of sources and files, which become parts of paths."""
 SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
-"""Storages that are read through fsspec. Anything else that looks like a URL is refused, above all `pipe:`."""
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+"""Storages that are read through fsspec. Anything else that looks like a URL is refused, above all
+`pipe:`."""
+PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
 ATTEMPTS = 8
 FIRST_WAIT_S = 0.5
-"""Before the second attempt; doubled before each further one, with up to half of it added at random: 64 to 95 s in all."""
+"""Before the second attempt; doubled before each further one, with up to half of it added at random: 64 to 95
+s in all."""
 TOLD_FROM = 4
 """The attempt from which on a failure is worth a warning."""
 HTTP_TIMEOUT_S = 60
@@ -106,21 +116,24 @@ class Folder(Protocol):
         """Path of the file on this machine, fetched if it must be. Raises StorageError."""
 
     def open(self, source: str, file: StoredFile) -> int:
-        """File descriptor of the file; on a local disk readable when its name is gone. Raises OSError or StorageError."""
+        """File descriptor of the file; on a local disk readable when its name is gone. Raises OSError or
+        StorageError."""
 
     def fetch_ahead(self, source: str, file: StoredFile) -> None:
         """Say that the file will be wanted soon; returns at once."""
 
 
 def open_folder(location: str, cache: CacheConfig) -> LocalFolder | CachedFolder:
-    """The folder at a path or URL. Raises ConfigError for an unknown storage: no data path ever runs a command."""
+    """The folder at a path or URL. Raises ConfigError for an unknown storage: no data path ever runs a
+    command."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?", location)
     is_url = scheme is not None and scheme[1] in SCHEMES and scheme[2]
     is_file = location.startswith("file:///")
     if "::" in location or (scheme and not is_url and not is_file):
         raise ConfigError(
             f"data.shards={location!r}: {scheme[0] if scheme else '::'!r} is no storage we read; "
-            f"give a path, or a URL with {', '.join(f'{name}://' for name in SCHEMES)}. Commands (pipe:) are never run"
+            f"give a path, or a URL with {', '.join(f'{name}://' for name in SCHEMES)}. Commands (pipe:) are "
+            "never run"
         )
     if not is_url:
         return LocalFolder(Path(location.removeprefix("file://")))
@@ -174,7 +187,9 @@ class CachedFolder:
         """See Folder."""
         self._pending.discard(file.sha256)
         while True:
-            with contextlib.suppress(FileNotFoundError):  # not fetched yet, or just evicted by another process
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # not fetched yet, or just evicted by another process
                 descriptor = os.open(self._path(file), os.O_RDONLY)
                 if os.fstat(descriptor).st_size != file.size_bytes:  # a disk lost its end
                     os.close(descriptor)
@@ -216,7 +231,9 @@ class CachedFolder:
             if scheme in ("http", "https"):
                 import aiohttp
 
-                timeout = aiohttp.ClientTimeout(total=None, sock_connect=HTTP_TIMEOUT_S, sock_read=HTTP_TIMEOUT_S)
+                timeout = aiohttp.ClientTimeout(
+                    total=None, sock_connect=HTTP_TIMEOUT_S, sock_read=HTTP_TIMEOUT_S
+                )
                 options = {"client_kwargs": {"timeout": timeout}}
             return fsspec.filesystem(scheme, **options)
         except ImportError as error:
@@ -225,7 +242,8 @@ class CachedFolder:
             ) from None
 
     def _fetch(self, source: str, file: StoredFile, *, is_ahead: bool) -> None:
-        """Fetch the file unless it is there. One process at a time; raises StorageError when it cannot be had whole."""
+        """Fetch the file unless it is there. One process at a time; raises StorageError when it cannot be had
+        whole."""
         url = f"{self.location}/{source}/{file.name}"
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -255,7 +273,9 @@ class CachedFolder:
         with partial.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != file.sha256:
-            raise _DamagedError(f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}...")
+            raise _DamagedError(
+                f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}..."
+            )
         if is_ahead:
             os.utime(partial, (NOT_USED_YET, time.time()))
         publish(partial, self._path(file))
@@ -267,8 +287,8 @@ class CachedFolder:
         """
         if file.size_bytes > self._cache.max_bytes:
             raise StorageError(
-                f"{url}: {file.size_bytes:,} bytes are more than the whole cache of {self._cache.max_bytes:,} "
-                "(data.cache.max_gib); raise it"
+                f"{url}: {file.size_bytes:,} bytes are more than the whole cache of "
+                f"{self._cache.max_bytes:,} (data.cache.max_gib); raise it"
             )
         partial = self._dir / f"{file.sha256}.{file.size_bytes}.partial"
         while not self._claim_room(file, partial, is_ahead=is_ahead):
@@ -323,7 +343,8 @@ class _DamagedError(Exception):
 
 
 def _with_retries(url: str, fetch: Any) -> Any:
-    """What `fetch` returns. Another attempt after whatever a storage library raises, unless it cannot help."""
+    """What `fetch` returns. Another attempt after whatever a storage library raises, unless it cannot
+    help."""
     wait = FIRST_WAIT_S
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -331,15 +352,24 @@ def _with_retries(url: str, fetch: Any) -> Any:
         except (FileNotFoundError, AgffError):
             raise
         except PermissionError as error:
-            raise StorageError(f"{url}: access denied: {error}; check the credentials of this machine") from None
+            raise StorageError(
+                f"{url}: access denied: {error}; check the credentials of this machine"
+            ) from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            if isinstance(error, OSError) and error.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EFBIG,
+                errno.EROFS,
+            ):
                 raise
             text = str(error) or type(error).__name__
             if attempt == ATTEMPTS:
                 raise StorageError(f"{url}: {ATTEMPTS} attempts failed, the last: {text}") from None
             if attempt >= TOLD_FROM:
-                log.warning("%s: attempt %d of %d failed: %s; again in %.0f s", url, attempt, ATTEMPTS, text, wait)
+                log.warning(
+                    "%s: attempt %d of %d failed: %s; again in %.0f s", url, attempt, ATTEMPTS, text, wait
+                )
         time.sleep(wait * (1 + random.random() / 2))
         wait *= 2
     raise AssertionError
@@ -347,7 +377,8 @@ def _with_retries(url: str, fetch: Any) -> Any:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file among the processes and threads of this machine; False when `wait` is and it is taken."""
+    """Hold the lock of a file among the processes and threads of this machine; False when `wait` is and it is
+    taken."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         try:
@@ -366,7 +397,8 @@ def partial_path(path: Path) -> Path:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a written file its name when it is on disk: a kill or a power cut leaves the old file or the whole new one."""
+    """Give a written file its name when it is on disk: a kill or a power cut leaves the old file or the whole
+    new one."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -31,7 +31,8 @@ class ShardContent:
 
 
 def scan_shard(path: Path) -> ShardContent:
-    """Walk the members of a shard. Members that no sample may have, and keys that stand twice, are problems."""
+    """Walk the members of a shard. Members that no sample may have, and keys that stand twice, are
+    problems."""
     keys: list[str] = []
     samples: list[tuple[int, int]] = []
     problems: list[str] = []
@@ -50,7 +51,11 @@ def scan_shard(path: Path) -> ShardContent:
                     samples.append((member.offset, end - member.offset))
     except (tarfile.TarError, OSError, UnicodeError) as error:
         problems.append(f"{path.name}: not a whole tar file after {len(keys)} samples: {error}")
-    problems += [f"{path.name}:{key}: {count} samples have this key" for key, count in Counter(keys).items() if count > 1]
+    problems += [
+        f"{path.name}:{key}: {count} samples have this key"
+        for key, count in Counter(keys).items()
+        if count > 1
+    ]
     return ShardContent(keys=keys, samples=samples, problems=problems)
 
 
@@ -86,10 +91,13 @@ def check_shard(
 
 
 def indexed_samples(folder: LocalFolder, manifest: Manifest, source: str) -> list[list[tuple[int, int]]]:
-    """(offset, size) of the samples of each shard, from the index. Raises DataError when it cannot be read."""
+    """(offset, size) of the samples of each shard, from the index. Raises DataError when it cannot be
+    read."""
     index = read_index(folder, source, manifest.sources[source])
     samples: list[list[tuple[int, int]]] = [[] for _ in manifest.sources[source].shards]
-    for shard, offset, size in zip(*(index.column(name).to_pylist() for name in ("shard", "offset", "size")), strict=True):
+    for shard, offset, size in zip(
+        *(index.column(name).to_pylist() for name in ("shard", "offset", "size")), strict=True
+    ):
         if not 0 <= shard < len(samples):
             raise DataError(f"{source}/index.arrow: it names shard {shard}, there are {len(samples)}")
         samples[shard].append((offset, size))
@@ -131,10 +139,13 @@ def check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bo
     for parent, images in sorted(missing.items()):
         if len(images) == wanted[parent] > 1:
             problems.append(
-                f"{subset}: {parent}: all {len(images):,} images are missing; unpack this subset's archive there"
+                f"{subset}: {parent}: all {len(images):,} images are missing; unpack this subset's archive "
+                "there"
             )
         else:
-            problems += [f"{subset}: {image} is missing ({rows_of_image[image]} rows)" for image in sorted(images)]
+            problems += [
+                f"{subset}: {image} is missing ({rows_of_image[image]} rows)" for image in sorted(images)
+            ]
     return SubsetCheck(num_rows=num_rows, num_images=len(rows_of_image), problems=problems)
 
 
@@ -151,8 +162,8 @@ def _index_problems(shard: str, content: ShardContent, indexed: Sequence[tuple[i
     for number, (found, expected) in enumerate(zip(content.samples, indexed, strict=False)):
         if found != expected:
             problems.append(
-                f"{shard}:{content.keys[number]}: stands at byte {found[0]:,} with {found[1]:,} bytes, the index says "
-                f"{expected[0]:,} and {expected[1]:,}"
+                f"{shard}:{content.keys[number]}: stands at byte {found[0]:,} with {found[1]:,} bytes, the "
+                f"index says {expected[0]:,} and {expected[1]:,}"
             )
             break  # what follows is shifted too
     return problems

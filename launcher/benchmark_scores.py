@@ -43,7 +43,9 @@ def encode_items(model: EmbeddingModel, items: Sequence[EvalItem], *, batch_size
             bar.update(len(batch))
     items_NMD = torch.cat(embeddings)
     if not bool(items_NMD.isfinite().all()):
-        raise CheckpointError(f"{label}: the model gives embeddings that are not finite; its scores would mean nothing")
+        raise CheckpointError(
+            f"{label}: the model gives embeddings that are not finite; its scores would mean nothing"
+        )
     return items_NMD.to(model.device)
 
 
@@ -54,7 +56,8 @@ def score_set(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tensor) -> Se
         similarity_BC = model.similarity(items_NMD[list(eval_set.queries[rows])], items_NMD[columns])
         position = {item: column for column, item in enumerate(columns)}
         hits += precision_at_1_hits(
-            similarity_BC, [[position[item] for item in candidates] for candidates in eval_set.candidates[rows]]
+            similarity_BC,
+            [[position[item] for item in candidates] for candidates in eval_set.candidates[rows]],
         )
     return set_score(
         eval_set.name,
@@ -68,7 +71,8 @@ def score_set(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tensor) -> Se
 def query_blocks(candidates: Sequence[Sequence[int]], *, max_rows: int) -> Iterator[tuple[slice, list[int]]]:
     """(rows, their candidates together) such that at most twice the needed similarities are computed.
 
-    Queries that share their candidates form large blocks; queries whose thousand candidates are their own stay alone.
+    Queries that share their candidates form large blocks; queries whose thousand candidates are their own
+    stay alone.
     """
     start, together = 0, dict.fromkeys(candidates[0]) if candidates else {}
     for row in range(1, len(candidates)):
@@ -89,7 +93,8 @@ def score_mmvp(model: EmbeddingModel, pairs: Sequence[MmvpPair], *, batch_size: 
     similarity_P22 = torch.stack(
         [
             model.similarity(
-                items_NMD[[position[text] for text in pair.texts]], items_NMD[[position[image] for image in pair.images]]
+                items_NMD[[position[text] for text in pair.texts]],
+                items_NMD[[position[image] for image in pair.images]],
             )
             for pair in pairs
         ]

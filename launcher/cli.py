@@ -9,7 +9,10 @@ from collections.abc import Sequence
 VERBS = {
     "train": ("launcher.train", "run a recipe, or continue an interrupted run"),
     "prepare": ("launcher.prepare", "MMEB-train download -> WebDataset shards"),
-    "verify": ("launcher.verify", "is every shard, index and sample as it was written? Is a download complete?"),
+    "verify": (
+        "launcher.verify",
+        "is every shard, index and sample as it was written? Is a download complete?",
+    ),
     "preview": ("launcher.preview", "an HTML page of what the loader yields"),
     "doctor": ("launcher.doctor", "will this machine train? Findings with their remedies"),
     "evaluate": ("launcher.evaluate", "score a run or release on MMEB and MMVP-VLM layouts"),
@@ -24,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in VERBS:
         lines = "\n".join(f"  agff {verb:<16} {about}" for verb, (_, about) in VERBS.items())
         wanted_help = argv[:1] in ([], ["-h"], ["--help"])
-        (sys.stdout if wanted_help else sys.stderr).write(f"usage: agff VERB ...; agff VERB --help tells more\n{lines}\n")
+        (sys.stdout if wanted_help else sys.stderr).write(
+            f"usage: agff VERB ...; agff VERB --help tells more\n{lines}\n"
+        )
         return 0 if wanted_help else 2
     module, _ = VERBS[argv[0]]
     return importlib.import_module(module).main(argv[1:])

@@ -22,9 +22,10 @@ DEEPSPEED_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 DESCRIPTION = """
 Train a multimodal embedding model with AGFF-Embed and EGA under DeepSpeed ZeRO.
 
-A run is one recipe (a YAML file) and one DeepSpeed JSON. Every setting of the recipe can be overridden by its dotted name,
-for example --loss.temperature 0.05 --batch.global_batch_size 2048. Without --recipe the quickstart runs, on a laptop too.
-A run that was interrupted continues from its newest checkpoint when the same command is given again.
+A run is one recipe (a YAML file) and one DeepSpeed JSON. Every setting of the recipe can be overridden by its
+dotted name, for example --loss.temperature 0.05 --batch.global_batch_size 2048. Without --recipe the
+quickstart runs, on a laptop too. A run that was interrupted continues from its newest checkpoint when the
+same command is given again.
 """
 
 
@@ -36,12 +37,15 @@ class _Parser(jsonargparse.ArgumentParser):
         raise ConfigError(f"{text}; every setting and its meaning: launcher/train.py --help")
 
     def read(self, parse: Callable[[], jsonargparse.Namespace]) -> jsonargparse.Namespace:
-        """Add the settings of RunConfig, parse, and build their dataclasses, whose own checks raise ConfigError."""
+        """Add the settings of RunConfig, parse, and build their dataclasses, whose own checks raise
+        ConfigError."""
         self.add_class_arguments(RunConfig, fail_untyped=True, sub_configs=False)
         try:
             return self.instantiate(parse())
         except ValueError as error:
-            if isinstance(error.__cause__, ConfigError):  # the check of an optional group, wrapped by the library
+            if isinstance(
+                error.__cause__, ConfigError
+            ):  # the check of an optional group, wrapped by the library
                 raise error.__cause__ from None
             raise ConfigError(str(error)) from None
 
@@ -59,14 +63,21 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     """Read recipe and overrides. Raises ConfigError for anything unknown or malformed; `--help` exits."""
     parser = _Parser(prog="train", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
-        "--recipe", action="config", help="YAML file, or the name of one in launcher/recipes (default: quickstart)"
+        "--recipe",
+        action="config",
+        help="YAML file, or the name of one in launcher/recipes (default: quickstart)",
     )
     parser.add_argument(
-        "--deepspeed", type=Path, default=DEEPSPEED_CONFIGS / "zero3.json", help="DeepSpeed JSON: mechanism only"
+        "--deepspeed",
+        type=Path,
+        default=DEEPSPEED_CONFIGS / "zero3.json",
+        help="DeepSpeed JSON: mechanism only",
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not for people")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the start-up table and stop before the first step"
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the start-up table and stop before the first step",
     )
     parsed = parser.read(lambda: parser.parse_args(_with_recipe(argv)))
     return TrainArguments(config=_run_config(parsed), deepspeed=parsed.deepspeed, dry_run=parsed.dry_run)
@@ -85,14 +96,17 @@ def _run_config(parsed: jsonargparse.Namespace) -> RunConfig:
 def report(error: AgffError) -> int:
     """Print the error; return the exit code, 2.
 
-    What all ranks share is said by rank 0 alone. Before the ranks have met nobody knows whether they share it, so the first
-    rank of each machine speaks: a folder may be missing on one machine only. After that each rank that has one of its own.
+    What all ranks share is said by rank 0 alone. Before the ranks have met nobody knows whether they share
+    it, so the first rank of each machine speaks: a folder may be missing on one machine only. After that each
+    rank that has one of its own.
     """
     rank, is_first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     if rank == "0":
         sys.stderr.write(f"error: {error}\n")
     elif not error.on_all_ranks and (is_first_here or dist.is_initialized()):
-        sys.stderr.write(f"\nerror on rank {rank} ({socket.gethostname()}): {error}\n")  # below the progress bar
+        sys.stderr.write(
+            f"\nerror on rank {rank} ({socket.gethostname()}): {error}\n"
+        )  # below the progress bar
     return 2
 
 

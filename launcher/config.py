@@ -1,4 +1,5 @@
-"""One run's configuration: a YAML recipe, dotted overrides, a DeepSpeed JSON; and `resolve`, which checks them together."""
+"""One run's configuration: a YAML recipe, dotted overrides, a DeepSpeed JSON; and `resolve`, which checks
+them together."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ DECIDE_THE_ORDER = (
     "data.caps",
     "data.sub_batch_size",
 )
-"""Settings of which the plan says more exactly whether and how it changed (data_pipeline.plan.plan_changes)."""
+"""Settings of which the plan says more exactly whether and how it changed
+(data_pipeline.plan.plan_changes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,11 @@ class BatchConfig:
     global_batch_size: int
     """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
     chunk_size: int | None = None
-    """Items encoded at once; memory grows with it, the result does not change. Below the local batch: GradCache."""
+    """Items encoded at once; memory grows with it, the result does not change. Below the local batch:
+    GradCache."""
     max_tokens_per_chunk: int | None = None
-    """Instead of chunk_size: as many items of similar length at once as have so many tokens, padding included. GradCache."""
+    """Instead of chunk_size: as many items of similar length at once as have so many tokens, padding
+    included. GradCache."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):
@@ -85,8 +89,9 @@ class BatchConfig:
                 raise ConfigError(f"batch.{name}={getattr(self, name)} must be >= 1")
         if (self.chunk_size is None) == (self.max_tokens_per_chunk is None):
             raise ConfigError(
-                f"batch.chunk_size={self.chunk_size} and batch.max_tokens_per_chunk={self.max_tokens_per_chunk}: "
-                "give one of them and leave the other null"
+                f"batch.chunk_size={self.chunk_size} and "
+                f"batch.max_tokens_per_chunk={self.max_tokens_per_chunk}: give one of them and leave the "
+                "other null"
             )
 
 
@@ -95,11 +100,13 @@ class DataConfig:
     """Which shards are read, and in what mixture."""
 
     shards: str
-    """Folder written by launcher/prepare.py, or its URL: s3://, gs://, hf://, https:// (read through a local cache)."""
+    """Folder written by launcher/prepare.py, or its URL: s3://, gs://, hf://, https:// (read through a local
+    cache)."""
     weights: dict[str, float] | None = None
     """Share of the sub-batches each source gets, relative to the others; null: its number of samples."""
     caps: int | dict[str, int] | None = None
-    """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some by name."""
+    """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some
+    by name."""
     with_negatives: bool = True
     """Explicit hard negatives, where a source has them, are candidates of the whole global batch."""
     sub_batch_size: int
@@ -109,13 +116,14 @@ class DataConfig:
     max_bad_in_a_row: int = 10
     """Unusable samples drawn in a row for one row of a batch before all ranks stop."""
     check_hashes: bool = True
-    """Compare every local shard's SHA-256 with the manifest before the first step; false compares names and sizes only.
-    Remote shards are always compared when they are fetched."""
+    """Compare every local shard's SHA-256 with the manifest before the first step; false compares names and
+    sizes only. Remote shards are always compared when they are fetched."""
     stalled_after_s: float = 300
-    """A batch that does not come for so long stops all ranks, with the name of the shard that a worker hangs at."""
+    """A batch that does not come for so long stops all ranks, with the name of the shard that a worker hangs
+    at."""
     accept_changes: bool = False
-    """Continue a run although its shards, mixture, seed or global batch changed: steps count on, the order is the new one,
-    so samples of the running epoch may come twice or not at all."""
+    """Continue a run although its shards, mixture, seed or global batch changed: steps count on, the order is
+    the new one, so samples of the running epoch may come twice or not at all."""
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
@@ -149,17 +157,20 @@ class RunConfig:
     max_skipped_in_a_row: int = 10
     """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
     loss_spike_deviations: float | None = 6.0
-    """A loss so many standard deviations above the mean of the last 100 steps is told, with its worst pairs. null: never."""
+    """A loss so many standard deviations above the mean of the last 100 steps is told, with its worst pairs.
+    null: never."""
     collective_timeout_s: float = 1800
     """A rank that waits so long for the others ends: they are gone, or cut off."""
     stalled_step_s: float = 900
-    """A rank that stays in one step or one save for so long tells what it does, with the stacks of its threads."""
+    """A rank that stays in one step or one save for so long tells what it does, with the stacks of its
+    threads."""
     log_every: int = 1
     """Steps between entries in TensorBoard and the progress bar."""
     log_samples: bool = False
     """Write which pairs each step trained on: <run>/samples/<rank>-of-<ranks>.jsonl."""
     precision: Literal["auto", "bf16", "bf16_autocast", "fp32"] = "auto"
-    """auto: bf16 on a GPU that has it; on a CPU bf16 arithmetic with float32 weights where it is fast; else fp32."""
+    """auto: bf16 on a GPU that has it; on a CPU bf16 arithmetic with float32 weights where it is fast; else
+    fp32."""
     cpu_ranks: int = 2
     """Ranks started on a machine without an accelerator when the launcher asked for one."""
     backbone: BackboneConfig
@@ -212,7 +223,8 @@ class ResolvedRun:
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The mechanism file. Raises ConfigError when it is unreadable, silent on clipping, or holds what cannot be used."""
+    """The mechanism file. Raises ConfigError when it is unreadable, silent on clipping, or holds what cannot
+    be used."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -222,36 +234,45 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     zero = values.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError(
-            f'{path}: "zero_optimization" must be an object whose "stage" is 1, 2 or 3; without ZeRO a gradient that is not '
+            f'{path}: "zero_optimization" must be an object whose "stage" is 1, 2 or 3; without ZeRO a '
+            "gradient that is not "
             "finite would go into the parameters"
         )
     if writers := [key for key in ("checkpoint", "nebula", "datastates_ckpt") if key in values]:
         raise ConfigError(
-            f"{path}: {', '.join(writers)}: DeepSpeed's own asynchronous writers cannot be used: when their process dies, "
-            "saves are left out silently. Checkpoints are written, synced and hashed before they get their name"
+            f"{path}: {', '.join(writers)}: DeepSpeed's own asynchronous writers cannot be used: when their "
+            "process dies, saves are left out silently. Checkpoints are written, synced and hashed before "
+            "they get their name"
         )
     if "gradient_clipping" not in values:
         raise ConfigError(
-            f'{path}: "gradient_clipping" is missing; DeepSpeed would clip at 1.0 silently, so state it (0.0 for none)'
+            f'{path}: "gradient_clipping" is missing; DeepSpeed would clip at 1.0 silently, so state it (0.0 '
+            "for none)"
         )
     taken = [key for key in FILLED_IN if key in values]
     if taken:
         raise ConfigError(
-            f"{path}: {', '.join(taken)} must not stand in this file; batch sizes, precision and optimizer come from the "
-            "recipe (--batch.global_batch_size, --precision, --optimizer.*) and are filled in"
+            f"{path}: {', '.join(taken)} must not stand in this file; batch sizes, precision and optimizer "
+            "come from the recipe (--batch.global_batch_size, --precision, --optimizer.*) and are filled in"
         )
     return values
 
 
 def resolve(
-    config: RunConfig, deepspeed_values: Mapping[str, Any], *, deepspeed_name: str, world_size: int, hardware: Hardware
+    config: RunConfig,
+    deepspeed_values: Mapping[str, Any],
+    *,
+    deepspeed_name: str,
+    world_size: int,
+    hardware: Hardware,
 ) -> ResolvedRun:
     """Check everything that needs two parts at once and fill in the rest. Pure; raises ConfigError."""
     local_batch_size = _local_batch_size(config, world_size)
     precision = hardware.choose_precision(config.precision)
     if config.optimizer.warmup_steps >= config.num_steps:
         raise ConfigError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below num_steps={config.num_steps}"
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+            f"num_steps={config.num_steps}"
         )
     deepspeed = {
         **deepspeed_values,
@@ -262,7 +283,9 @@ def resolve(
         "steps_per_print": 10**9,
     }
     if precision == "bf16" and deepspeed_values["zero_optimization"]["stage"] > 1:
-        deepspeed.setdefault("data_types", {"grad_accum_dtype": "fp32"})  # else the chunks' gradients are summed in bf16
+        deepspeed.setdefault(
+            "data_types", {"grad_accum_dtype": "fp32"}
+        )  # else the chunks' gradients are summed in bf16
     run_dir = Path(config.run_dir) if config.run_dir else Path("runs") / f"{config.name}-{deepspeed_name}"
     return ResolvedRun(
         config=config,
@@ -286,8 +309,9 @@ def _local_batch_size(config: RunConfig, world_size: int) -> int:
         )
     if global_batch_size % config.data.sub_batch_size:
         raise ConfigError(
-            f"global_batch_size={global_batch_size} is not a multiple of data.sub_batch_size={config.data.sub_batch_size}; "
-            "a global batch is made of whole single-source sub-batches"
+            f"global_batch_size={global_batch_size} is not a multiple of "
+            f"data.sub_batch_size={config.data.sub_batch_size}; a global batch is made of whole "
+            "single-source sub-batches"
         )
     return global_batch_size // world_size
 
@@ -297,8 +321,9 @@ def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
     if max_tokens is not None:
         if max_tokens < config.processor.max_tokens:
             raise ConfigError(
-                f"batch.max_tokens_per_chunk={max_tokens} is below processor.max_tokens={config.processor.max_tokens}, "
-                "so the longest item would not fit; raise the one or lower the other"
+                f"batch.max_tokens_per_chunk={max_tokens} is below "
+                f"processor.max_tokens={config.processor.max_tokens}, so the longest item would not fit; "
+                "raise the one or lower the other"
             )
         return TokenBudget(max_tokens=max_tokens)
     assert chunk_size is not None, "BatchConfig has seen to it"
@@ -318,7 +343,8 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for each setting that differs and changes the mathematics of a run, the order of data aside."""
+    """`key: old -> new` for each setting that differs and changes the mathematics of a run, the order of data
+    aside."""
     found = []
     for key in sorted({*old, *new}):
         name, before, after = prefix + key, old.get(key), new.get(key)

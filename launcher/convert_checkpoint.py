@@ -1,4 +1,5 @@
-"""`python launcher/convert_checkpoint.py RUN OUT`: the newest ZeRO checkpoint of a run -> a release folder."""
+"""`python launcher/convert_checkpoint.py RUN OUT`: the newest ZeRO checkpoint of a run -> a release
+folder."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ from launcher.run_folder import read_run_config
 
 
 def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
-    """Write the release and prove it: reload it, compare every weight and the golden vectors; return their difference.
+    """Write the release and prove it: reload it, compare every weight and the golden vectors; return their
+    difference.
 
-    Raises CheckpointError when OUT exists, the run has no checkpoint, or what was read back is not what was written.
+    Raises CheckpointError when OUT exists, the run has no checkpoint, or what was read back is not what was
+    written.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; choose another folder or remove it")
@@ -34,11 +37,16 @@ def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
     live = save_release(embedder, partial, origin=origin).state_dict()
     released = load(partial, check=False)
     difference = check_golden(
-        released, load_file(partial / "golden.safetensors")["embeddings"], str(dtype).removeprefix("torch."), partial
+        released,
+        load_file(partial / "golden.safetensors")["embeddings"],
+        str(dtype).removeprefix("torch."),
+        partial,
     )
     for name, weight in plain_backbone(released.model).state_dict().items():
         if not torch.equal(weight, live[name]):
-            raise CheckpointError(f"{partial}: weight {name} read back differs from the checkpoint's; nothing was released")
+            raise CheckpointError(
+                f"{partial}: weight {name} read back differs from the checkpoint's; nothing was released"
+            )
     partial.rename(out)
     return difference
 
@@ -49,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run folder, for example runs/quickstart-zero3")
     parser.add_argument("out", type=Path, help="release folder to write; must not exist")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="number format of the released weights"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="number format of the released weights",
     )
     arguments = parser.parse_args(argv)
     try:

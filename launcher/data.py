@@ -33,7 +33,9 @@ class RunData:
     manifest: Manifest
     plan: Plan
 
-    def batches(self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int) -> Generator[Batch]:
+    def batches(
+        self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int
+    ) -> Generator[Batch]:
         """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
         config = run.config.data
         batches = StepBatches(
@@ -62,7 +64,9 @@ def open_data(run: ResolvedRun) -> RunData:
     config = run.config
     folder = open_folder(config.data.shards, config.data.cache)
     manifest = read_manifest(folder)
-    mixture = Mixture(weights=config.data.weights, caps=config.data.caps, sub_batch_size=config.data.sub_batch_size)
+    mixture = Mixture(
+        weights=config.data.weights, caps=config.data.caps, sub_batch_size=config.data.sub_batch_size
+    )
     plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
     return RunData(folder=folder, manifest=manifest, plan=plan)
 
@@ -85,21 +89,25 @@ def prepare_quickstart_if_named(config: RunConfig) -> None:
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:
-    """Whether all ranks see the same data, and local shards and indexes are those of the manifest. Collective.
+    """Whether all ranks see the same data, and local shards and indexes are those of the manifest.
+    Collective.
 
-    The ranks that see one copy share the work; each copy, as on disks of the nodes, is looked at whole. Remote shards are
-    compared when they are fetched. Raises the same DataError, with the first problems found, on every rank.
+    The ranks that see one copy share the work; each copy, as on disks of the nodes, is looked at whole.
+    Remote shards are compared when they are fetched. Raises the same DataError, with the first problems
+    found, on every rank.
     """
     plans = gather_objects(json.dumps(data.plan.description, sort_keys=True))
     if different := [index for index, plan in enumerate(plans) if plan != plans[0]]:
         raise DataError(
-            f"{data.folder.location}: rank {different[0]} sees other shards there than rank 0 ({len(different)} ranks do); "
-            "copy the same prepared folder to every machine"
+            f"{data.folder.location}: rank {different[0]} sees other shards there than rank 0 "
+            f"({len(different)} ranks do); copy the same prepared folder to every machine"
         ).shared()
     if not isinstance(data.folder, LocalFolder):
         return
     status = (data.folder.path / MANIFEST_FILE).stat()
-    copies = gather_objects((status.st_ino, status.st_ctime_ns))  # equal for one file; no copying preserves the second
+    copies = gather_objects(
+        (status.st_ino, status.st_ctime_ns)
+    )  # equal for one file; no copying preserves the second
     own_copy = [index for index, copy in enumerate(copies) if copy == copies[rank()]]
     part, num_parts = own_copy.index(rank()), len(own_copy)
     own = check_files(data.folder, data.manifest, part=part, num_parts=num_parts, hashes=hashes)

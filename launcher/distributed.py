@@ -1,6 +1,8 @@
-"""Who am I: one place that turns what torchrun, deepspeed, mpirun or srun say into RANK, LOCAL_RANK, WORLD_SIZE, MASTER_*.
+"""Who am I: one place that turns what torchrun, deepspeed, mpirun or srun say into RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_*.
 
-DeepSpeed reads these five variables and never SLURM_*; without them it would start MPI discovery or a world of one.
+DeepSpeed reads these five variables and never SLURM_*; without them it would start MPI discovery or a world
+of one.
 """
 
 from __future__ import annotations
@@ -38,18 +40,22 @@ class RankInfo:
 def rank_from_environment(environ: Mapping[str, str]) -> RankInfo:
     """The rank that the environment describes; without a launcher a world of one. Pure; raises ConfigError.
 
-    RANK, LOCAL_RANK and WORLD_SIZE (torchrun, deepspeed) win. Then Open MPI's variables, which also stand inside a Slurm
-    job when mpirun was called there. Slurm's own count only inside a step that srun started: in a batch script or an
-    `salloc` shell they describe the whole job, and one process would wait for ranks that nobody starts.
+    RANK, LOCAL_RANK and WORLD_SIZE (torchrun, deepspeed) win. Then Open MPI's variables, which also stand
+    inside a Slurm job when mpirun was called there. Slurm's own count only inside a step that srun started:
+    in a batch script or an `salloc` shell they describe the whole job, and one process would wait for ranks
+    that nobody starts.
     """
     if any(name in environ for name in _EXPLICIT):
         return _rank_info(environ, _EXPLICIT, "torchrun or deepspeed", addr=None, port=DEFAULT_PORT)
     if any(name in environ for name in _OPEN_MPI):
         is_one_machine = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == environ.get("OMPI_COMM_WORLD_SIZE")
-        return _rank_info(environ, _OPEN_MPI, "mpirun", addr="127.0.0.1" if is_one_machine else None, port=DEFAULT_PORT)
+        return _rank_info(
+            environ, _OPEN_MPI, "mpirun", addr="127.0.0.1" if is_one_machine else None, port=DEFAULT_PORT
+        )
     if "SLURM_STEP_ID" in environ:
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-        # ranks of one job must agree and jobs on one machine must not: the job id decides; below the ephemeral ports
+        # ranks of one job must agree and jobs on one machine must not: the job id decides; below the
+        # ephemeral ports
         port = 12000 + _whole_number(environ, "SLURM_JOB_ID", "srun", default=0) % 20000
         return _rank_info(environ, _SLURM, "srun", addr=first_host(nodes) or None, port=port)
     return RankInfo(
@@ -73,7 +79,8 @@ def export(info: RankInfo, environ: MutableMapping[str, str]) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now: a fixed one would let two groups of ranks on one machine collide."""
+    """A port of this machine that nobody uses now: a fixed one would let two groups of ranks on one machine
+    collide."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -88,12 +95,13 @@ def first_host(nodelist: str) -> str:
 def _rank_info(
     environ: Mapping[str, str], names: tuple[str, str, str], launcher: str, *, addr: str | None, port: int
 ) -> RankInfo:
-    """The three variables of one launcher, checked together; MASTER_ADDR and MASTER_PORT win over `addr` and `port`."""
+    """The three variables of one launcher, checked together; MASTER_ADDR and MASTER_PORT win over `addr` and
+    `port`."""
     if missing := [name for name in names if name not in environ]:
         found = ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
         raise ConfigError(
-            f"found {found}, but {' and '.join(missing)} missing; {launcher} sets {', '.join(names)} together: "
-            "start with one of these launchers, or unset what is left over"
+            f"found {found}, but {' and '.join(missing)} missing; {launcher} sets {', '.join(names)} "
+            "together: start with one of these launchers, or unset what is left over"
         )
     rank, local_rank, world_size = (_whole_number(environ, name, launcher) for name in names)
     if not max(rank, local_rank) < world_size:

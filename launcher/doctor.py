@@ -31,8 +31,9 @@ from launcher.doctor_ranks import check_ranks
 from launcher.doctor_software import Devices, check_devices, check_versions
 
 ABOUT = """\
-Check this machine, and the job it is called in, before a run does: versions, GPUs, MPI, disks, /dev/shm, limits, locks that
-a killed build left, network, Slurm, two ranks that take a ZeRO-3 step; the shards and run folders that you name.
+Check this machine, and the job it is called in, before a run does: versions, GPUs, MPI, disks, /dev/shm,
+limits, locks that a killed build left, network, Slurm, two ranks that take a ZeRO-3 step; the shards and run
+folders that you name.
 
 In a job, start it like the run (srun or mpirun python launcher/doctor.py); one task of each machine reports.
 
@@ -43,8 +44,12 @@ SUBJECT_WIDTH = 15
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="doctor", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, nargs="+", action="extend", default=[], help="run folders to check")
+    parser = argparse.ArgumentParser(
+        prog="doctor", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, nargs="+", action="extend", default=[], help="run folders to check"
+    )
     parser.add_argument(
         "--shards", help="folder or URL of shards to check: presence and sizes (launcher/verify.py reads all)"
     )
@@ -101,7 +106,9 @@ def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
         return check()
     except Exception as error:
         found = f"the check failed: {type(error).__name__}: {one_line(error)}"
-        return [Finding("error", name, found, "mend the errors above; if none explains it, report this as a bug")]
+        return [
+            Finding("error", name, found, "mend the errors above; if none explains it, report this as a bug")
+        ]
 
 
 def table_line(finding: Finding, width: int | None) -> str:
@@ -122,7 +129,10 @@ def table_line(finding: Finding, width: int | None) -> str:
 
 def _speaks(environ: Mapping[str, str]) -> bool:
     """Is this the task of its machine that reports? Wrong variables are a finding, no reason to be silent."""
-    local = next((environ[n] for n in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID") if n in environ), "0")
+    local = next(
+        (environ[n] for n in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID") if n in environ),
+        "0",
+    )
     return local == "0" or not local.isdecimal()
 
 

@@ -27,7 +27,9 @@ class Finding:
 def from_message(subject: str, message: str) -> Finding:
     """An error of ours, whose text ends with `; remedy`."""
     found, _, remedy = message.rpartition("; ")
-    return Finding("error", subject, one_line(found or remedy), one_line(remedy if found else "see README.md"))
+    return Finding(
+        "error", subject, one_line(found or remedy), one_line(remedy if found else "see README.md")
+    )
 
 
 def one_line(text: object) -> str:
@@ -37,5 +39,7 @@ def one_line(text: object) -> str:
 
 def last_lines(text: str, count: int) -> str:
     """The last lines of a program's output that say something."""
-    lines = [one_line(line) for line in text.splitlines() if line.strip(" ^~")]  # without a traceback's underlines
+    lines = [
+        one_line(line) for line in text.splitlines() if line.strip(" ^~")
+    ]  # without a traceback's underlines
     return " | ".join(lines[-count:])

@@ -22,7 +22,9 @@ def check_mpi(environ: Mapping[str, str], *, limit_s: float = 60) -> list[Findin
     """Does mpi4py find an MPI library? In a process of its own, which a broken library may abort."""
     command = [sys.executable, "-c", _LOAD_MPI]
     try:
-        result = subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=limit_s, check=False)
+        result = subprocess.run(
+            command, env=dict(environ), capture_output=True, text=True, timeout=limit_s, check=False
+        )
         if result.returncode == 0:
             return [Finding("ok", "MPI", result.stdout.partition(",")[0].strip())]
         reason = last_lines(result.stdout + result.stderr, 2) or f"ended with code {result.returncode}"
@@ -51,7 +53,11 @@ def check_network(
         value = environ.get(variable)
         if not value:
             continue
-        used = _chosen_by_nccl(value, existing) if variable.startswith("NCCL") else _chosen_by_gloo(value, existing)
+        used = (
+            _chosen_by_nccl(value, existing)
+            if variable.startswith("NCCL")
+            else _chosen_by_gloo(value, existing)
+        )
         if used:
             findings.append(Finding("ok", "network", f"{variable}={value}: {', '.join(used)}"))
         else:
@@ -62,7 +68,10 @@ def check_network(
     if not findings:
         found = f"interfaces {', '.join(existing)}" if existing else "no interface"
         if len(real) > 1:
-            found += "; NCCL and gloo choose. If ranks of several machines do not meet: export NCCL_SOCKET_IFNAME=NAME"
+            found += (
+                "; NCCL and gloo choose. If ranks of several machines do not meet: export "
+                "NCCL_SOCKET_IFNAME=NAME"
+            )
         findings.append(Finding("ok", "network", found))
     address = environ.get("MASTER_ADDR")
     if not address:
@@ -77,7 +86,9 @@ def check_network(
             findings.append(Finding("ok", "MASTER_ADDR", f"{address} can be resolved"))
         except (OSError, UnicodeError) as error:  # UnicodeError: no host name at all
             found = f"MASTER_ADDR={address} cannot be resolved ({error}); the ranks meet there"
-            remedy = "export MASTER_ADDR=HOST with the host name or IP address of rank 0 (getent hosts HOST tells)"
+            remedy = (
+                "export MASTER_ADDR=HOST with the host name or IP address of rank 0 (getent hosts HOST tells)"
+            )
             findings.append(Finding("error", "MASTER_ADDR", found, remedy))
     return findings
 
@@ -86,7 +97,9 @@ def _chosen_by_nccl(value: str, existing: Sequence[str]) -> list[str]:
     """NCCL's syntax: a list of prefixes; `=` before it asks for whole names, `^` for all others."""
     is_excluding, is_exact = value.startswith("^"), value.lstrip("^").startswith("=")
     names = [name for name in value.lstrip("^=").split(",") if name]
-    matching = [name for name in existing if any(name == n if is_exact else name.startswith(n) for n in names)]
+    matching = [
+        name for name in existing if any(name == n if is_exact else name.startswith(n) for n in names)
+    ]
     return [name for name in existing if name not in matching] if is_excluding else matching
 
 
@@ -110,8 +123,14 @@ def check_job(environ: Mapping[str, str], *, num_gpus: int) -> list[Finding]:
     findings = [Finding("ok", "job", found if rank.world_size > 1 or job else "no launcher: a world of one")]
     tasks = _tasks_of_this_machine(environ)
     if num_gpus and tasks > 1 and tasks != num_gpus:  # one task may be the shell of the job
-        counts = f"{tasks} tasks on this machine, {num_gpus} GPUs visible; each rank takes the GPU of its local rank"
-        remedy = f"#SBATCH --ntasks-per-node={num_gpus}, --gpus-per-node instead of --gpus-per-task, or mpirun -n {num_gpus}"
+        counts = (
+            f"{tasks} tasks on this machine, {num_gpus} GPUs visible; each rank takes the GPU of its local "
+            "rank"
+        )
+        remedy = (
+            f"#SBATCH --ntasks-per-node={num_gpus}, --gpus-per-node instead of --gpus-per-task, or mpirun -n "
+            f"{num_gpus}"
+        )
         state: State = "error" if tasks > num_gpus > 1 else "warning"  # a rank that sees one takes that one
         findings.append(Finding(state, "job", counts, remedy))
     return findings

@@ -40,13 +40,29 @@ def places(environ: Mapping[str, str], runs: Sequence[Path], *, home: Path | Non
     temporary = Path(environ.get("TMPDIR") or "/tmp")
     return [
         Place(name="working folder", path=Path(), **room, other="work on another disk"),
-        *(Place(name="run folder", path=run, **room, other="choose another --run_dir") for run in runs or [Path("runs")]),
-        Place(name="shard cache", path=home / ".cache/agff/shards", **room, other="choose another --data.cache.dir"),
-        Place(name="TMPDIR", path=temporary, least_bytes=GIB // 10, enough_bytes=GIB, other="export TMPDIR=FOLDER"),
+        *(
+            Place(name="run folder", path=run, **room, other="choose another --run_dir")
+            for run in runs or [Path("runs")]
+        ),
+        Place(
+            name="shard cache",
+            path=home / ".cache/agff/shards",
+            **room,
+            other="choose another --data.cache.dir",
+        ),
+        Place(
+            name="TMPDIR",
+            path=temporary,
+            least_bytes=GIB // 10,
+            enough_bytes=GIB,
+            other="export TMPDIR=FOLDER",
+        ),
     ]
 
 
-def check_disk(where: Iterable[Place], *, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> list[Finding]:
+def check_disk(
+    where: Iterable[Place], *, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs
+) -> list[Finding]:
     """Free space, free files and permission to write, of each place or of its nearest parent that exists."""
     findings = []
     for place in where:
@@ -58,11 +74,18 @@ def check_disk(where: Iterable[Place], *, statvfs: Callable[[Path], os.statvfs_r
         found = f"{path}: {_gib(free)} free"
         remedy = f"free space there (du -sh {folder}/*), or {place.other}"
         if not os.access(folder, os.W_OK):
-            found, state, remedy = f"{path}: {folder} is not writable", "error", f"chown or remount it, or {place.other}"
+            found, state, remedy = (
+                f"{path}: {folder} is not writable",
+                "error",
+                f"chown or remount it, or {place.other}",
+            )
         elif free < place.least_bytes:
             found, state = f"{found}; less than {_gib(place.least_bytes)} does not do", "error"
         elif status.f_files and status.f_favail < LEAST_FREE_FILES:
-            found, state = f"{found}, but only {status.f_favail} more files; at least {LEAST_FREE_FILES}", "error"
+            found, state = (
+                f"{found}, but only {status.f_favail} more files; at least {LEAST_FREE_FILES}",
+                "error",
+            )
         elif free < place.enough_bytes:
             found, state = f"{found}; {_gib(place.enough_bytes)} or more is advised", "warning"
         findings.append(Finding(state, place.name, found, "" if state == "ok" else remedy))
@@ -70,9 +93,13 @@ def check_disk(where: Iterable[Place], *, statvfs: Callable[[Path], os.statvfs_r
 
 
 def check_shared_memory(
-    path: Path = Path("/dev/shm"), *, num_gpus: int = 0, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs
+    path: Path = Path("/dev/shm"),
+    *,
+    num_gpus: int = 0,
+    statvfs: Callable[[Path], os.statvfs_result] = os.statvfs,
 ) -> list[Finding]:
-    """Size of /dev/shm, through which NCCL's ranks of one machine talk. (Our loader hands batches over without it.)"""
+    """Size of /dev/shm, through which NCCL's ranks of one machine talk. (Our loader hands batches over
+    without it.)"""
     if not path.is_dir():
         found = f"{path} is missing; processes share memory there"
         return [Finding("error", "shared memory", found, f"mkdir {path} && mount -t tmpfs tmpfs {path}")]
@@ -82,9 +109,14 @@ def check_shared_memory(
     if min(size, free) >= ENOUGH_SHM_BYTES:
         return [Finding("ok", "shared memory", found)]
     state: State = "error" if num_gpus > 1 and min(size, free) < LEAST_SHM_BYTES else "warning"
-    found += f"; {_gib(ENOUGH_SHM_BYTES)} or more must be free, else NCCL and other loaders fail with `No space left`"
+    found += (
+        f"; {_gib(ENOUGH_SHM_BYTES)} or more must be free, else NCCL and other loaders fail with `No space "
+        "left`"
+    )
     if size < ENOUGH_SHM_BYTES:
-        remedy = f"docker run --shm-size=16g, or --ipc=host; without a container: mount -o remount,size=50% {path}"
+        remedy = (
+            f"docker run --shm-size=16g, or --ipc=host; without a container: mount -o remount,size=50% {path}"
+        )
     else:
         remedy = f"ls -lt {path}, and rm what processes that have ended left there"
     return [Finding(state, "shared memory", found, remedy)]
@@ -100,7 +132,10 @@ def check_limits(
     if soft == resource.RLIM_INFINITY or soft >= ENOUGH_OPEN_FILES:
         findings = [Finding("ok", "open files", f"at most {_limit(soft)}")]
     else:
-        found = f"at most {soft} (hard limit {_limit(hard)}); shards, workers and sockets want {ENOUGH_OPEN_FILES}"
+        found = (
+            f"at most {soft} (hard limit {_limit(hard)}); shards, workers and sockets want "
+            f"{ENOUGH_OPEN_FILES}"
+        )
         if hard == resource.RLIM_INFINITY or hard >= ENOUGH_OPEN_FILES:
             remedy = f"ulimit -n {65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)}"
         else:
@@ -109,8 +144,13 @@ def check_limits(
     soft, _ = getrlimit(resource.RLIMIT_MEMLOCK)
     adapters = sorted(path.name for path in infiniband.iterdir()) if infiniband.is_dir() else []
     if adapters and soft != resource.RLIM_INFINITY:
-        found = f"at most {_gib(soft)}; InfiniBand ({', '.join(adapters)}) registers memory and wants no limit"
-        remedy = "ulimit -l unlimited; docker run --ulimit memlock=-1; Slurm: PropagateResourceLimitsExcept=MEMLOCK"
+        found = (
+            f"at most {_gib(soft)}; InfiniBand ({', '.join(adapters)}) registers memory and wants no limit"
+        )
+        remedy = (
+            "ulimit -l unlimited; docker run --ulimit memlock=-1; Slurm: "
+            "PropagateResourceLimitsExcept=MEMLOCK"
+        )
         findings.append(Finding("warning", "locked memory", found, remedy))
     else:
         why = "" if adapters else "; matters with InfiniBand only, which is absent"
@@ -128,7 +168,8 @@ def extension_folder(environ: Mapping[str, str], *, home: Path | None = None) ->
 
 
 def process_that_holds(path: Path) -> int | None:
-    """A process of this machine that has the file open, as a build has its lock; None when none can be seen."""
+    """A process of this machine that has the file open, as a build has its lock; None when none can be
+    seen."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samefile(link, path):
@@ -139,7 +180,10 @@ def process_that_holds(path: Path) -> int | None:
 
 
 def check_build_locks(
-    folder: Path, *, holder: Callable[[Path], int | None] = process_that_holds, now: Callable[[], float] = time.time
+    folder: Path,
+    *,
+    holder: Callable[[Path], int | None] = process_that_holds,
+    now: Callable[[], float] = time.time,
 ) -> list[Finding]:
     """Locks that a killed build of an operator left."""
     findings = []
@@ -151,12 +195,23 @@ def check_build_locks(
         except FileNotFoundError:  # the build ended while we looked
             continue
         if pid is None:
-            found = f"{lock}, {minutes:.0f} min old, is held by no process here: every later start waits on it silently"
+            found = (
+                f"{lock}, {minutes:.0f} min old, is held by no process here: every later start waits on it "
+                "silently"
+            )
             findings.append(
-                Finding("error", "build lock", found, f"rm {lock} (unless another machine or container builds there now)")
+                Finding(
+                    "error",
+                    "build lock",
+                    found,
+                    f"rm {lock} (unless another machine or container builds there now)",
+                )
             )
         elif minutes * 60 > OLD_LOCK_S:
-            found = f"process {pid} has held {lock} for {minutes:.0f} min; builds take less than {OLD_LOCK_S // 60}"
+            found = (
+                f"process {pid} has held {lock} for {minutes:.0f} min; builds take less than "
+                f"{OLD_LOCK_S // 60}"
+            )
             findings.append(Finding("warning", "build lock", found, f"if it hangs: kill {pid}; rm {lock}"))
         else:
             findings.append(Finding("ok", "build lock", f"process {pid} builds in {lock.parent} now"))

@@ -30,7 +30,8 @@ def check_ranks(
 ) -> list[Finding]:
     """Start ranks on this machine that all-reduce and take one ZeRO-3 step. None of them outlives the call.
 
-    log_folder: where the whole output of a rank that failed is kept; the folder for temporary files unless given.
+    log_folder: where the whole output of a rank that failed is kept; the folder for temporary files unless
+    given.
     """
     from launcher.distributed import free_port
 
@@ -44,7 +45,11 @@ def check_ranks(
     }
     base["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), environ.get("PYTHONPATH")]))
     base |= {"DS_ACCELERATOR": "cuda"} if on_gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", f"from {__name__} import step_on_this_rank; step_on_this_rank({limit_s})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from {__name__} import step_on_this_rank; step_on_this_rank({limit_s})",
+    ]
     start = time.monotonic()
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,11 +75,18 @@ def check_ranks(
         if failed is None:
             return [Finding("ok", "ranks", f"{what}: all-reduce and one ZeRO-3 step in {seconds:.0f} s")]
         code, text = processes[failed].returncode, outputs[failed].read_text(errors="replace")
-        how = f"not done within {limit_s:.0f} s" if seconds >= limit_s else f"rank {failed} ended with code {code}"
+        how = (
+            f"not done within {limit_s:.0f} s"
+            if seconds >= limit_s
+            else f"rank {failed} ended with code {code}"
+        )
         found = f"{what}: {how}: {last_lines(text, 3) or 'it said nothing'}"
         log = (log_folder or Path(tempfile.gettempdir())) / f"doctor-rank-{failed}.log"
         log.write_text(text)
-        remedy = f"mend the errors above, if any; else: less {log}; with NCCL_DEBUG=INFO before the command it says more"
+        remedy = (
+            f"mend the errors above, if any; else: less {log}; with NCCL_DEBUG=INFO before the command it "
+            "says more"
+        )
         return [Finding("error", "ranks", found, remedy)]
 
 
@@ -101,7 +113,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def step_on_this_rank(limit_s: float) -> None:
     """What each rank of `check_ranks` does. Collective. It ends by itself, also when doctor was killed."""
     signal.alarm(int(limit_s) + 10)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by names torch 2.13 renamed
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # DeepSpeed calls collectives by names torch 2.13 renamed
     import torch
     import torch.distributed as dist
 

@@ -15,7 +15,17 @@ from launcher.doctor_finding import Finding, State
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 OLDEST_PYTHON = (3, 11)
-NEEDED = ("torch", "deepspeed", "transformers", "peft", "accelerate", "webdataset", "pyarrow", "safetensors", "pillow")
+NEEDED = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "accelerate",
+    "webdataset",
+    "pyarrow",
+    "safetensors",
+    "pillow",
+)
 """Packages without which nothing runs; asked for when there is no requirements.txt to read."""
 
 
@@ -48,7 +58,11 @@ def check_versions(
         else:
             agreeing.append(f"{package} {version}")
     if agreeing:
-        found = f"{', '.join(agreeing[:4])} and {len(agreeing) - 4} more" if len(agreeing) > 5 else ", ".join(agreeing)
+        found = (
+            f"{', '.join(agreeing[:4])} and {len(agreeing) - 4} more"
+            if len(agreeing) > 5
+            else ", ".join(agreeing)
+        )
         findings.append(Finding("ok", "versions", found))
     return findings
 
@@ -57,7 +71,10 @@ def _pins(requirements: Path) -> dict[str, str]:
     """Package -> pinned version, "" where none is known."""
     if not requirements.exists():
         return dict.fromkeys(NEEDED, "")
-    lines = (re.match(r"([\w.-]+)(?:\[[^\]]*\])?==([\w.!+-]+)", line) for line in requirements.read_text().splitlines())
+    lines = (
+        re.match(r"([\w.-]+)(?:\[[^\]]*\])?==([\w.!+-]+)", line)
+        for line in requirements.read_text().splitlines()
+    )
     return {line[1]: line[2] for line in lines if line}
 
 
@@ -86,11 +103,14 @@ class Devices:
 
         with warnings.catch_warnings(record=True):  # torch warns of an unusable driver; the finding says it
             has_gpu = torch.cuda.is_available()
-        gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_gpu else ()
+        gpus = (
+            tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if has_gpu else ()
+        )
         has_nccl = has_gpu and dist.is_nccl_available()
         return cls(
             gpus=gpus,
-            has_bf16=bool(gpus) and all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(len(gpus))),
+            has_bf16=bool(gpus)
+            and all(torch.cuda.get_device_capability(i)[0] >= 8 for i in range(len(gpus))),
             nccl=".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "",
             has_gloo=dist.is_gloo_available(),
             num_unusable=num_unusable_gpus(os.environ),
@@ -114,8 +134,14 @@ def check_devices(devices: Devices) -> list[Finding]:
         else:
             findings.append(Finding("error", "NCCL", "torch has no NCCL; ranks on GPUs meet over it", again))
     elif devices.num_unusable:
-        found = f"the driver knows {devices.num_unusable} NVIDIA GPUs, torch ({devices.torch_build} build) can use none"
-        remedy = "compare the CUDA version in nvidia-smi; install torch's build for it; or DS_ACCELERATOR=cpu to use none"
+        found = (
+            f"the driver knows {devices.num_unusable} NVIDIA GPUs, torch ({devices.torch_build} build) can "
+            "use none"
+        )
+        remedy = (
+            "compare the CUDA version in nvidia-smi; install torch's build for it; or DS_ACCELERATOR=cpu to "
+            "use none"
+        )
         findings.append(Finding("error", "GPUs", found, remedy))
     else:
         findings.append(Finding("ok", "GPUs", "none: CPU and gloo"))

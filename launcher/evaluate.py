@@ -1,6 +1,7 @@
 """`python launcher/evaluate.py RUN_OR_RELEASE --mmeb_eval DIR --mmvp DIR`: scores with the fused similarity.
 
-Prints a table and writes scores.json. Images are opened batch by batch, and each item of a set is encoded once.
+Prints a table and writes scores.json. Images are opened batch by batch, and each item of a set is encoded
+once.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], EmbeddingModel]) -
             **report_values(mmeb, mmvp),
         },
     )
-    return "\n\n".join([*_tables(mmeb, mmvp), *(f"Note: {note}" for note in notes), *examples, f"written: {out}"])
+    return "\n\n".join(
+        [*_tables(mmeb, mmvp), *(f"Note: {note}" for note in notes), *examples, f"written: {out}"]
+    )
 
 
 def write_scores(path: Path, values: Mapping[str, Any]) -> None:
@@ -111,16 +114,28 @@ def _count(minimum: int) -> Callable[[str], int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="evaluate", description="Score a run or a release with the fused similarity.")
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description="Score a run or a release with the fused similarity."
+    )
     parser.add_argument("model", type=Path, help="run folder or release folder")
     parser.add_argument("--mmeb_eval", type=Path, help="folder in MMEB-eval's layout")
-    parser.add_argument("--mmeb_images", type=Path, help="where its images are (default: its images/, then itself)")
+    parser.add_argument(
+        "--mmeb_images", type=Path, help="where its images are (default: its images/, then itself)"
+    )
     parser.add_argument("--mmvp", type=Path, help="folder in MMVP-VLM's layout")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: scores.json in the model's folder)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write (default: scores.json in the model's folder)"
+    )
     parser.add_argument("--batch_size", type=_count(1), default=32, help="items encoded at once")
-    parser.add_argument("--max_queries", type=_count(1), metavar="N", help="only the first N queries of each MMEB set")
-    parser.add_argument("--show", type=_count(0), default=0, metavar="N", help="print N queries of a text-to-image set")
-    parser.add_argument("--example", metavar="TEXT", help="print the five best images for TEXT and score nothing")
+    parser.add_argument(
+        "--max_queries", type=_count(1), metavar="N", help="only the first N queries of each MMEB set"
+    )
+    parser.add_argument(
+        "--show", type=_count(0), default=0, metavar="N", help="print N queries of a text-to-image set"
+    )
+    parser.add_argument(
+        "--example", metavar="TEXT", help="print the five best images for TEXT and score nothing"
+    )
     return parser
 
 

@@ -15,7 +15,8 @@ from launcher.run_folder import read_run_config
 
 
 def load_model(path: Path) -> Embedder:
-    """The model of a release folder, or of the newest checkpoint of a run folder, on the GPU where there is one."""
+    """The model of a release folder, or of the newest checkpoint of a run folder, on the GPU where there is
+    one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (path / CONTRACT_FILE).exists():
         return load(path, device=device)
@@ -29,10 +30,13 @@ def load_run(run: Path) -> tuple[Embedder, int]:
     config = read_run_config(run)
     step = latest_step(run)
     if step is None:
-        raise CheckpointError(f"{run}: the run has no complete checkpoint yet; let it train to its first save (save_every)")
+        raise CheckpointError(
+            f"{run}: the run has no complete checkpoint yet; let it train to its first save (save_every)"
+        )
     if problems := check_checkpoint(run, step):
         raise CheckpointError(
-            f"{run}: the newest checkpoint is damaged: {problems[0]}; training again falls back to an older one"
+            f"{run}: the newest checkpoint is damaged: {problems[0]}; training again falls back to an older "
+            "one"
         )
     model = untrained_model(config, dtype=torch.float32)
     weights = consolidated_weights(run, step=step)

@@ -31,12 +31,14 @@ class LossSpikes:
     """Judges one loss after the other (ours). Steps before the start of this process do not count."""
 
     def __init__(self, *, deviations: float | None) -> None:
-        """deviations: standard deviations above the mean of the last steps that make a spike; None: nothing does."""
+        """deviations: standard deviations above the mean of the last steps that make a spike; None: nothing
+        does."""
         self._limit = deviations
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def judge(self, loss: float) -> Spike | None:
-        """The spike that this step is, if it is one. Losses that are not finite are another matter, and passed over."""
+        """The spike that this step is, if it is one. Losses that are not finite are another matter, and
+        passed over."""
         if self._limit is None or not math.isfinite(loss):
             return None
         before = list(self._losses)
@@ -45,6 +47,8 @@ class LossSpikes:
             return None
         mean = statistics.fmean(before)
         spike = Spike(
-            loss=loss, mean=mean, standard_deviation=max(statistics.pstdev(before), LEAST_DEVIATION * abs(mean), 1e-12)
+            loss=loss,
+            mean=mean,
+            standard_deviation=max(statistics.pstdev(before), LEAST_DEVIATION * abs(mean), 1e-12),
         )
         return spike if spike.deviations > self._limit else None

@@ -18,11 +18,14 @@ from launcher.config import ResolvedRun, RunConfig
 
 def build_processor(config: RunConfig) -> ItemProcessor:
     """The processor of the backbone folder with the run's prompts and limits."""
-    return ItemProcessor.from_folder(Path(config.backbone.path), prompts=config.prompts, limits=config.processor)
+    return ItemProcessor.from_folder(
+        Path(config.backbone.path), prompts=config.prompts, limits=config.processor
+    )
 
 
 def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
-    """The model to train. Under ZeRO-3 it is partitioned while loading: a collective, after the process group exists."""
+    """The model to train. Under ZeRO-3 it is partitioned while loading: a collective, after the process group
+    exists."""
     partitioned = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     model = untrained_model(run.config, dtype=dtype)

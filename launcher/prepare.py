@@ -1,4 +1,5 @@
-"""`python launcher/prepare.py --mmeb DIR --out SHARDS`: an MMEB-train download -> WebDataset shards, index and manifest."""
+"""`python launcher/prepare.py --mmeb DIR --out SHARDS`: an MMEB-train download -> WebDataset shards, index
+and manifest."""
 
 from __future__ import annotations
 
@@ -45,12 +46,14 @@ RECORDS = ".records"
 ABOUT = """\
 Convert MMEB-train (one parquet a subset, loose image files) into WebDataset shards that stream.
 
-Each row becomes one sample: its texts and ids as JSON, its images byte for byte. Rows that cannot be used (missing or
-unreadable image, placeholder missing) are listed in <SUBSET>/rejected.jsonl with their reason; nothing is dropped silently.
-A run that was killed continues when the same command is given again, and the shards are byte for byte the same.
+Each row becomes one sample: its texts and ids as JSON, its images byte for byte. Rows that cannot be used
+(missing or unreadable image, placeholder missing) are listed in <SUBSET>/rejected.jsonl with their reason;
+nothing is dropped silently. A run that was killed continues when the same command is given again, and the
+shards are byte for byte the same.
 
-On several nodes: mpirun -n 64 python launcher/prepare.py ... or srun --mpi=pmix -n 64 python launcher/prepare.py ...; one
-task hands out the shards, the others write them. All must see the same folders.
+On several nodes: mpirun -n 64 python launcher/prepare.py ...
+              or srun --mpi=pmix -n 64 python launcher/prepare.py ...
+One task hands out the shards, the others write them. All must see the same folders.
 """
 
 
@@ -87,11 +90,13 @@ def prepare(
 ) -> Manifest:
     """Write the shards of all (or the named) subsets of `root` and return their manifest.
 
-    A finished conversion with the same settings returns at once. Raises DataError for an unreadable input and ConfigError
-    when `out` holds another conversion, both before anything is written; and DataError when the disk is full or a writer
+    A finished conversion with the same settings returns at once. Raises DataError for an unreadable input and
+    ConfigError when `out` holds another conversion, both before anything is written; and DataError when the
+    disk is full or a writer
     died: the same call then continues.
 
-    executor: makes the pool of writers, for example `lambda: ProcessPoolExecutor(8)`; None writes in this process.
+    executor: makes the pool of writers, for example `lambda: ProcessPoolExecutor(8)`; None writes in this
+    process.
     """
     rows = _rows_of_subsets(root, subsets, split, max_rows)
     settings = _settings(root, rows, split, rows_per_shard)
@@ -99,7 +104,13 @@ def prepare(
         _claim(out, settings)
     tasks = [
         _Task(
-            root=root, out=out, subset=subset, split=split, index=index, start=start, stop=min(start + rows_per_shard, total)
+            root=root,
+            out=out,
+            subset=subset,
+            split=split,
+            index=index,
+            start=start,
+            stop=min(start + rows_per_shard, total),
         )
         for subset, total in rows.items()
         for index, start in enumerate(range(0, total, rows_per_shard))
@@ -123,12 +134,14 @@ def _write_errors(out: Path) -> Iterator[None]:
         raise DataError(f"{out}: a writer died ({error}); give the same command again to continue") from None
     except OSError as error:
         raise DataError(
-            f"cannot read or write {error.filename or out}: {error.strerror or error}; free space or mend the cause, then "
-            "give the same command again: what is complete stays"
+            f"cannot read or write {error.filename or out}: {error.strerror or error}; free space or mend "
+            "the cause, then give the same command again: what is complete stays"
         ) from None
 
 
-def _rows_of_subsets(root: Path, subsets: Sequence[str] | None, split: str, max_rows: int | None) -> dict[str, int]:
+def _rows_of_subsets(
+    root: Path, subsets: Sequence[str] | None, split: str, max_rows: int | None
+) -> dict[str, int]:
     found = find_subsets(root, split=split)
     if unknown := sorted(set(subsets or ()) - set(found)):
         raise DataError(f"{root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
@@ -161,16 +174,21 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         try:
             found = dict(json.loads(marker.read_text()))
         except (ValueError, TypeError):
-            raise ConfigError(f"{marker} is damaged; remove {out} and convert again, or choose another --out") from None
+            raise ConfigError(
+                f"{marker} is damaged; remove {out} and convert again, or choose another --out"
+            ) from None
         changed = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
         if changed:
             raise ConfigError(
-                f"{out} holds a conversion with other {', '.join(changed)}; remove it, or choose another --out"
+                f"{out} holds a conversion with other {', '.join(changed)}; remove it, or choose another "
+                "--out"
             )
         return
     unfinished = f"{SETTINGS_FILE}.*.partial"  # of a run that was killed at once
     if out.exists() and any(not path.match(unfinished) for path in out.iterdir()):
-        raise ConfigError(f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out")
+        raise ConfigError(
+            f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     _write_text(marker, json.dumps(settings, indent=1) + "\n")
 
@@ -196,7 +214,8 @@ def _write_shards(tasks: Sequence[_Task], executor: Callable[[], AbstractContext
 
 
 def _end_with_parent() -> None:
-    """In a writer: a killed command must not leave writers behind, which would go on with its work and never end."""
+    """In a writer: a killed command must not leave writers behind, which would go on with its work and never
+    end."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
@@ -224,12 +243,19 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
         num_rejected = _write_rejected(out / subset / "rejected.jsonl", records)
         index = write_index(out / subset, (record.samples for record in records))
         shards = tuple(
-            Shard(name=task.path.name, num_samples=record.num_samples, size_bytes=record.size_bytes, sha256=record.sha256)
+            Shard(
+                name=task.path.name,
+                num_samples=record.num_samples,
+                size_bytes=record.size_bytes,
+                sha256=record.sha256,
+            )
             for task, record in zip(own, records, strict=True)
         )
         sources[subset] = Source(num_rows=num_rows, num_rejected=num_rejected, shards=shards, index=index)
         if sources[subset].num_samples + num_rejected != num_rows:
-            raise AssertionError(f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}")
+            raise AssertionError(
+                f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}"
+            )
     write_manifest(out, Manifest(sources=sources, settings=settings))
 
 
@@ -267,12 +293,20 @@ def summary(manifest: Manifest, out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="prepare", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mmeb", type=Path, required=True, help="folder of the download: <SUBSET>/*.parquet and images/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards, new or of an interrupted run")
+    parser = argparse.ArgumentParser(
+        prog="prepare", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mmeb", type=Path, required=True, help="folder of the download: <SUBSET>/*.parquet and images/"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the shards, new or of an interrupted run"
+    )
     parser.add_argument("--subsets", nargs="+", help="only these subsets (default: all)")
     parser.add_argument("--split", choices=SPLITS, default="original", help="which parquet files are read")
-    parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows of one tar file (default: %(default)s)")
+    parser.add_argument(
+        "--rows_per_shard", type=int, default=1000, help="rows of one tar file (default: %(default)s)"
+    )
     parser.add_argument("--max_rows", type=int, help="at most so many rows of each subset (default: all)")
     parser.add_argument("--processes", type=int, help="writers at work at once (default: one for each core)")
     parser.add_argument("--dry-run", action="store_true", help="count rows and shards, write nothing")
@@ -293,7 +327,9 @@ def _run(arguments: argparse.Namespace, executor: Callable[[], AbstractContextMa
     if arguments.dry_run:
         rows = _rows_of_subsets(arguments.mmeb, arguments.subsets, arguments.split, arguments.max_rows)
         for subset, count in rows.items():
-            sys.stdout.write(f"{subset:<28} {count:>9,} rows {-(-count // arguments.rows_per_shard):>7,} shards\n")
+            sys.stdout.write(
+                f"{subset:<28} {count:>9,} rows {-(-count // arguments.rows_per_shard):>7,} shards\n"
+            )
         return 0
     manifest = prepare(
         arguments.mmeb,
@@ -315,13 +351,14 @@ def _run_under_mpi(arguments: argparse.Namespace) -> int:
         from mpi4py.futures import MPICommExecutor
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"several tasks were started, but mpi4py finds no MPI library ({error}); install one (README), or start one task"
+            f"several tasks were started, but mpi4py finds no MPI library ({error}); install one (README), "
+            "or start one task"
         ) from None
     started = rank_from_environment(os.environ).world_size
     if MPI.COMM_WORLD.Get_size() != started:
         raise ConfigError(
-            f"{started} tasks were started, MPI knows {MPI.COMM_WORLD.Get_size()}; use srun --mpi=pmix, or mpirun of the "
-            "same MPI that mpi4py loads"
+            f"{started} tasks were started, MPI knows {MPI.COMM_WORLD.Get_size()}; use srun --mpi=pmix, or "
+            "mpirun of the same MPI that mpi4py loads"
         )
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
         if pool is None:

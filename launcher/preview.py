@@ -24,30 +24,49 @@ from launcher.preview_page import page
 from launcher.preview_samples import SampleView, TextView
 
 ABOUT = """\
-Write one HTML page that shows what the loader yields: for each step its sub-batches, for each pair its images and texts.
+Write one HTML page that shows what the loader yields: for each step its sub-batches, for each pair its images
+and texts.
 
-The order is that of a training run with the same shards, weights, caps, seed and batch sizes. With --backbone the page also
-shows each text as the model gets it: cut to --max_tokens, image and prompts in their places. A sample that cannot be used
-stands on the page in red, with its reason and with the sample that is drawn in its place.
-Of remote shards, those that hold the shown samples are fetched whole into ~/.cache/agff/shards.
+The order is that of a training run with the same shards, weights, caps, seed and batch sizes. With --backbone
+the page also shows each text as the model gets it: cut to --max_tokens, image and prompts in their places. A
+sample that cannot be used stands on the page in red, with its reason and with the sample that is drawn in its
+place. Of remote shards, those that hold the shown samples are fetched whole into ~/.cache/agff/shards.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="preview", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="preview", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shards", metavar="SHARDS", help="folder written by launcher/prepare.py, or its URL")
-    parser.add_argument("--steps", type=int, default=2, help="how many steps are shown (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="how many steps are shown (default: %(default)s)"
+    )
     parser.add_argument("--start_step", type=int, default=0, help="the first one (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="pairs of a global batch (default: %(default)s)")
-    parser.add_argument("--sub_batch_size", type=int, default=4, help="pairs of a sub-batch (default: %(default)s)")
-    parser.add_argument("--weights", help='JSON object, source -> share of the sub-batches; for example {"A": 2, "B": 1}')
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="pairs of a global batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sub_batch_size", type=int, default=4, help="pairs of a sub-batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weights", help='JSON object, source -> share of the sub-batches; for example {"A": 2, "B": 1}'
+    )
     parser.add_argument("--caps", type=int, help="samples used of each source at most (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument("--backbone", type=Path, help="Hugging Face folder; shows texts as the model sees them")
-    parser.add_argument("--max_tokens", type=int, help=f"tokens of an item (default: {ProcessorConfig.max_tokens})")
-    parser.add_argument("--max_pixels", type=int, help="larger images are reduced (default: the backbone's own limit)")
-    parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--backbone", type=Path, help="Hugging Face folder; shows texts as the model sees them"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, help=f"tokens of an item (default: {ProcessorConfig.max_tokens})"
+    )
+    parser.add_argument(
+        "--max_pixels", type=int, help="larger images are reduced (default: the backbone's own limit)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("preview.html"), help="the page (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     try:
         sys.stdout.write(write_preview(arguments) + "\n")
@@ -57,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_preview(arguments: argparse.Namespace) -> str:
-    """Write the page that the command line asks for; the line that says so. Raises DataError or ConfigError."""
+    """Write the page that the command line asks for; the line that says so. Raises DataError or
+    ConfigError."""
     _check(arguments)
     folder = open_folder(arguments.shards, CacheConfig())
     manifest = read_manifest(folder)
@@ -65,20 +85,27 @@ def write_preview(arguments: argparse.Namespace) -> str:
     mixture = Mixture(weights=weights, caps=arguments.caps, sub_batch_size=arguments.sub_batch_size)
     plan = Plan(manifest, mixture, seed=arguments.seed, global_batch_size=arguments.batch_size)
     processor = _processor(arguments)
-    view = SampleView(plan=plan, reader=ShardReader(folder, manifest), text_view=TextView(processor) if processor else None)
+    view = SampleView(
+        plan=plan, reader=ShardReader(folder, manifest), text_view=TextView(processor) if processor else None
+    )
     with tqdm(total=arguments.steps * arguments.batch_size, desc="preview", unit="pair") as bar:
-        steps = [view.step(number, bar) for number in range(arguments.start_step, arguments.start_step + arguments.steps)]
+        steps = [
+            view.step(number, bar)
+            for number in range(arguments.start_step, arguments.start_step + arguments.steps)
+        ]
     content = page(folder.location, manifest, plan, _settings(arguments, processor), steps)
     try:
         # a text may hold half of a surrogate pair, which no UTF-8 file can
         arguments.out.write_text(content, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise ConfigError(f"--out {arguments.out}: cannot write the page: {error.strerror}; choose another file") from None
+        raise ConfigError(
+            f"--out {arguments.out}: cannot write the page: {error.strerror}; choose another file"
+        ) from None
     num_unusable = sum(sub_batch.num_unusable for step in steps for sub_batch in step.sub_batches)
     return (
         f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB): "
-        f"steps {steps[0].number} to {steps[-1].number}, {view.plan.description['global_batch_size'] * len(steps)} pairs, "
-        f"{num_unusable} unusable samples"
+        f"steps {steps[0].number} to {steps[-1].number}, "
+        f"{view.plan.description['global_batch_size'] * len(steps)} pairs, {num_unusable} unusable samples"
     )
 
 
@@ -100,11 +127,15 @@ def _read_weights(text: str | None) -> dict[str, float] | None:
     try:
         weights = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--weights {text}: not JSON: {error}; write for example " + '{"A": 2, "B": 1}') from None
+        raise ConfigError(
+            f"--weights {text}: not JSON: {error}; write for example " + '{"A": 2, "B": 1}'
+        ) from None
     if not isinstance(weights, dict) or not all(
         isinstance(weight, int | float) and math.isfinite(weight) for weight in weights.values()
     ):
-        raise ConfigError(f"--weights {text}: expected a JSON object of numbers, for example " + '{"A": 2, "B": 1}')
+        raise ConfigError(
+            f"--weights {text}: expected a JSON object of numbers, for example " + '{"A": 2, "B": 1}'
+        )
     return weights
 
 
@@ -128,11 +159,16 @@ def _settings(arguments: argparse.Namespace, processor: ItemProcessor | None) ->
         "seed": arguments.seed,
     }
     if processor is None:
-        return {**settings, "backbone": f"none: texts are raw, {IMAGE_PLACEHOLDER} stands where the image belongs"}
+        return {
+            **settings,
+            "backbone": f"none: texts are raw, {IMAGE_PLACEHOLDER} stands where the image belongs",
+        }
     return {
         **settings,
         "backbone": arguments.backbone,
-        "tokens of an item": f"at most {processor.limits.max_tokens:,}, of which {processor.prompts.num_tokens} are prompts",
+        "tokens of an item": (
+            f"at most {processor.limits.max_tokens:,}, of which {processor.prompts.num_tokens} are prompts"
+        ),
         "pixels of an image": f"at most {processor.max_image_pixels:,}; larger images are reduced",
     }
 

@@ -36,20 +36,23 @@ th { background: #f6f8fa; font-weight: 600; }
 .count { margin: 0; }
 .mark { background: #ddf4ff; color: #0550ae; border-radius: 3px; font: 13px ui-monospace, monospace; }
 .newline::before { content: "\\21b5"; color: #8c959f; }
-.unusable td { background: #ffebe9; } .reason, .lost { color: #b3151f; font-weight: 600; overflow-wrap: anywhere; }
-.contents { background: #f6f8fa; padding: 8px 16px; }
-.contents ol { margin: 4px 0; columns: 260px; }
+.unusable td { background: #ffebe9; } .reason, .lost { color: #b3151f; font-weight: 600; overflow-wrap:
+anywhere; } .contents { background: #f6f8fa; padding: 8px 16px; } .contents ol { margin: 4px 0; columns:
+260px; }
 """
 
 EXPLANATION = """\
-A step trains on one <b>global batch</b> of pairs. It is made of <b>sub-batches</b>: groups of pairs that all come from one
-source. Each query must find its own target among the targets of the whole global batch. Those of its own sub-batch come from
-the same task and look alike, so they are harder to tell apart than those of other sources. A negative is one more wrong
-answer, which the source itself names. Each table below a source's name is one sub-batch.
+A step trains on one <b>global batch</b> of pairs. It is made of <b>sub-batches</b>: groups of pairs that all
+come from one source. Each query must find its own target among the targets of the whole global batch. Those
+of its own sub-batch come from the same task and look alike, so they are harder to tell apart than those of
+other sources. A negative is one more wrong answer, which the source itself names. Each table below a source's
+name is one sub-batch.
 """
 
 
-def page(location: str, manifest: Manifest, plan: Plan, settings: Mapping[str, object], steps: Sequence[Step]) -> str:
+def page(
+    location: str, manifest: Manifest, plan: Plan, settings: Mapping[str, object], steps: Sequence[Step]
+) -> str:
     """The whole page: what was read and how, then the contents and the pairs of each step."""
     return "\n".join(
         [
@@ -63,7 +66,9 @@ def page(location: str, manifest: Manifest, plan: Plan, settings: Mapping[str, o
             f"<p class='explanation'>{EXPLANATION}</p>",
             _sources_table(manifest, plan, steps),
             _settings_table(settings),
-            "<p>Go to " + ", ".join(f"<a href='#step-{step.number}'>step {step.number}</a>" for step in steps) + "</p>",
+            "<p>Go to "
+            + ", ".join(f"<a href='#step-{step.number}'>step {step.number}</a>" for step in steps)
+            + "</p>",
             *map(_step, steps),
             "</body>\n</html>\n",
         ]
@@ -74,7 +79,14 @@ def _sources_table(manifest: Manifest, plan: Plan, steps: Sequence[Step]) -> str
     shown = Counter(sub_batch.source for step in steps for sub_batch in step.sub_batches)
     used = plan.description["sources"]
     total = sum(values["share"] for values in used.values())
-    columns = ("source", "pairs", "rejected rows", "pairs in an epoch", "share of sub-batches", "sub-batches shown here")
+    columns = (
+        "source",
+        "pairs",
+        "rejected rows",
+        "pairs in an epoch",
+        "share of sub-batches",
+        "sub-batches shown here",
+    )
     lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>"]
     for name in plan.source_names:
         source = manifest.sources[name]
@@ -91,7 +103,10 @@ def _sources_table(manifest: Manifest, plan: Plan, steps: Sequence[Step]) -> str
 
 
 def _settings_table(settings: Mapping[str, object]) -> str:
-    rows = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in settings.items())
+    rows = (
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in settings.items()
+    )
     return f"<h2>Settings</h2>\n<table class='settings'>{''.join(rows)}</table>"
 
 
@@ -112,7 +127,9 @@ def _step(step: Step) -> str:
 
 def _counts(sub_batch: SubBatch) -> str:
     num_pairs = len(sub_batch.rows)
-    unusable = f" <span class='reason'>{sub_batch.num_unusable} unusable</span>" if sub_batch.num_unusable else ""
+    unusable = (
+        f" <span class='reason'>{sub_batch.num_unusable} unusable</span>" if sub_batch.num_unusable else ""
+    )
     return f"<small>{num_pairs} pair{'s' if num_pairs > 1 else ''}</small>{unusable}"
 
 
@@ -139,8 +156,13 @@ def _row(row: Row, source: str, roles: Sequence[str]) -> Iterator[str]:
         if draw.reason:
             coming = f"Another sample of {source} will be drawn in its place."
             if draw is row.draws[-1]:
-                coming = f"{len(row.draws)} unusable samples in a row: training would stop here (data.max_bad_in_a_row)."
-            notes.append(f"<p class='reason'>{html.escape(draw.reason)}</p><p class='note'>{html.escape(coming)}</p>")
+                coming = (
+                    f"{len(row.draws)} unusable samples in a row: training would stop here "
+                    "(data.max_bad_in_a_row)."
+                )
+            notes.append(
+                f"<p class='reason'>{html.escape(draw.reason)}</p><p class='note'>{html.escape(coming)}</p>"
+            )
         address = f"<code class='address'>{html.escape(draw.address)}</code>" if draw.address else ""
         cells = "".join(f"<td class='{role}'>{_item(draw.items.get(role))}</td>" for role in roles)
         kind = "unusable" if draw.reason else "pair"
@@ -168,7 +190,11 @@ def _figure(thumbnail: Thumbnail) -> str:
 def _seen(seen: SeenText) -> str:
     image = f"<span class='mark'>{html.escape(seen.image)}</span>" if seen.image else ""
     prompts = f"<span class='mark'>{html.escape(seen.prompts)}</span>"
-    lost = f" <span class='lost'>The text lost its end: {seen.num_lost:,} tokens.</span>" if seen.num_lost else ""
+    lost = (
+        f" <span class='lost'>The text lost its end: {seen.num_lost:,} tokens.</span>"
+        if seen.num_lost
+        else ""
+    )
     return (
         f"<p class='seen' dir='auto'>{_escape(seen.before)}{image}{_escape(seen.after)}{prompts}</p>"
         f"<p class='count'><span class='tokens'>{seen.num_tokens:,} tokens</span>{lost}</p>"

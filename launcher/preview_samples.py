@@ -79,7 +79,8 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the global batch: the sample that the plan names and, while one is unusable, those drawn instead."""
+    """One row of the global batch: the sample that the plan names and, while one is unusable, those drawn
+    instead."""
 
     number: int
     draws: tuple[Draw, ...]
@@ -135,7 +136,9 @@ class TextView:
         )
 
     def _text(self, ids: Sequence[int]) -> str:
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.processor.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,8 @@ class SampleView:
         return Step(
             number=number,
             sub_batches=tuple(
-                self._sub_batch(number, start, rows[start : start + size], bar) for start in range(0, len(rows), size)
+                self._sub_batch(number, start, rows[start : start + size], bar)
+                for start in range(0, len(rows), size)
             ),
         )
 
@@ -198,7 +202,11 @@ class SampleView:
 def _texts(record: object) -> dict[str, ShownItem]:
     """The texts of a record that may be malformed."""
     sides = record if isinstance(record, Mapping) else {}
-    return {role: ShownItem(text=str(sides[role]["text"])) for role in ROLES if role in sides and "text" in sides[role]}
+    return {
+        role: ShownItem(text=str(sides[role]["text"]))
+        for role in ROLES
+        if role in sides and "text" in sides[role]
+    }
 
 
 def make_thumbnail(image: Image.Image) -> Thumbnail:
@@ -212,5 +220,6 @@ def make_thumbnail(image: Image.Image) -> Thumbnail:
             encoded[name] = file.getvalue()
     kind, content = min(encoded.items(), key=lambda entry: len(entry[1]))
     return Thumbnail(
-        data_uri=f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}", original_size=image.size
+        data_uri=f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}",
+        original_size=image.size,
     )

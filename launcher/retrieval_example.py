@@ -41,7 +41,8 @@ def free_text_example(model: EmbeddingModel, eval_set: EvalSet, text: str, *, ba
 
 
 def phrasing(texts: Sequence[str]) -> tuple[str, str]:
-    """(instruction, ending) of a set's queries: the words all of them begin with, and the line break they end with."""
+    """(instruction, ending) of a set's queries: the words all of them begin with, and the line break they end
+    with."""
     first, last = min(texts), max(texts)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     instruction = first[:length]
@@ -54,7 +55,9 @@ def _top_lines(eval_set: EvalSet, candidates: Sequence[int], scores: Tensor, *, 
     best = scores.topk(min(5, len(candidates)))
     names = _names(eval_set)
     lines = []
-    for place, (score, column) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
+    for place, (score, column) in enumerate(
+        zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1
+    ):
         item = candidates[column]
         mark = "  <- truth" if item == truth else ""
         lines.append(f"  {place}.  {score:+.3f}  {names[item]}{mark}")
@@ -68,7 +71,8 @@ def _names(eval_set: EvalSet) -> dict[int, str]:
         candidates[0]: eval_set.items[query].text[len(before) :].strip()
         for query, candidates in zip(eval_set.queries, eval_set.candidates, strict=True)
     }
-    return {
-        index: f"{item.image_path.stem if item.image_path else item.text}{f' ({asked[index]})' if index in asked else ''}"
-        for index, item in enumerate(eval_set.items)
-    }
+    names = {}
+    for index, item in enumerate(eval_set.items):
+        name = item.image_path.stem if item.image_path else item.text
+        names[index] = f"{name} ({asked[index]})" if index in asked else name
+    return names

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Observer of the training loop. Each rank makes one and calls it after every step: it is a collective."""
+    """Observer of the training loop. Each rank makes one and calls it after every step: it is a
+    collective."""
 
     def __init__(
         self,
@@ -51,15 +52,26 @@ class RunLog:
             path = run_dir / "samples" / f"{rank():05d}-of-{world_size():05d}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._samples = path.open("a", buffering=1)
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1) if self._is_writer else None
+        self._writer = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            if self._is_writer
+            else None
+        )
         self._bar = tqdm(
-            total=num_steps, initial=start_step, desc="train", unit="step", disable=not self._is_writer, dynamic_ncols=True
+            total=num_steps,
+            initial=start_step,
+            desc="train",
+            unit="step",
+            disable=not self._is_writer,
+            dynamic_ncols=True,
         )
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
@@ -69,7 +81,9 @@ class RunLog:
     def __call__(self, report: StepReport) -> None:
         """Collective on every step (skipped samples, spikes) and on each `log_every`-th (metrics)."""
         own = torch.stack([report.metrics[0].float(), report.metrics.new_tensor(len(report.skipped)).float()])
-        loss, num_skipped = mean_over_ranks(own).tolist()  # the same number on every rank: what follows is collective
+        loss, num_skipped = mean_over_ranks(
+            own
+        ).tolist()  # the same number on every rank: what follows is collective
         if num_skipped:
             self._note_skipped(report)
         if spike := self._spikes.judge(loss):
@@ -88,11 +102,14 @@ class RunLog:
             self._writer.add_scalar(name, value, report.step)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.3f}, {values['speed/samples_per_s']:.1f} samples/s, "
-            f"{values['speed/tokens_per_s']:.0f} tokens/s, data wait {values['speed/data_wait_percent']:.0f} %"
+            f"{values['speed/tokens_per_s']:.0f} tokens/s, data wait {values['speed/data_wait_percent']:.0f} "
+            "%"
         )
 
     def _measure(self, report: StepReport) -> dict[str, float]:
-        own = torch.tensor([report.num_pairs, report.num_tokens, report.wait_s, report.step_s], device=report.metrics.device)
+        own = torch.tensor(
+            [report.num_pairs, report.num_tokens, report.wait_s, report.step_s], device=report.metrics.device
+        )
         mean = mean_over_ranks(torch.cat([report.metrics.float(), own])).tolist()
         metrics, (num_pairs, num_tokens, wait_s, step_s) = mean[:-4], mean[-4:]
         return {
@@ -111,10 +128,16 @@ class RunLog:
         losses = gather_objects(report.metrics[0].item())
         addresses = gather_objects(report.addresses)
         if self._is_writer:
-            log.warning("step %d skipped on all ranks: the gradient was not finite; losses by rank: %s", report.step, losses)
+            log.warning(
+                "step %d skipped on all ranks: the gradient was not finite; losses by rank: %s",
+                report.step,
+                losses,
+            )
             with (self._run_dir / "not_finite.jsonl").open("a") as file:
                 for rank_losses, pairs in zip(losses, addresses, strict=True):
-                    file.write(json.dumps({"step": report.step, "loss": str(rank_losses), "addresses": pairs}) + "\n")
+                    file.write(
+                        json.dumps({"step": report.step, "loss": str(rank_losses), "addresses": pairs}) + "\n"
+                    )
 
     def _note_spike(self, report: StepReport, spike: Spike) -> None:
         worst = heapq.nlargest(WORST_PAIRS, zip(report.pair_losses, report.addresses, strict=True))
@@ -122,8 +145,8 @@ class RunLog:
         if not self._is_writer:
             return
         log.warning(
-            "step %d: loss %.4g is %.1f standard deviations above the mean %.4g of the steps before; worst pair %s (%.4g), "
-            "more in loss_spikes.jsonl",
+            "step %d: loss %.4g is %.1f standard deviations above the mean %.4g of the steps before; worst "
+            "pair %s (%.4g), more in loss_spikes.jsonl",
             report.step,
             spike.loss,
             spike.deviations,
@@ -142,6 +165,12 @@ class RunLog:
             with (self._run_dir / "skipped.jsonl").open("a") as file:
                 for sample in skipped:
                     log.warning(
-                        "step %d: sample left out, another of %s taken: %s", report.step, sample.source, sample.reason
+                        "step %d: sample left out, another of %s taken: %s",
+                        report.step,
+                        sample.source,
+                        sample.reason,
                     )
-                    file.write(json.dumps({"step": report.step, "source": sample.source, "sample": sample.reason}) + "\n")
+                    file.write(
+                        json.dumps({"step": report.step, "source": sample.source, "sample": sample.reason})
+                        + "\n"
+                    )

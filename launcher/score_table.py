@@ -21,7 +21,13 @@ def mmvp_table(report: MmvpReport) -> str:
     """Pair accuracy per pattern with its standard error, then the average."""
     header = ("MMVP-VLM layout, pair accuracy", "pairs", "score %", "std. error", "chance %")
     rows = [
-        (score.name, f"{score.num_pairs:,}", f"{score.score:.1f}", f"{score.standard_error:.1f}", f"{score.chance:.1f}")
+        (
+            score.name,
+            f"{score.num_pairs:,}",
+            f"{score.score:.1f}",
+            f"{score.standard_error:.1f}",
+            f"{score.chance:.1f}",
+        )
         for score in (*report.patterns, report.average)
     ]
     return _aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)
@@ -37,7 +43,12 @@ def report_values(mmeb: MmebReport | None, mmvp: MmvpReport | None) -> dict[str,
 
 def _set_row(score: SetScore) -> tuple[str, ...]:
     in_distribution = "yes" if score.in_distribution else "no"
-    return (score.name, score.meta_task, in_distribution, *_numbers(score.num_queries, score.score, score.chance))
+    return (
+        score.name,
+        score.meta_task,
+        in_distribution,
+        *_numbers(score.num_queries, score.score, score.chance),
+    )
 
 
 def _mean_row(score: MeanScore) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""`deepspeed launcher/train.py --deepspeed ds_configs/zero3.json`: run a recipe, or continue an interrupted run of it."""
+"""`deepspeed launcher/train.py --deepspeed ds_configs/zero3.json`: run a recipe, or continue an interrupted
+run of it."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by names torch 2.13 renamed
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # DeepSpeed calls collectives by names torch 2.13 renamed
     try:
         rank = rank_from_environment(os.environ)
         if rank.world_size > 1:
@@ -66,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgffError as error:
         return _leave(report(error), with_others=error.on_all_ranks)
     except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
-        words = f"error on rank {os.environ.get('RANK', '0')} ({socket.gethostname()}):\n{traceback.format_exc()}"
+        words = (
+            f"error on rank {os.environ.get('RANK', '0')} ({socket.gethostname()}):\n{traceback.format_exc()}"
+        )
         sys.stderr.write(f"\n{words}")  # below the progress bar
         return _leave(1, with_others=False)
 
@@ -74,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _leave(code: int, *, with_others: bool) -> int:
     """The exit code; or the end of this process, when the others still wait for it.
 
-    Leaving the process group in good order may wait for them, as long as `collective_timeout_s`; the launcher ends them when
-    this process ends.
+    Leaving the process group in good order may wait for them, as long as `collective_timeout_s`; the launcher
+    ends them when this process ends.
     """
     if dist.is_initialized() and not with_others:
         sys.stdout.flush()
@@ -123,16 +128,19 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
 
 
 def _check_gpus_are_usable() -> None:
-    """A job that holds GPUs, or one machine of it, must not train on the CPU because torch and the driver disagree."""
+    """A job that holds GPUs, or one machine of it, must not train on the CPU because torch and the driver
+    disagree."""
     if count := num_unusable_gpus(os.environ):
         raise ConfigError(
             f"{socket.gethostname()}: the driver knows {count} NVIDIA GPUs, torch {torch.__version__} (CUDA "
-            f"{torch.version.cuda}) can use none; compare the CUDA version that nvidia-smi prints, install a newer driver "
-            "or torch's build for this one, or train on the CPU with DS_ACCELERATOR=cpu"
+            f"{torch.version.cuda}) can use none; compare the CUDA version that nvidia-smi prints, install a "
+            "newer driver or torch's build for this one, or train on the CPU with DS_ACCELERATOR=cpu"
         )
 
 
-def _train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo, stop: StopRequest) -> int:
+def _train_on_this_rank(
+    run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo, stop: StopRequest
+) -> int:
     """From the process group to the last checkpoint; returns the exit code. Collective."""
     export(rank, os.environ)
     device = start_process_group(rank.local_rank, timeout_s=run.config.collective_timeout_s)
@@ -209,7 +217,10 @@ def _train_from(
 
 
 def _say_done(run: ResolvedRun) -> int:
-    _say(f"{run.run_dir}: all {run.config.num_steps} steps are done; evaluate or convert it, or choose another --run_dir")
+    _say(
+        f"{run.run_dir}: all {run.config.num_steps} steps are done; evaluate or convert it, or choose "
+        "another --run_dir"
+    )
     return 0
 
 
@@ -225,8 +236,8 @@ def _out_of_memory(run: ResolvedRun, error: torch.OutOfMemoryError) -> str:
     batch, first = run.config.batch, str(error).splitlines()[0]
     now = "chunk_size" if batch.chunk_size else "max_tokens_per_chunk"
     return (
-        f"{first} Lower batch.{now} (now {getattr(batch, now)}; the result does not change) or processor.max_pixels, "
-        "or use more ranks, or ds_configs/zero3_offload.json"
+        f"{first} Lower batch.{now} (now {getattr(batch, now)}; the result does not change) or "
+        "processor.max_pixels, or use more ranks, or ds_configs/zero3_offload.json"
     )
 
 

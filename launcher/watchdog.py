@@ -12,8 +12,8 @@ from types import TracebackType
 class Watchdog:
     """Speaks when this rank has not reached its next mark for `after_s` seconds; it never ends anything.
 
-    In a stalled job every rank will speak: most of them wait for the others inside a collective, the one whose stack is
-    elsewhere is to blame.
+    In a stalled job every rank will speak: most of them wait for the others inside a collective, the one
+    whose stack is elsewhere is to blame.
     """
 
     def __init__(self, rank: int, *, after_s: float) -> None:
@@ -27,7 +27,9 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -41,6 +43,8 @@ class Watchdog:
             if stalled < self._after_s or self._spoken:
                 continue
             self._spoken = True
-            sys.stderr.write(f"rank {self._rank} stands still: {self._what} for {stalled:.0f} s; stacks of its threads:\n")
+            sys.stderr.write(
+                f"rank {self._rank} stands still: {self._what} for {stalled:.0f} s; stacks of its threads:\n"
+            )
             sys.stderr.flush()
             faulthandler.dump_traceback(all_threads=True)

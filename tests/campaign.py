@@ -1,4 +1,5 @@
-"""Counting faults: how many were made, and how many a run survived to the same result as an undisturbed one."""
+"""Counting faults: how many were made, and how many a run survived to the same result as an undisturbed
+one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Campaign:
 
     @contextmanager
     def against(self, name: str) -> Iterator[Callable[[], None]]:
-        """Call what this yields for each fault; they count as survived when the block ends without an error."""
+        """Call what this yields for each fault; they count as survived when the block ends without an
+        error."""
         made = 0
 
         def fault() -> None:

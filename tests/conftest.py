@@ -1,4 +1,5 @@
-"""What every test shares: a CPU, one thread, no compiled operators, no network; and the table of faults at the end."""
+"""What every test shares: a CPU, one thread, no compiled operators, no network; and the table of faults at
+the end."""
 
 import os
 import tempfile
@@ -11,7 +12,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# a private folder: a lock left by a killed build elsewhere cannot stall the tests, and the tests can see that it stays empty
+# a private folder: a lock left by a killed build elsewhere cannot stall the tests, and the tests can see that
+# it stays empty
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="agff-extensions-"))
 
 

@@ -1,4 +1,5 @@
-"""Drawings of our own in the three layouts, and the smallest backbone: what tests use instead of a network."""
+"""Drawings of our own in the three layouts, and the smallest backbone: what tests use instead of a
+network."""
 
 from __future__ import annotations
 
@@ -86,10 +87,11 @@ class Scene:
 
 
 def write_drawings(folder: Path, *, num_images: int = 24, seed: int = 0) -> DrawingPaths:
-    """Four training subsets, three evaluation sets and three patterns of pairs over `num_images` distinct scenes.
+    """Four training subsets, three evaluation sets and three patterns of pairs over `num_images` distinct
+    scenes.
 
-    Shapes_text has no image at all, so a batch of it has none either; Shapes_t2i has hard negatives; every image of
-    Shapes_VQA is used by four rows.
+    Shapes_text has no image at all, so a batch of it has none either; Shapes_t2i has hard negatives; every
+    image of Shapes_VQA is used by four rows.
     """
     scenes = all_scenes()
     random.Random(seed).shuffle(scenes)
@@ -140,7 +142,9 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
 
 
 def _write_train(mmeb: Path, scenes: Sequence[Scene]) -> None:
-    path_of = {subset: [train_image_path(subset, scene.file_name) for scene in scenes] for subset in _IMAGE_SUBSETS}
+    path_of = {
+        subset: [train_image_path(subset, scene.file_name) for scene in scenes] for subset in _IMAGE_SUBSETS
+    }
     for paths in path_of.values():
         for scene, path in zip(scenes, paths, strict=True):
             write_file(mmeb / path, png_bytes(scene.draw()))
@@ -170,7 +174,13 @@ def _write_train(mmeb: Path, scenes: Sequence[Scene]) -> None:
     rows = [TrainRow(qry=f"Say it again: {scene.text}\n", pos_text=_reworded(scene)) for scene in scenes]
     write_train_subset(mmeb, "Shapes_text", rows, with_negatives=False)
     write_train_index(
-        mmeb, {"Shapes_t2i": "retrieval", "Shapes_i2t": "retrieval", "Shapes_VQA": "vqa", "Shapes_text": "retrieval"}
+        mmeb,
+        {
+            "Shapes_t2i": "retrieval",
+            "Shapes_i2t": "retrieval",
+            "Shapes_VQA": "vqa",
+            "Shapes_text": "retrieval",
+        },
     )
 
 
@@ -248,7 +258,9 @@ def _draw_form(canvas: ImageDraw.ImageDraw, form: str, left: int, top: int, colo
 
 
 def _pair(pattern: str, first: Scene, second: Scene) -> MinimalPair:
-    return MinimalPair(pattern=pattern, statements=(first.text, second.text), images=(first.draw(), second.draw()))
+    return MinimalPair(
+        pattern=pattern, statements=(first.text, second.text), images=(first.draw(), second.draw())
+    )
 
 
 def _replace(scene: Scene, **changes: str) -> Scene:

@@ -18,17 +18,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(worker: Callable[..., Any], *arguments: Any, world_size: int, timeout_s: float = 240) -> list[Any]:
-    """worker(*arguments) in `world_size` new processes that form one gloo group; what each returned, in rank order.
+def run_ranks(
+    worker: Callable[..., Any], *arguments: Any, world_size: int, timeout_s: float = 240
+) -> list[Any]:
+    """worker(*arguments) in `world_size` new processes that form one gloo group; what each returned, in rank
+    order.
 
-    worker must be importable (top level of a test module) and return picklable values without tensors that need a GPU.
+    worker must be importable (top level of a test module) and return picklable values without tensors that
+    need a GPU.
     """
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         processes = [
-            context.Process(target=_rank, args=(worker, arguments, rank, world_size, store, results), daemon=True)
+            context.Process(
+                target=_rank, args=(worker, arguments, rank, world_size, store, results), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -36,7 +42,9 @@ def run_ranks(worker: Callable[..., Any], *arguments: Any, world_size: int, time
         try:
             returned = [results.get(timeout=timeout_s) for _ in processes]
         except queue.Empty:
-            raise TimeoutError(f"{worker.__name__} on {world_size} ranks did not end within {timeout_s} s") from None
+            raise TimeoutError(
+                f"{worker.__name__} on {world_size} ranks did not end within {timeout_s} s"
+            ) from None
         finally:
             for process in processes:
                 process.join(timeout=20)
@@ -47,20 +55,37 @@ def run_ranks(worker: Callable[..., Any], *arguments: Any, world_size: int, time
 
 
 def _rank(
-    worker: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world_size: int, store: Path, results: Any
+    worker: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    store: Path,
+    results: Any,
 ) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu"
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by names torch 2.13 renamed
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # DeepSpeed calls collectives by names torch 2.13 renamed
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=90)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=90),
         )
         value = worker(*arguments)
         dist.barrier()
-        results.put((rank, pickle.dumps(value), None))  # bytes: tensors would travel as handles of a dead process
+        results.put(
+            (rank, pickle.dumps(value), None)
+        )  # bytes: tensors would travel as handles of a dead process
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         raise SystemExit(1) from None

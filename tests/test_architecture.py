@@ -23,7 +23,8 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports; of `from a.b import c` both `a.b` and `a.b.c`, since c may be a module."""
+    """Dotted names of what a file imports; of `from a.b import c` both `a.b` and `a.b.c`, since c may be a
+    module."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -58,7 +59,8 @@ def test_data_pipeline_knows_only_batch_and_errors_of_agff() -> None:
         for path in SOURCES
         if name_of(path).startswith("data_pipeline/")
         for imported in imports(path)
-        if is_within(imported, "agff") and not any(is_within(imported, known) for known in ("agff.batch", "agff.errors"))
+        if is_within(imported, "agff")
+        and not any(is_within(imported, known) for known in ("agff.batch", "agff.errors"))
     ]
     assert wrong == []
 
@@ -74,18 +76,25 @@ def test_deepspeed_is_imported_in_few_places() -> None:
 
 
 def test_agff_loads_without_deepspeed() -> None:
-    code = "import sys; sys.modules['deepspeed'] = None; import agff; agff.load, agff.fused_similarity, agff.ega_loss"
+    code = (
+        "import sys; sys.modules['deepspeed'] = None; import agff; agff.load, agff.fused_similarity, "
+        "agff.ega_loss"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 def test_no_module_hides_one_of_the_standard_library() -> None:
     # `deepspeed launcher/train.py` puts launcher/ first on sys.path
-    names = [path.with_suffix("") for path in SOURCES] + [path.parent for path in SOURCES if path.name == "__init__.py"]
+    names = [path.with_suffix("") for path in SOURCES] + [
+        path.parent for path in SOURCES if path.name == "__init__.py"
+    ]
     assert [name_of(name) for name in names if name.name in sys.stdlib_module_names] == []
 
 
 def test_modules_are_named_after_what_they_do() -> None:
-    assert [name_of(path) for path in SOURCES if path.stem in ("utils", "util", "common", "helpers", "misc")] == []
+    assert [
+        name_of(path) for path in SOURCES if path.stem in ("utils", "util", "common", "helpers", "misc")
+    ] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
@@ -96,7 +105,11 @@ def test_deepspeed_json_holds_mechanism_only_and_states_clipping(path: Path) -> 
 
 
 def test_there_are_deepspeed_configurations() -> None:
-    assert {path.name for path in (ROOT / "ds_configs").glob("*.json")} >= {"zero1.json", "zero2.json", "zero3.json"}
+    assert {path.name for path in (ROOT / "ds_configs").glob("*.json")} >= {
+        "zero1.json",
+        "zero2.json",
+        "zero3.json",
+    }
 
 
 def test_torch_load_says_weights_only() -> None:
@@ -124,7 +137,9 @@ def test_script_is_valid_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True, timeout=30)
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name
+)
 def test_script_stops_at_the_first_error(script: Path) -> None:
     assert "set -euo pipefail" in script.read_text().splitlines()
 

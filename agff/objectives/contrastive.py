@@ -28,7 +28,8 @@ class LossConfig:
     width: float = 0.1
     """EGA: distance to the positive's similarity at which the extra weight has fallen to 1/e."""
     renormalize: bool = True
-    """EGA: keep the rows of the amplified softmax probabilities; false multiplies each gradient by exactly its weight."""
+    """EGA: keep the rows of the amplified softmax probabilities; false multiplies each gradient by exactly
+    its weight."""
     bidirectional: bool = False
     """Also score each target against all queries, and average the two losses."""
 
@@ -54,11 +55,14 @@ METRICS = (
 def contrastive_loss(
     query_BMD: Tensor, target_BMD: Tensor, negative_NMD: Tensor, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, pair losses): the mean loss over this rank's rows against all candidates; METRICS; (B,) of each row.
+    """(loss, metrics, pair losses): the mean loss over this rank's rows against all candidates; METRICS; (B,)
+    of each row.
 
-    Candidates of a query are the targets and the explicit negatives of all ranks; of a target (bidirectional), all queries.
-    Collective: every rank must call it, with the same number of rows and of negatives. The gradient that reaches the
-    embeddings is the sum over ranks of the gradients of their local means (see `all_gather_rows`).
+    Candidates of a query are the targets and the explicit negatives of all ranks; of a target
+    (bidirectional), all queries.
+    Collective: every rank must call it, with the same number of rows and of negatives. The gradient that
+    reaches the embeddings is the sum over ranks of the gradients of their local means (see
+    `all_gather_rows`).
     """
     no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
     pair_loss_B, similarity_BC, mask_BC, positive_B = _one_direction(
@@ -87,7 +91,13 @@ def contrastive_loss(
 
 
 def _one_direction(
-    row_BMD: Tensor, candidates: Tensor, row_ids_B: Tensor, *, candidate_ids: Tensor, partner_ids: Tensor, config: LossConfig
+    row_BMD: Tensor,
+    candidates: Tensor,
+    row_ids_B: Tensor,
+    *,
+    candidate_ids: Tensor,
+    partner_ids: Tensor,
+    config: LossConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """candidates: this rank's, of which the first B are the rows' positives, in order."""
     candidate_CMD = all_gather_rows(candidates)

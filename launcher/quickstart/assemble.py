@@ -17,7 +17,15 @@ from tqdm import tqdm
 from agff.errors import ConfigError
 from data_pipeline.storage import locked
 from launcher.quickstart.backbone import BackboneSizes, build_tiny_qwen2vl
-from launcher.quickstart.concepts import KEYWORDS, NAMES, STUDIOS, Concept, Studio, load_concepts, match_studio
+from launcher.quickstart.concepts import (
+    KEYWORDS,
+    NAMES,
+    STUDIOS,
+    Concept,
+    Studio,
+    load_concepts,
+    match_studio,
+)
 from launcher.quickstart.eval_sets import write_eval_sets
 from launcher.quickstart.fetch import fetch_package, read_json_members
 from launcher.quickstart.mmvp_pairs import load_concept_pairs, write_mmvp_set
@@ -65,7 +73,9 @@ def prepare_quickstart(out: Path, config: QuickstartConfig | None = None) -> Qui
     data, backbone = out / "data", out / "backbone"
     packages = out / "packages"
     _build_once(data, _data_fingerprint(config), lambda folder: _build_data(folder, packages, config))
-    _build_once(backbone, _backbone_fingerprint(config), lambda folder: build_tiny_qwen2vl(folder, seed=config.seed))
+    _build_once(
+        backbone, _backbone_fingerprint(config), lambda folder: build_tiny_qwen2vl(folder, seed=config.seed)
+    )
     return QuickstartPaths(
         mmeb=data / "mmeb",
         mmeb_eval=data / "mmeb_eval",
@@ -116,7 +126,8 @@ def _build_once(folder: Path, fingerprint: dict[str, Any], build: Callable[[Path
 
 
 def _rebuild(folder: Path, fingerprint: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Written beside `folder`, then renamed into its place; what a killed process left there is removed first."""
+    """Written beside `folder`, then renamed into its place; what a killed process left there is removed
+    first."""
     prefix = f".{folder.name}-"
     for leftover in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(leftover)
@@ -165,7 +176,9 @@ def _load_concepts(packages: Path) -> list[Concept]:
     return load_concepts(names, keywords["annotations"]["annotations"])
 
 
-def _load_studio(packages: Path, studio: Studio, concepts: list[Concept], config: QuickstartConfig) -> list[Drawing]:
+def _load_studio(
+    packages: Path, studio: Studio, concepts: list[Concept], config: QuickstartConfig
+) -> list[Drawing]:
     files = read_json_members(fetch_package(studio.package, packages), ["icons.json", "chars.json"])
     icons = files["icons.json"]
     icon_names = set(icons["icons"]) | set(icons.get("aliases", {}))

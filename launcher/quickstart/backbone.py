@@ -1,4 +1,5 @@
-"""A small Qwen2-VL with random weights, written as an ordinary Hugging Face folder: model, tokenizer, image processor."""
+"""A small Qwen2-VL with random weights, written as an ordinary Hugging Face folder: model, tokenizer, image
+processor."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ MERGE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSizes:
-    """The defaults are the quickstart's: 7.85M parameters, 4 tokens for a 56 px image, 16 for a 112 px sheet."""
+    """The defaults are the quickstart's: 7.85M parameters, 4 tokens for a 56 px image, 16 for a 112 px
+    sheet."""
 
     num_ranks: int = 8192
     """Of the Qwen vocabulary; special tokens come on top."""
@@ -31,9 +33,9 @@ class BackboneSizes:
     max_pixels: int = 112 * 112
     """A larger image is scaled down to this many pixels, its aspect ratio kept."""
     initializer_range: float = 0.06
-    """Standard deviation of the weights, 1/sqrt(hidden). transformers' 0.02 is for hidden sizes above 2,000: here, after
-    150 steps of 64 name-drawing pairs, it leaves the loss at 3.97, 0.04 at 3.09, 0.06 at 2.74, 0.08 at 2.93 (2 CPU
-    cores, one seed, chance 4.16)."""
+    """Standard deviation of the weights, 1/sqrt(hidden). transformers' 0.02 is for hidden sizes above 2,000:
+    here, after 150 steps of 64 name-drawing pairs, it leaves the loss at 3.97, 0.04 at 3.09, 0.06 at 2.74,
+    0.08 at 2.93 (2 CPU cores, one seed, chance 4.16)."""
 
 
 def build_tiny_qwen2vl(folder: Path, *, seed: int, sizes: BackboneSizes | None = None) -> None:

@@ -1,4 +1,5 @@
-"""What can be drawn (Unicode's emoji without skin tones), who draws it (seven studios), and what training never sees."""
+"""What can be drawn (Unicode's emoji without skin tones), who draws it (seven studios), and what training
+never sees."""
 
 from __future__ import annotations
 
@@ -72,16 +73,26 @@ def _studio(name: str, version: str, role: Literal["train", "near", "held-out"],
 STUDIOS = (
     _studio("noto", "1.2.9", "train", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     _studio("twemoji", "1.2.5", "train", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
-    _studio("openmoji", "1.2.29", "train", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
-    _studio("fluent-emoji-flat", "1.2.6", "train", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    _studio(
+        "openmoji", "1.2.29", "train", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"
+    ),
+    _studio(
+        "fluent-emoji-flat",
+        "1.2.6",
+        "train",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
     _studio("emojione", "1.2.3", "train", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
-    _studio("fxemoji", "1.2.2", "held-out", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+    _studio(
+        "fxemoji", "1.2.2", "held-out", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"
+    ),
     _studio("noto-v1", "1.2.5", "near", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
 )
 
 
 def load_concepts(names: Mapping[str, Any], annotations: Mapping[str, Any]) -> list[Concept]:
-    """Every concept in Unicode's order. `names`: {emoji: {name, group}}; `annotations`: {emoji: {default: keywords}}."""
+    """Every concept in Unicode's order. `names`: {emoji: {name, group}}; `annotations`: {emoji: {default:
+    keywords}}."""
     return [
         Concept(
             emoji=emoji,
@@ -93,11 +104,13 @@ def load_concepts(names: Mapping[str, Any], annotations: Mapping[str, Any]) -> l
     ]
 
 
-def match_studio(concepts: Sequence[Concept], icon_names: set[str], icon_by_hexcode: Mapping[str, str]) -> dict[str, str]:
+def match_studio(
+    concepts: Sequence[Concept], icon_names: set[str], icon_by_hexcode: Mapping[str, str]
+) -> dict[str, str]:
     """{concept name: icon name} for what this studio draws.
 
-    icon_by_hexcode: the studio's own table; where a studio has none (it is empty), icons are found by the slug of
-    the concept's name, with and then without hyphens.
+    icon_by_hexcode: the studio's own table; where a studio has none (it is empty), icons are found by the
+    slug of the concept's name, with and then without hyphens.
     """
     by_hexcode = {_plain_hexcode(code): icon for code, icon in icon_by_hexcode.items()}
     matched: dict[str, str] = {}

@@ -1,4 +1,5 @@
-"""The evaluation sets: a studio that training never saw, an older set of a trained foundry, concepts never seen."""
+"""The evaluation sets: a studio that training never saw, an older set of a trained foundry, concepts never
+seen."""
 
 from __future__ import annotations
 
@@ -28,10 +29,13 @@ NUM_SHEETS = 300
 
 NOTE = (
     "the quickstart's sets, emoji of 56 px, imitate the formats of MMEB and MMVP-VLM, not their difficulty; "
-    "in distribution = the trained foundry's older drawings, out of distribution = a studio or concepts never seen."
+    "in distribution = the trained foundry's older drawings, out of distribution = a studio or concepts "
+    "never seen."
 )
 _UNSEEN_STUDIO = "concepts trained on, drawn by a studio (fxemoji) that training never saw"
-_NEAR_STUDIO = "concepts trained on, drawn by an older set (noto-v1) of a foundry whose newer set (noto) was trained on"
+_NEAR_STUDIO = (
+    "concepts trained on, drawn by an older set (noto-v1) of a foundry whose newer set (noto) was trained on"
+)
 _UNSEEN_CONCEPTS = "concepts that training never saw, drawn by a studio (twemoji) that it did see"
 
 
@@ -58,7 +62,9 @@ class EvalSet:
     def info(self) -> EvalSetInfo:
         """What sets.json says of it. Only the near studio counts as in distribution."""
         in_distribution = self.about is _NEAR_STUDIO
-        return EvalSetInfo(meta_task=_META_TASKS[self.kind], in_distribution=in_distribution, about=self.about, note=NOTE)
+        return EvalSetInfo(
+            meta_task=_META_TASKS[self.kind], in_distribution=in_distribution, about=self.about, note=NOTE
+        )
 
 
 def write_eval_sets(mmeb_eval: Path, drawings: Sequence[Drawing], *, seed: int) -> dict[str, int]:
@@ -68,7 +74,11 @@ def write_eval_sets(mmeb_eval: Path, drawings: Sequence[Drawing], *, seed: int) 
     for eval_set in sets:
         for drawing in eval_set.drawings:
             write_file(mmeb_eval / _image_path(eval_set.name, drawing.file_name), drawing.png)
-        sheets = make_sheets(eval_set.drawings, num_sheets=NUM_SHEETS, seed=seed) if eval_set.kind == "grounding" else []
+        sheets = (
+            make_sheets(eval_set.drawings, num_sheets=NUM_SHEETS, seed=seed)
+            if eval_set.kind == "grounding"
+            else []
+        )
         for index, sheet in enumerate(sheets):
             write_file(mmeb_eval / _sheet_path(eval_set.name, index), sheet.png())
         rows = _rows(eval_set, sheets)
@@ -91,8 +101,15 @@ def eval_sets(drawings: Sequence[Drawing], *, seed: int) -> list[EvalSet]:
         EvalSet(name="Emoji_t2i-unseen-concepts", kind="t2i", drawings=unseen, about=_UNSEEN_CONCEPTS),
         EvalSet(name="EmojiGroup-fxemoji", kind="group", drawings=fxemoji, about=_UNSEEN_STUDIO),
         EvalSet(name="EmojiVQA-fxemoji", kind="vqa", drawings=_with_question(fxemoji), about=_UNSEEN_STUDIO),
-        EvalSet(name="EmojiVQA-noto-v1", kind="vqa", drawings=_with_question(near_sample), about=_NEAR_STUDIO),
-        EvalSet(name="EmojiVQA-unseen-concepts", kind="vqa", drawings=_with_question(unseen), about=_UNSEEN_CONCEPTS),
+        EvalSet(
+            name="EmojiVQA-noto-v1", kind="vqa", drawings=_with_question(near_sample), about=_NEAR_STUDIO
+        ),
+        EvalSet(
+            name="EmojiVQA-unseen-concepts",
+            kind="vqa",
+            drawings=_with_question(unseen),
+            about=_UNSEEN_CONCEPTS,
+        ),
         EvalSet(name="EmojiGrounding-fxemoji", kind="grounding", drawings=fxemoji, about=_UNSEEN_STUDIO),
     ]
 
@@ -133,14 +150,19 @@ def i2t_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
 def group_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     """One query a drawing: its group among all groups."""
     groups = list(dict.fromkeys(drawing.concept.group for drawing in drawings))
-    return [_text_row(name, drawing, wording.which_group(), drawing.concept.group, groups) for drawing in drawings]
+    return [
+        _text_row(name, drawing, wording.which_group(), drawing.concept.group, groups) for drawing in drawings
+    ]
 
 
 def vqa_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     """One query a question about a drawing: its answer among the answers to all questions of the set."""
     asked = [(drawing, *pair) for drawing in drawings for pair in questions_of(drawing.concept)]
     answers = list(dict.fromkeys(answer for _, _, answer in asked))
-    return [_text_row(name, drawing, wording.ask(question), answer, answers) for drawing, question, answer in asked]
+    return [
+        _text_row(name, drawing, wording.ask(question), answer, answers)
+        for drawing, question, answer in asked
+    ]
 
 
 def grounding_rows(name: str, drawings: Sequence[Drawing], sheets: Sequence[Sheet]) -> list[EvalRow]:

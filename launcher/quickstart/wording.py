@@ -1,4 +1,5 @@
-"""The instructions, shared by training and evaluation; short, for the small vocabulary makes 4 to 5 tokens a word."""
+"""The instructions, shared by training and evaluation; short, for the small vocabulary makes 4 to 5 tokens a
+word."""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ def qwen3_vl(folder: Path) -> None:
 
 def llava_onevision(folder: Path) -> None:
     from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionModel
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
 
     tiny_backbone(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -102,7 +104,9 @@ def llava_onevision(folder: Path) -> None:
     )
     LlavaOnevisionModel(config).save_pretrained(folder)
     LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints, crop_size={"height": 28, "width": 28}
+        size={"height": 28, "width": 28},
+        image_grid_pinpoints=pinpoints,
+        crop_size={"height": 28, "width": 28},
     ).save_pretrained(folder)
 
 
@@ -148,7 +152,10 @@ def test_items_of_any_kind_and_image_shape_are_encoded_the_same_alone_and_togeth
 def test_tokens_are_counted_without_encoding(folder: Path) -> None:
     _, processor = build(folder)
     sizes = [(56, 56), (90, 31), (28, 112), (500, 333), (7, 300)]
-    items = [Item(text="a heart"), *(Item(text="<|image_1|>\nwhat?", image=Image.new("RGB", size)) for size in sizes)]
+    items = [
+        Item(text="a heart"),
+        *(Item(text="<|image_1|>\nwhat?", image=Image.new("RGB", size)) for size in sizes),
+    ]
     for item in items:
         inputs = processor([item, item])
         assert processor.num_tokens(item) == int(inputs["attention_mask"][0].sum())
@@ -156,14 +163,17 @@ def test_tokens_are_counted_without_encoding(folder: Path) -> None:
 
 
 def test_every_parameter_in_use_gets_a_gradient_also_without_images(folder: Path) -> None:
-    """Under ZeRO-3 the ranks must reduce the same parameters, so the vision tower takes part in a chunk of texts."""
+    """Under ZeRO-3 the ranks must reduce the same parameters, so the vision tower takes part in a chunk of
+    texts."""
     model, processor = build(folder)
     from agff.embedder import as_item
 
     reached = []
     for items in (["a heart", "two"], ["a heart", Image.new("RGB", (56, 56), "red")]):
         model.zero_grad()
-        model(processor([as_item(item) for item in items])).square().sum(dim=-1).mul(torch.rand(2, 3)).sum().backward()
+        model(processor([as_item(item) for item in items])).square().sum(dim=-1).mul(
+            torch.rand(2, 3)
+        ).sum().backward()
         reached.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
     assert reached[0] == reached[1]
     assert any("visi" in name or "visual" in name for name in reached[0])
@@ -191,11 +201,15 @@ def test_pixel_limits_have_no_meaning_for_llava(tmp_path: Path) -> None:
 
 
 def test_every_image_fits_the_recipe_of_llava() -> None:
-    """With the numbers of the published 7B model: pinpoints of 384 to 2304 pixels, views of 27 x 27 patches."""
+    """With the numbers of the published 7B model: pinpoints of 384 to 2304 pixels, views of 27 x 27
+    patches."""
     recipe = yaml.safe_load((ROOT / "launcher/recipes/mmeb_llava_ov_7b.yaml").read_text())
     steps = range(384, 2305, 384)
     family = _LlavaOneVision(
-        pinpoints=[[height, width] for height in steps for width in steps], view_size=384, patch_size=14, max_crops=9
+        pinpoints=[[height, width] for height in steps for width in steps],
+        view_size=384,
+        patch_size=14,
+        max_crops=9,
     )
     sides = (*range(32, 3000, 64), *steps)
     most = max(family.num_tokens_of_size(height, width, None) for height in sides for width in sides)
@@ -208,7 +222,9 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
     tensors = load_file(weights)
     del tensors[next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))]
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"the weights lack 1 parameters of the model, .*layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"the weights lack 1 parameters of the model, .*layers\.1\.mlp\.up_proj\.weight"
+    ):
         load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(ConfigError, match=r"cannot load a backbone"):

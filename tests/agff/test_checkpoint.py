@@ -33,7 +33,8 @@ NUM_STEPS = 5
 
 
 def losses(stage: int, lora: bool, folder: Path, start_step: int, save_step: int | None) -> list[float]:
-    """Mean loss over the ranks at steps start_step .. NUM_STEPS - 1, and a checkpoint after `save_step` of them.
+    """Mean loss over the ranks at steps start_step .. NUM_STEPS - 1, and a checkpoint after `save_step` of
+    them.
 
     lora: only adapters and soft tokens train, and the rest is left out of the checkpoint.
     """
@@ -78,7 +79,9 @@ def test_another_number_of_ranks_continues_with_the_same_losses(tmp_path: Path) 
         found = run_ranks(losses_of_all_cases, tmp_path, start_step, save_step, world_size=world_size)[0]
         for case, expected, continued in zip(CASES, unbroken, found, strict=True):
             # losses of 3 to 8 in float32; weights, moments, schedule and the step must all have come along
-            assert continued == pytest.approx(expected[start_step:], rel=3e-6), f"{case} on {world_size} ranks"
+            assert continued == pytest.approx(expected[start_step:], rel=3e-6), (
+                f"{case} on {world_size} ranks"
+            )
             assert abs(expected[start_step] - expected[start_step - 1]) > 1e-2, "training moves"
 
 
@@ -104,7 +107,9 @@ def write_checkpoint(run: Path, step: int, *, is_damaged: bool) -> None:
     folder.mkdir(parents=True)
     (folder / "file").write_text("no" if is_damaged else "ok")
     digest = hashlib.sha256(b"ok").hexdigest()
-    (folder / "state.json").write_text(json.dumps({"step": step, "files": {"file": f"2 bytes, sha256 {digest}"}}))
+    (folder / "state.json").write_text(
+        json.dumps({"step": step, "files": {"file": f"2 bytes, sha256 {digest}"}})
+    )
 
 
 def found_steps(runs: list[Path]) -> list[int | str | None]:
@@ -117,7 +122,9 @@ def found_steps(runs: list[Path]) -> list[int | str | None]:
     return found
 
 
-def test_damaged_checkpoints_are_set_aside_and_a_run_without_an_intact_one_does_not_begin_anew(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_set_aside_and_a_run_without_an_intact_one_does_not_begin_anew(
+    tmp_path: Path,
+) -> None:
     runs = [tmp_path / name for name in ("empty", "some", "none")]
     for step, is_damaged in ((10, False), (20, False), (30, True), (40, True)):
         write_checkpoint(runs[1], step, is_damaged=is_damaged)

@@ -24,7 +24,9 @@ def test_a_rank_that_sees_one_device_alone_takes_it(
         set_device=taken.append,
     )
     monkeypatch.setattr("agff.engine.get_accelerator", lambda: accelerator)
-    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: taken.append(int(os.environ["LOCAL_RANK"])))
+    monkeypatch.setattr(
+        deepspeed, "init_distributed", lambda **_: taken.append(int(os.environ["LOCAL_RANK"]))
+    )
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed asserts that they are equal
         monkeypatch.setenv(name, str(local_rank))
     device = start_process_group(local_rank)

@@ -34,7 +34,9 @@ def oracle(
         total = sum(math.exp(s[j] / TAU) for j in allowed)
         prob = {j: math.exp(s[j] / TAU) / total for j in allowed}
         value -= math.log(prob[p]) / num_rows
-        weight = {j: 1.0 if j == p else 1 + amplification * math.exp(-abs(s[j] - s[p]) / width) for j in allowed}
+        weight = {
+            j: 1.0 if j == p else 1 + amplification * math.exp(-abs(s[j] - s[p]) / width) for j in allowed
+        }
         amplified = {j: weight[j] * prob[j] for j in allowed}
         if renormalize:
             norm = sum(amplified.values())
@@ -63,7 +65,9 @@ def test_value_and_gradient_equal_slow_oracle(amplification: float, renormalize:
     )
     (gradient,) = torch.autograd.grad(loss, similarity)
     everything = torch.ones(4, 7, dtype=torch.bool)
-    expected = oracle(similarity.detach(), POSITIVE, amplification, 0.2, renormalize, everything if mask is None else mask)
+    expected = oracle(
+        similarity.detach(), POSITIVE, amplification, 0.2, renormalize, everything if mask is None else mask
+    )
     assert loss.item() == pytest.approx(expected[0], abs=1e-12)
     torch.testing.assert_close(gradient, expected[1], rtol=0, atol=1e-12)
 
@@ -92,18 +96,24 @@ def test_gradient_rows_sum_to_zero(renormalize: bool) -> None:
     similarity = similarities().requires_grad_()
     ega_loss(similarity, POSITIVE, temperature=TAU, amplification=3.0, renormalize=renormalize).backward()
     assert similarity.grad is not None
-    torch.testing.assert_close(similarity.grad.sum(dim=1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        similarity.grad.sum(dim=1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14
+    )
 
 
 def test_without_renormalization_each_negative_is_multiplied_by_exactly_its_weight() -> None:
     gradients = []
     for amplification in (0.0, 3.0):
         similarity = similarities().requires_grad_()
-        ega_loss(similarity, POSITIVE, temperature=TAU, amplification=amplification, renormalize=False).backward()
+        ega_loss(
+            similarity, POSITIVE, temperature=TAU, amplification=amplification, renormalize=False
+        ).backward()
         gradients.append(similarity.grad)
     weight = ega_weights(similarities(), POSITIVE, amplification=3.0, width=0.1)
     negative = torch.ones(4, 7, dtype=torch.bool).scatter(1, POSITIVE[:, None], False)
-    torch.testing.assert_close(gradients[1][negative], (gradients[0] * weight)[negative], rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(
+        gradients[1][negative], (gradients[0] * weight)[negative], rtol=1e-12, atol=1e-16
+    )
 
 
 def test_weight_depends_on_relative_similarity_only_and_grows_towards_the_positive() -> None:
@@ -118,7 +128,9 @@ def test_weight_depends_on_relative_similarity_only_and_grows_towards_the_positi
 
 def test_gradcheck_of_info_nce_with_mask() -> None:
     similarity = similarities().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: info_nce(s, POSITIVE, temperature=TAU, negative_mask_BC=MASK), (similarity,))
+    assert torch.autograd.gradcheck(
+        lambda s: info_nce(s, POSITIVE, temperature=TAU, negative_mask_BC=MASK), (similarity,)
+    )
 
 
 def test_a_row_without_any_negative_has_no_loss_and_no_gradient() -> None:

@@ -28,7 +28,9 @@ def processor(folder: Path) -> ItemProcessor:
     return ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig(max_tokens=40))
 
 
-def test_image_stands_where_the_placeholder_stood_and_prompts_follow_the_content(processor: ItemProcessor) -> None:
+def test_image_stands_where_the_placeholder_stood_and_prompts_follow_the_content(
+    processor: ItemProcessor,
+) -> None:
     inputs = processor([Item(text="see <|image_1|>\na heart", image=IMAGE), Item(text="a heart")])
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -80,7 +82,9 @@ def test_a_long_text_loses_its_end_and_an_image_is_never_cut(processor: ItemProc
 def test_an_image_that_the_image_processor_refuses_is_a_fault_of_the_data(processor: ItemProcessor) -> None:
     thin = Item(text="<|image_1|>", image=Image.new("RGB", (2000, 4)))
     for refuses in (lambda: processor([thin]), lambda: processor.num_tokens(thin)):
-        with pytest.raises(DataError, match=r"refuses the image: absolute aspect ratio must be smaller than 200"):
+        with pytest.raises(
+            DataError, match=r"refuses the image: absolute aspect ratio must be smaller than 200"
+        ):
             refuses()
 
 
@@ -93,13 +97,21 @@ def tiny_config(processor: ItemProcessor) -> object:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (Item(text="no placeholder", image=IMAGE), "0 times, the item has an image; it must stand there exactly 1"),
-        (Item(text="<|image_1|> <|image_1|>", image=IMAGE), "2 times, the item has an image; it must stand there exactly 1"),
+        (
+            Item(text="no placeholder", image=IMAGE),
+            "0 times, the item has an image; it must stand there exactly 1",
+        ),
+        (
+            Item(text="<|image_1|> <|image_1|>", image=IMAGE),
+            "2 times, the item has an image; it must stand there exactly 1",
+        ),
         (Item(text="<|image_1|> alone"), "1 times, the item has no image; it must stand there exactly 0"),
         (Item(text="<|image_pad|>"), r"backbone's own image token <\|image_pad\|>; write <\|image_1\|>"),
     ],
 )
-def test_image_token_missing_duplicated_or_foreign(processor: ItemProcessor, item: Item, message: str) -> None:
+def test_image_token_missing_duplicated_or_foreign(
+    processor: ItemProcessor, item: Item, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         processor([item])
 
@@ -117,7 +129,12 @@ def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(folder: Path
     model = EmbeddingModel(load_backbone(folder, dtype=torch.float32, attention="sdpa"), PROMPTS)
     torch.nn.init.normal_(model.prompted_embedding.vectors)
     embedder = Embedder(model, processor, beta=0.05)
-    items = ["a heart", IMAGE, {"text": "what is it?", "image": IMAGE}, {"text": "<|image_1|>\nx", "image": IMAGE}]
+    items = [
+        "a heart",
+        IMAGE,
+        {"text": "what is it?", "image": IMAGE},
+        {"text": "<|image_1|>\nx", "image": IMAGE},
+    ]
     together = embedder.encode(items, batch_size=4)
     assert together.shape == (4, 3, 32)
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(4, 3))

@@ -28,14 +28,22 @@ def test_precision_equals_a_slow_count_with_many_ties() -> None:
     similarity_BC = torch.randint(0, 4, (200, 7), generator=generator).float()
     rng = random.Random(0)
     candidates = [rng.sample(range(7), rng.randint(2, 7)) for _ in range(200)]
-    expected = [slow_hit(row.tolist(), columns) for row, columns in zip(similarity_BC, candidates, strict=True)]
+    expected = [
+        slow_hit(row.tolist(), columns) for row, columns in zip(similarity_BC, candidates, strict=True)
+    ]
     assert precision_at_1_hits(similarity_BC, candidates) == expected
     assert 0 < sum(expected) < 200
 
 
 @pytest.mark.parametrize(
     ("scores", "hit"),
-    [([0.5, 0.4], True), ([0.5, 0.5], False), ([0.4, 0.5], False), ([math.nan, 0.5], False), ([0.5, math.nan], False)],
+    [
+        ([0.5, 0.4], True),
+        ([0.5, 0.5], False),
+        ([0.4, 0.5], False),
+        ([math.nan, 0.5], False),
+        ([0.5, math.nan], False),
+    ],
 )
 def test_tie_and_nan_are_misses(scores: list[float], hit: bool) -> None:
     assert precision_at_1_hits(torch.tensor([scores]), [[0, 1]]) == [hit]
@@ -72,7 +80,11 @@ def a_set(name: str, meta_task: str, in_distribution: bool, score: float, num_qu
 
 def test_means_weigh_sets_alike_whatever_their_size() -> None:
     report = mmeb_report(
-        [a_set("A", "vqa", True, 10, 1), a_set("B", "vqa", False, 40, 1000), a_set("C", "retrieval", False, 100, 10)]
+        [
+            a_set("A", "vqa", True, 10, 1),
+            a_set("B", "vqa", False, 40, 1000),
+            a_set("C", "retrieval", False, 100, 10),
+        ]
     )
     means = {mean.name: mean for mean in (*report.meta_tasks, *report.distributions, report.overall)}
     assert {name: mean.score for name, mean in means.items()} == {

@@ -14,7 +14,9 @@ from agff.similarity import fused_similarity, pattern_shares
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
-    return normalize(torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return normalize(
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
 
 
 def oracle_patterns(query_MD: Tensor, target_MD: Tensor, beta: float) -> list[float]:
@@ -50,7 +52,9 @@ def oracle(query_BMD: Tensor, target_CMD: Tensor, beta: float) -> Tensor:
 @pytest.mark.parametrize("beta", [0.02, 0.05, 0.3])
 def test_fused_similarity_equals_slow_oracle(num_fine: int, beta: float) -> None:
     query, target = unit(3, 1 + num_fine, 8), unit(5, 1 + num_fine, 8, seed=1)
-    torch.testing.assert_close(fused_similarity(query, target, beta=beta), oracle(query, target, beta), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        fused_similarity(query, target, beta=beta), oracle(query, target, beta), rtol=0, atol=1e-12
+    )
 
 
 def test_result_and_gradient_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +73,10 @@ def test_result_and_gradient_do_not_depend_on_the_block_size(monkeypatch: pytest
 @pytest.mark.parametrize("num_fine", [0, 1, 3])
 def test_gradcheck(num_fine: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "BLOCK_ELEMENTS", 2 * 16 * 2)
-    query, target = unit(2, 1 + num_fine, 4).requires_grad_(), unit(5, 1 + num_fine, 4, seed=1).requires_grad_()
+    query, target = (
+        unit(2, 1 + num_fine, 4).requires_grad_(),
+        unit(5, 1 + num_fine, 4, seed=1).requires_grad_(),
+    )
     assert torch.autograd.gradcheck(lambda q, t: fused_similarity(q, t, beta=0.1), (query, target))
 
 
@@ -99,7 +106,9 @@ def test_low_precision_comes_in_and_float32_comes_out(dtype: torch.dtype) -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the inside
         fused = fused_similarity(query, target, beta=0.05)
     assert fused.dtype == torch.float32
-    torch.testing.assert_close(fused, oracle(query.double(), target.double(), 0.05).float(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        fused, oracle(query.double(), target.double(), 0.05).float(), rtol=0, atol=2e-6
+    )
 
 
 def test_gradient_flows_into_low_precision_arguments() -> None:

@@ -29,8 +29,8 @@ CASES = [
         (1, 2, 4, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
     )
 ]
-"""4 items are a whole local batch of two ranks. With a budget the ranks have different numbers of chunks; explicit negatives
-are on the first ranks only."""
+"""4 items are a whole local batch of two ranks. With a budget the ranks have different numbers of chunks;
+explicit negatives are on the first ranks only."""
 
 
 class PlainEngine:
@@ -59,7 +59,9 @@ class PlainEngine:
         return True
 
 
-def gradients(chunking: int | TokenBudget, loss: LossConfig, num_fine: int) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    chunking: int | TokenBudget, loss: LossConfig, num_fine: int
+) -> tuple[float, dict[str, Tensor]]:
     """(loss, gradient of every parameter) of one step over this rank's share of the global batch."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     rows = global_rows(NUM_ROWS, num_fine, rows_without_image=NO_IMAGE_ON_RANK_1)
@@ -105,14 +107,23 @@ def test_the_cases_exercise_ranks_with_different_numbers_of_chunks_and_negatives
 
 
 def slow_losses(similarity: Any, rows: list[dict], *, temperature: float) -> list[float]:
-    """InfoNCE with explicit negatives by its definition: for each query its own target, all others and all negatives."""
+    """InfoNCE with explicit negatives by its definition: for each query its own target, all others and all
+    negatives."""
     losses = []
     for i, row in enumerate(rows):
-        candidates = [(similarity(i, "target", j), j == i, r["target_id"], r["query_id"]) for j, r in enumerate(rows)]
-        candidates += [
-            (similarity(i, "negative", j), False, r["negative_id"], None) for j, r in enumerate(rows) if "negative" in r
+        candidates = [
+            (similarity(i, "target", j), j == i, r["target_id"], r["query_id"]) for j, r in enumerate(rows)
         ]
-        kept = [s for s, is_own, cid, qid in candidates if is_own or (cid != row["target_id"] and qid != row["query_id"])]
+        candidates += [
+            (similarity(i, "negative", j), False, r["negative_id"], None)
+            for j, r in enumerate(rows)
+            if "negative" in r
+        ]
+        kept = [
+            s
+            for s, is_own, cid, qid in candidates
+            if is_own or (cid != row["target_id"] and qid != row["query_id"])
+        ]
         total = sum(math.exp(s / temperature) for s in kept)
         losses.append(math.log(total) - candidates[i][0] / temperature)
     return losses
@@ -123,7 +134,9 @@ def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_tar
     engine = PlainEngine(tiny_model(0))
     batch = batch_of(rows, NUM_ROWS, 0)
     with torch.no_grad():
-        query, target, negative = (x[:, 0] for x in batch.split(torch.cat([engine.encode(c) for c in batch.chunks])))
+        query, target, negative = (
+            x[:, 0] for x in batch.split(torch.cat([engine.encode(c) for c in batch.chunks]))
+        )
     place = {j: k for k, j in enumerate(j for j, r in enumerate(rows) if "negative" in r)}
 
     def similarity(i: int, side: str, j: int) -> float:
@@ -135,11 +148,14 @@ def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_tar
     assert result.pair_loss_B.tolist() == pytest.approx(expected, abs=1e-12)
     assert result.metrics[0].item() == pytest.approx(sum(expected) / NUM_ROWS, abs=1e-12)
     without = [{k: v for k, v in row.items() if not k.startswith("negative")} for row in rows]
-    assert sum(slow_losses(similarity, without, temperature=0.5)) < sum(expected) - 0.01, "the negatives matter"
+    assert sum(slow_losses(similarity, without, temperature=0.5)) < sum(expected) - 0.01, (
+        "the negatives matter"
+    )
 
 
 def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
-    """With dropout, pass 2 must see the masks of pass 1: then the surrogate's gradient is that of the first pass."""
+    """With dropout, pass 2 must see the masks of pass 1: then the surrogate's gradient is that of the first
+    pass."""
 
     class Recorder(PlainEngine):
         def __init__(self, model: torch.nn.Module) -> None:
@@ -209,7 +225,11 @@ def train_with_zero(stage: int, chunk_size: int) -> tuple[dict[str, Tensor], lis
 
 
 def train_all_stages() -> dict[tuple[int, int], tuple[dict[str, Tensor], list[Any]]]:
-    return {(stage, chunk_size): train_with_zero(stage, chunk_size) for stage in (1, 2, 3) for chunk_size in (1, 4)}
+    return {
+        (stage, chunk_size): train_with_zero(stage, chunk_size)
+        for stage in (1, 2, 3)
+        for chunk_size in (1, 4)
+    }
 
 
 def reference_training() -> tuple[dict[str, Tensor], list[float]]:
@@ -234,7 +254,11 @@ def reference_training() -> tuple[dict[str, Tensor], list[float]]:
 
     for step in range(NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
-        train_step(Engine(), partial(contrastive_loss, config=LossConfig(amplification=2.0)), batch_of(rows, NUM_ROWS, 4))
+        train_step(
+            Engine(),
+            partial(contrastive_loss, config=LossConfig(amplification=2.0)),
+            batch_of(rows, NUM_ROWS, 4),
+        )
     return {name: p.detach() for name, p in model.named_parameters()}, norms
 
 
@@ -249,9 +273,14 @@ def test_zero_stages_equal_a_plain_optimizer_after_three_steps() -> None:
         for name, parameter in parameters.items():
             update = (expected[name] - initial[name].detach()).abs().max()
             assert update > 1e-4
-            # Adam divides by the root of the second moment: an element whose gradient is rounding noise moves freely
-            torch.testing.assert_close(parameter, expected[name], rtol=0, atol=float(update) * 2e-2, msg=f"{case} {name}")
-            difference = (parameter - expected[name]).norm() / (expected[name] - initial[name].detach()).norm()
+            # Adam divides by the root of the second moment: an element whose gradient is rounding noise moves
+            # freely
+            torch.testing.assert_close(
+                parameter, expected[name], rtol=0, atol=float(update) * 2e-2, msg=f"{case} {name}"
+            )
+            difference = (parameter - expected[name]).norm() / (
+                expected[name] - initial[name].detach()
+            ).norm()
             assert difference < 1e-3, f"{case} {name}: {difference:.1e} of the update"
 
 
@@ -276,11 +305,14 @@ def state_of(engine: Any) -> list[Any]:
 
 
 def same(one: list[Any], other: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True)
+    )
 
 
 def train_with_poison(stage: int, precision: Any, clip: float, value: float) -> list[tuple[bool, bool]]:
-    """For each step: (applied, whether anything changed). Rank 1 alone sees the value, in one image of the poisoned step."""
+    """For each step: (applied, whether anything changed). Rank 1 alone sees the value, in one image of the
+    poisoned step."""
     from agff.engine import Engine, start_process_group
 
     rank = dist.get_rank()
@@ -316,4 +348,6 @@ def train_with_all_poisons() -> list[list[tuple[bool, bool]]]:
 def test_a_value_on_one_rank_that_is_not_finite_makes_all_ranks_skip_the_step_and_change_nothing() -> None:
     expected = [(step != POISONED_STEP, step != POISONED_STEP) for step in range(3)]
     for rank, found in enumerate(run_ranks(train_with_all_poisons, world_size=2)):
-        assert {case: log for case, log in zip(POISON_CASES, found, strict=True) if log != expected} == {}, f"rank {rank}"
+        assert {case: log for case, log in zip(POISON_CASES, found, strict=True) if log != expected} == {}, (
+            f"rank {rank}"
+        )

@@ -19,7 +19,8 @@ VOCABULARY, IMAGE_TOKEN, PATCH_VALUES = 40, 30, 3 * 2 * 4 * 4
 
 
 def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> EmbeddingModel:
-    """Hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2; float32. lora: only adapters and soft tokens train."""
+    """Hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2; float32. lora: only adapters and soft tokens
+    train."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     config = Qwen2VLConfig(
@@ -52,7 +53,9 @@ def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> Embedding
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        backbone = choose_trainable(Qwen2VLModel(config), BackboneConfig(path="", lora=LoraConfig(rank=2) if lora else None))
+        backbone = choose_trainable(
+            Qwen2VLModel(config), BackboneConfig(path="", lora=LoraConfig(rank=2) if lora else None)
+        )
         model = EmbeddingModel(backbone, PromptConfig(num_fine=num_fine))
     torch.nn.init.normal_(model.prompted_embedding.vectors, std=0.5)
     for parameter in model.parameters():  # far from zero, so that no gradient is small by accident
@@ -62,9 +65,13 @@ def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> Embedding
 
 
 def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) -> ModelInputs:
-    """Inputs as ItemProcessor builds them: [image] text prompts, right padding, a masked blank image when there is none."""
+    """Inputs as ItemProcessor builds them: [image] text prompts, right padding, a masked blank image when
+    there is none."""
     prompts = list(range(VOCABULARY, VOCABULARY + 1 + num_fine))
-    rows = [([IMAGE_TOKEN] if image is not None else []) + text + prompts for text, image in zip(texts, images, strict=True)]
+    rows = [
+        ([IMAGE_TOKEN] if image is not None else []) + text + prompts
+        for text, image in zip(texts, images, strict=True)
+    ]
     starts, lengths = [len(row) - len(prompts) for row in rows], [len(row) for row in rows]
     pixels = [image for image in images if image is not None]
     if not pixels:
@@ -117,12 +124,18 @@ def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed
 def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Batch:
     """The rows as one rank's batch, in chunks of so many items or tokens."""
     with_negative = [row for row in rows if "negative" in row]
-    items = [row[side] for side, of in (("query", rows), ("target", rows), ("negative", with_negative)) for row in of]
+    items = [
+        row[side]
+        for side, of in (("query", rows), ("target", rows), ("negative", with_negative))
+        for row in of
+    ]
     cut = FixedRows(rows=chunking) if isinstance(chunking, int) else chunking
     parts = cut.cut(items, _Lengths(num_fine))
     order = [index for part in parts for index in part]
     return Batch(
-        chunks=tuple(chunk([items[i][0] for i in part], [items[i][1] for i in part], num_fine) for part in parts),
+        chunks=tuple(
+            chunk([items[i][0] for i in part], [items[i][1] for i in part], num_fine) for part in parts
+        ),
         order_R=torch.tensor([order.index(i) for i in range(len(items))]),
         query_ids_B=torch.tensor([row["query_id"] for row in rows]),
         target_ids_B=torch.tensor([row["target_id"] for row in rows]),

@@ -1,13 +1,15 @@
 """`python -m tests.benchmarks.first_batch`: seconds until a run that resumes at step S has its first batch.
 
-The set is large in all but bytes: --shards names in --sources sources are hard links to a few real tar files, with a real
-index and manifest. Opening, planning, reading, decoding and encoding are those of a training run; one worker process.
+The set is large in all but bytes: --shards names in --sources sources are hard links to a few real tar files,
+with a real index and manifest. Opening, planning, reading, decoding and encoding are those of a training run;
+one worker process.
 
 open:    read_manifest, Plan and ShardReader. batch: from there until the batch is in this process.
-process: the same in a process of its own; `imports` stands apart, since every program that uses torch pays it.
-replay:  what a loader without a seek does: plain webdataset, undecoded, over the rank's share of the shards, until the
-         samples of S steps are passed, then one batch decoded and encoded. Measured up to --replay_limit, beyond that
-         extrapolated from the longest measured one and marked as such.
+process: the same in a process of its own; `imports` stands apart, since every program that uses torch pays
+it.
+replay:  what a loader without a seek does: plain webdataset, undecoded, over the rank's share of the shards,
+         until the samples of S steps are passed, then one batch decoded and encoded. Measured up to
+         --replay_limit, beyond that extrapolated from the longest measured one and marked as such.
 
 All files are in the page cache.
 """
@@ -40,19 +42,33 @@ from agff.processor import ItemProcessor, ProcessorConfig  # noqa: E402
 from agff.prompts import PromptConfig  # noqa: E402
 from data_pipeline.collate import FixedRows  # noqa: E402
 from data_pipeline.loader import StepBatches, load_batches  # noqa: E402
-from data_pipeline.manifest import Manifest, Shard, Source, read_index, read_manifest, write_index, write_manifest  # noqa: E402
+from data_pipeline.manifest import (  # noqa: E402
+    Manifest,
+    Shard,
+    Source,
+    read_index,
+    read_manifest,
+    write_index,
+    write_manifest,
+)
 from data_pipeline.plan import Mixture, Plan  # noqa: E402
 from data_pipeline.reader import ShardReader  # noqa: E402
 from data_pipeline.storage import LocalFolder  # noqa: E402
 from launcher.prepare import prepare  # noqa: E402
-from launcher.quickstart.layouts import TrainRow, image_query, train_image_path, write_train_subset  # noqa: E402
+from launcher.quickstart.layouts import (  # noqa: E402
+    TrainRow,
+    image_query,
+    train_image_path,
+    write_train_subset,
+)
 from tests.drawings import tiny_backbone  # noqa: E402
 
 SUBSET = "Real"
 
 
 def make_large_set(folder: Path, arguments: argparse.Namespace) -> None:
-    """`folder`/shards of --shards hard links to --files tar files that `prepare` wrote, and `folder`/backbone."""
+    """`folder`/shards of --shards hard links to --files tar files that `prepare` wrote, and
+    `folder`/backbone."""
     mmeb, real = folder / "mmeb", folder / "real"
     generator = np.random.default_rng(0)
     rows = []
@@ -74,11 +90,16 @@ def make_large_set(folder: Path, arguments: argparse.Namespace) -> None:
         for at in range(per_source):
             of = source.shards[at % arguments.files]
             shard = Shard(
-                name=f"{name}-{at:05d}.tar", num_samples=of.num_samples, size_bytes=of.size_bytes, sha256=of.sha256
+                name=f"{name}-{at:05d}.tar",
+                num_samples=of.num_samples,
+                size_bytes=of.size_bytes,
+                sha256=of.sha256,
             )
             os.link(real / SUBSET / of.name, folder / "shards" / name / shard.name)
             shards.append(shard)
-        file = write_index(folder / "shards" / name, (index[at % arguments.files] for at in range(per_source)))
+        file = write_index(
+            folder / "shards" / name, (index[at % arguments.files] for at in range(per_source))
+        )
         num_rows = per_source * arguments.samples
         sources[name] = Source(num_rows=num_rows, num_rejected=0, shards=tuple(shards), index=file)
     write_manifest(folder / "shards", Manifest(sources=sources, settings={}))
@@ -95,7 +116,9 @@ def processor_of(folder: Path) -> ItemProcessor:
     return ItemProcessor.from_folder(folder / "backbone", prompts=PromptConfig(), limits=ProcessorConfig())
 
 
-def ours(folder: Path, processor: ItemProcessor, step: int, arguments: argparse.Namespace) -> tuple[float, float]:
+def ours(
+    folder: Path, processor: ItemProcessor, step: int, arguments: argparse.Namespace
+) -> tuple[float, float]:
     """(seconds to open, seconds to the batch) of a run that begins at `step`."""
     start = time.perf_counter()
     shards = LocalFolder(folder / "shards")
@@ -122,7 +145,15 @@ def ours(folder: Path, processor: ItemProcessor, step: int, arguments: argparse.
 
 def ours_apart(folder: Path, step: int, arguments: argparse.Namespace) -> dict[str, float]:
     """{"imports", "processor", "open", "batch", "all"}: seconds, in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.first_batch", "--child", str(folder), "--steps", str(step)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.first_batch",
+        "--child",
+        str(folder),
+        "--steps",
+        str(step),
+    ]
     command += ["--local_batch", str(arguments.local_batch), "--ranks", str(arguments.ranks)]
     start = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -154,25 +185,45 @@ def _child(arguments: argparse.Namespace) -> int:
     processor = processor_of(arguments.child)
     made = time.perf_counter()
     opened, batch = ours(arguments.child, processor, arguments.steps[0], arguments)
-    times = {"imports": imported - PROGRAM_START, "processor": made - imported, "open": opened, "batch": batch}
+    times = {
+        "imports": imported - PROGRAM_START,
+        "processor": made - imported,
+        "open": opened,
+        "batch": batch,
+    }
     sys.stdout.write(json.dumps(times) + "\n")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 1000, 100_000], help="S, one table row each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[10, 1000, 100_000], help="S, one table row each"
+    )
     parser.add_argument("--files", type=int, default=20, help="real tar files (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=500, help="samples of one tar file (default: %(default)s)")
-    parser.add_argument("--shards", type=int, default=10_000, help="names that link to them (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=500, help="samples of one tar file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=10_000, help="names that link to them (default: %(default)s)"
+    )
     parser.add_argument("--sources", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--local_batch", type=int, default=64, help="pairs of one rank (default: %(default)s)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs, three times as many in this process (default: %(default)s)"
+        "--local_batch", type=int, default=64, help="pairs of one rank (default: %(default)s)"
     )
-    parser.add_argument("--replay_limit", type=int, default=1000, help="largest S that is replayed (default: %(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="timed runs, three times as many in this process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--replay_limit", type=int, default=1000, help="largest S that is replayed (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -203,9 +254,9 @@ def _report(folder: Path, arguments: argparse.Namespace) -> None:
                 replays[step].append(replay(folder, processor, step, arguments))
     sys.stdout.write(
         f"{platform.machine()}, {os.cpu_count()} CPUs; {arguments.shards:,} shards, "
-        f"{arguments.shards * arguments.samples:,} samples, {arguments.sources} sources, rank {arguments.ranks // 3} of "
-        f"{arguments.ranks:,}, {arguments.local_batch} pairs a rank; seconds, medians of {arguments.repeats} runs\n"
-        "          this process               a process of its own\n"
+        f"{arguments.shards * arguments.samples:,} samples, {arguments.sources} sources, rank "
+        f"{arguments.ranks // 3} of {arguments.ranks:,}, {arguments.local_batch} pairs a rank; seconds, "
+        f"medians of {arguments.repeats} runs\n          this process               a process of its own\n"
         "     step     open    batch      sum  imports  processor     open    batch   all    replay\n"
     )
     replayed = {step: float(np.median(times)) for step, times in replays.items()}
@@ -216,15 +267,20 @@ def _report(folder: Path, arguments: argparse.Namespace) -> None:
         if step in replayed:
             text = f"{replayed[step]:>9.2f}"
         else:
-            text = f"{replayed[longest] * step / longest:>9.0f} (extrapolated from {longest:,})" if longest else "-"
+            text = (
+                f"{replayed[longest] * step / longest:>9.0f} (extrapolated from {longest:,})"
+                if longest
+                else "-"
+            )
         sys.stdout.write(
             f"{step:>9,} {opened:>8.3f} {batch:>8.3f} {opened + batch:>8.3f} "
-            f"{own['imports']:>8.2f} {own['processor']:>10.2f} {own['open']:>8.3f} {own['batch']:>8.3f} {own['all']:>5.1f} "
-            f"{text}\n"
+            f"{own['imports']:>8.2f} {own['processor']:>10.2f} {own['open']:>8.3f} {own['batch']:>8.3f} "
+            f"{own['all']:>5.1f} {text}\n"
         )
     sums = [float(np.median([sum(run) for run in runs[step]])) for step in arguments.steps]
     sys.stdout.write(
-        f"step {arguments.steps[-1]:,} takes {sums[-1] / sums[0]:.2f} times what step {arguments.steps[0]:,} takes\n"
+        f"step {arguments.steps[-1]:,} takes {sums[-1] / sums[0]:.2f} times what step {arguments.steps[0]:,} "
+        "takes\n"
     )
 
 

@@ -1,14 +1,16 @@
-"""`python tests/benchmarks/fused_loss.py`: time and peak memory of fused similarity + EGA loss, forward and backward.
+"""`python tests/benchmarks/fused_loss.py`: time and peak memory of fused similarity + EGA loss, forward and
+backward.
 
-naive: all M x M pairs of vectors of all candidates at once, in plain autograd, straight from README, Method 1.
+naive: all M x M pairs of vectors of all candidates at once, in plain autograd, straight from README, Method
+1.
 ours:  agff.similarity.fused_similarity and agff.losses.ega_loss.
 
-Peak memory is what the computation needs beyond its inputs; the gradients of the inputs, which no method can do without,
-are part of it and stand in a column of their own. On CUDA:
-torch.cuda.max_memory_allocated minus what was allocated before. On a CPU every measurement has a process of its own: the
-kernel's high-water mark of its resident memory (VmHWM, reset after the inputs exist and a small warm-up ran) minus the
-resident memory at that moment; memory that the allocator had kept from before would be missed, and there is hardly any.
-Time is the best of --repeats after a warm-up.
+Peak memory is what the computation needs beyond its inputs; the gradients of the inputs, which no method can
+do without, are part of it and stand in a column of their own. On CUDA: torch.cuda.max_memory_allocated minus
+what was allocated before. On a CPU every measurement has a process of its own: the kernel's high-water mark
+of its resident memory (VmHWM, reset after the inputs exist and a small warm-up ran) minus the resident memory
+at that moment; memory that the allocator had kept from before would be missed, and there is hardly any. Time
+is the best of --repeats after a warm-up.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from agff.similarity import fused_similarity
 
 BETA, TEMPERATURE, AMPLIFICATION = 0.05, 0.02, 1.0
 NAIVE_COPIES = 7
-"""Tensors of B x M x C x M elements that plain autograd holds at its peak: an estimate, to skip what cannot fit."""
+"""Tensors of B x M x C x M elements that plain autograd holds at its peak: an estimate, to skip what cannot
+fit."""
 
 
 def naive_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> Tensor:
@@ -92,7 +95,16 @@ def measure(
 
 def measure_apart(method: str, rows: int, candidates: int, arguments: argparse.Namespace) -> dict[str, float]:
     """`measure` in a process of its own, so that no measurement inherits another's memory."""
-    command = [sys.executable, __file__, "--child", method, "--rows", str(rows), "--candidates", str(candidates)]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        method,
+        "--rows",
+        str(rows),
+        "--candidates",
+        str(candidates),
+    ]
     command += ["--k", str(arguments.k), "--dim", str(arguments.dim), "--device", arguments.device]
     command += ["--repeats", str(arguments.repeats), "--threads", str(arguments.threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -124,11 +136,15 @@ def _print_row(candidates: int, rows: int, gradient_bytes: int, results: dict[st
     for name in ("naive", "ours"):
         result = results.get(name)
         cells.append(
-            f"{result['time_s']:>9.3f} s {result['peak_bytes'] / 2**20:>10,.0f} MiB" if result else f"{'skipped':>26}"
+            f"{result['time_s']:>9.3f} s {result['peak_bytes'] / 2**20:>10,.0f} MiB"
+            if result
+            else f"{'skipped':>26}"
         )
     if naive:
         difference = max(abs(ours[key] - naive[key]) / abs(naive[key]) for key in ("loss", "gradient_norm"))
-        cells.append(f"{naive['time_s'] / ours['time_s']:>7.1f}x {naive['peak_bytes'] / ours['peak_bytes']:>7.1f}x")
+        cells.append(
+            f"{naive['time_s'] / ours['time_s']:>7.1f}x {naive['peak_bytes'] / ours['peak_bytes']:>7.1f}x"
+        )
         cells.append(f"{difference:>9.0e}")
     sys.stdout.write("  ".join(cells) + "\n")
     sys.stdout.flush()
@@ -136,14 +152,22 @@ def _print_row(candidates: int, rows: int, gradient_bytes: int, results: dict[st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", type=int, nargs="+", default=[1024, 4096, 8192], help="C, one table row each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--candidates", type=int, nargs="+", default=[1024, 4096, 8192], help="C, one table row each"
+    )
     parser.add_argument("--rows", type=int, default=256, help="B, local queries (default: %(default)s)")
-    parser.add_argument("--k", type=int, default=4, help="fine-grained vectors of each item (default: %(default)s)")
+    parser.add_argument(
+        "--k", type=int, default=4, help="fine-grained vectors of each item (default: %(default)s)"
+    )
     parser.add_argument("--dim", type=int, default=256, help="width of a vector (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)"
+    )
     parser.add_argument("--naive_limit_gib", type=float, default=24, help="skip naive above this estimate")
     parser.add_argument("--child", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -156,11 +180,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(measure(arguments.child, *size, device, arguments.repeats)) + "\n")
         return 0
     name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {arguments.threads} threads"
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {arguments.threads} threads"
     )
-    sys.stdout.write(f"{name}, torch {torch.__version__}, float32, K={arguments.k}, D={arguments.dim}, forward + backward\n")
     sys.stdout.write(
-        "candidates    rows   input grads        naive: time, peak           ours: time, peak    time   memory  difference\n"
+        f"{name}, torch {torch.__version__}, float32, K={arguments.k}, D={arguments.dim}, forward + "
+        "backward\n"
+    )
+    sys.stdout.write(
+        "candidates    rows   input grads        naive: time, peak           ours: time, peak    time   "
+        "memory  difference\n"
     )
     for candidates in arguments.candidates:
         rows = min(arguments.rows, candidates)

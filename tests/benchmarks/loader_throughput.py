@@ -1,18 +1,21 @@
-"""`python -m tests.benchmarks.loader_throughput`: images/s of the loader, beside the decode limit of its worker processes.
+"""`python -m tests.benchmarks.loader_throughput`: images/s of the loader, beside the decode limit of its
+worker processes.
 
-A pair is an image with a question, and a text. All methods read the same JPEGs and make the same chunks of model inputs with
-the same processor, in the same number of processes:
+A pair is an image with a question, and a text. All methods read the same JPEGs and make the same chunks of
+model inputs with the same processor, in the same number of processes:
 
-bare loop:   the limit: each process reads files, decodes them with PIL and calls the processor; nothing leaves it.
+bare loop:   the limit: each process reads files, decodes them with PIL and calls the processor; nothing
+leaves it.
 ours:        data_pipeline.loader.load_batches over shards; whole batches arrive in this process.
-webdataset:  WebDataset over the same shards, decode("pil"), the same chunks, torch's DataLoader; no shuffling.
-loose files: a torch Dataset of image files in random order, one batch an index, torch's DataLoader.
+webdataset:  WebDataset over the same shards, decode("pil"), the same chunks, torch's DataLoader; no
+shuffling. loose files: a torch Dataset of image files in random order, one batch an index, torch's
+DataLoader.
 
-The clock starts when each process has delivered WARM_UP batches and stops --pairs later, while more are being made, so that
-neither start-up nor an empty or full queue counts. Runs take turns; the best of --repeats counts. Beside it stands the
-processor time that an image took in the worker processes and in this one, which other programs on the machine hardly change.
-Files are in the page cache. --draft lets ours decode large JPEGs at a fraction of their size, as a training run does; by
-default it does not, so that all methods decode alike.
+The clock starts when each process has delivered WARM_UP batches and stops --pairs later, while more are being
+made, so that neither start-up nor an empty or full queue counts. Runs take turns; the best of --repeats
+counts. Beside it stands the processor time that an image took in the worker processes and in this one, which
+other programs on the machine hardly change. Files are in the page cache. --draft lets ours decode large JPEGs
+at a fraction of their size, as a training run does; by default it does not, so that all methods decode alike.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ def _decode(content: bytes) -> Image.Image:
 
 
 def make_pairs(folder: Path, arguments: argparse.Namespace) -> Pairs:
-    """Seeded JPEGs of 320 x 240 to 512 x 384 pixels with the spectrum of a photograph, loose and in shards."""
+    """Seeded JPEGs of 320 x 240 to 512 x 384 pixels with the spectrum of a photograph, loose and in
+    shards."""
     generator = np.random.default_rng(0)
     rows = []
     for number in range(arguments.images):
@@ -98,7 +102,9 @@ def make_pairs(folder: Path, arguments: argparse.Namespace) -> Pairs:
         pixels = np.zeros((height, width, 3))
         for cells in (4, 16, 64, 256):  # coarse to fine, ever weaker
             noise = Image.fromarray(generator.integers(0, 256, size=(cells, cells, 3), dtype=np.uint8))
-            pixels += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / cells**0.5
+            pixels += (
+                np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / cells**0.5
+            )
         pixels *= 255 / pixels.max()
         path = train_image_path(SUBSET, f"{number:06d}.jpg")
         (folder / "mmeb" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -111,10 +117,14 @@ def make_pairs(folder: Path, arguments: argparse.Namespace) -> Pairs:
         mmeb=folder / "mmeb",
         shards=folder / "shards",
         paths=tuple(row.qry_image_path for row in rows),
-        processor=ItemProcessor.from_folder(tiny_backbone(folder / "backbone"), prompts=PromptConfig(), limits=limits),
+        processor=ItemProcessor.from_folder(
+            tiny_backbone(folder / "backbone"), prompts=PromptConfig(), limits=limits
+        ),
         batch=arguments.batch,
         num_batches=arguments.pairs // arguments.batch,
-        chunking=TokenBudget(max_tokens=arguments.max_tokens) if arguments.max_tokens else FixedRows(rows=arguments.batch),
+        chunking=TokenBudget(max_tokens=arguments.max_tokens)
+        if arguments.max_tokens
+        else FixedRows(rows=arguments.batch),
         draft=arguments.draft,
     )
 
@@ -163,7 +173,8 @@ def bare_loop(pairs: Pairs, workers: int) -> Run:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(workers), context.SimpleQueue()
     running = [
-        context.Process(target=_bare_process, args=(pairs, worker, workers, barrier, results)) for worker in range(workers)
+        context.Process(target=_bare_process, args=(pairs, worker, workers, barrier, results))
+        for worker in range(workers)
     ]
     for process in running:
         process.start()
@@ -188,7 +199,11 @@ def _bare_process(pairs: Pairs, worker: int, workers: int, barrier: Any, results
     timed = own[WARM_UP : WARM_UP + pairs.num_batches // workers]
     for numbers in timed:
         pairs.encode([pairs.load(number) for number in numbers])
-    seconds, own_seconds, images = time.perf_counter() - start, time.process_time() - own_start, len(timed) * pairs.batch
+    seconds, own_seconds, images = (
+        time.perf_counter() - start,
+        time.process_time() - own_start,
+        len(timed) * pairs.batch,
+    )
     for numbers in own[-2:]:  # keep the core busy until the others are done too
         pairs.encode([pairs.load(number) for number in numbers])
     results.put(Run(images_per_s=images / seconds, worker_ms=1e3 * own_seconds / images, main_ms=0))
@@ -268,14 +283,24 @@ METHODS: dict[str, Callable[[Pairs, int], Run]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes, one table row each")
-    parser.add_argument("--images", type=int, default=600, help="JPEG files, each of one pair (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="processes, one table row each"
+    )
+    parser.add_argument(
+        "--images", type=int, default=600, help="JPEG files, each of one pair (default: %(default)s)"
+    )
     parser.add_argument("--pairs", type=int, default=384, help="timed pairs of a run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a batch (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, help="ours cuts chunks by TokenBudget (default: FixedRows)")
-    parser.add_argument("--max_pixels", type=int, default=512 * 384, help="limit of the processor (default: %(default)s)")
-    parser.add_argument("--draft", action="store_true", help="ours decodes large JPEGs at a fraction of their size")
+    parser.add_argument(
+        "--max_pixels", type=int, default=512 * 384, help="limit of the processor (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draft", action="store_true", help="ours decodes large JPEGs at a fraction of their size"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     arguments = parser.parse_args(argv)
@@ -294,10 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder)
     sys.stdout.write(
-        f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, webdataset {webdataset.__version__}; "
-        f"{len(pairs.paths)} JPEGs of {file_bytes / len(pairs.paths) / 1e3:.0f} kB, at most {arguments.max_pixels:,} pixels "
-        f"seen, {pairs.num_batches} batches of {pairs.batch}; best of {arguments.repeats}\n"
-        "                              of the bare  processor time, ms/image\n"
+        f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, webdataset "
+        f"{webdataset.__version__}; {len(pairs.paths)} JPEGs of {file_bytes / len(pairs.paths) / 1e3:.0f} "
+        f"kB, at most {arguments.max_pixels:,} pixels seen, {pairs.num_batches} batches of {pairs.batch}; "
+        f"best of {arguments.repeats}\n                              of the bare  processor time, ms/image\n"
         "processes             images/s       loop      worker          this  images/s of each run\n"
     )
     for workers in arguments.workers:
@@ -306,8 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = runs[name, workers]
             best = max(run.images_per_s for run in found)
             sys.stdout.write(
-                f"{workers:>9}  {name:<12}{best:>7.1f} {best / limit:>10.2f} {min(run.worker_ms for run in found):>11.2f} "
-                f"{min(run.main_ms for run in found):>13.2f}  {' '.join(f'{run.images_per_s:.0f}' for run in found)}\n"
+                f"{workers:>9}  {name:<12}{best:>7.1f} {best / limit:>10.2f} "
+                f"{min(run.worker_ms for run in found):>11.2f} {min(run.main_ms for run in found):>13.2f}  "
+                f"{' '.join(f'{run.images_per_s:.0f}' for run in found)}\n"
             )
     return 0
 

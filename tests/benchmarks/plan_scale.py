@@ -1,14 +1,15 @@
-"""`python tests/benchmarks/plan_scale.py`: time and memory of looking up who reads what, at up to a billion samples.
+"""`python tests/benchmarks/plan_scale.py`: time and memory of looking up who reads what, at up to a billion
+samples.
 
-Shards are invented in memory: nothing is read or written. The lookup is `data_pipeline.plan.Plan`, of one rank or of the
-whole global batch.
+Shards are invented in memory: nothing is read or written. The lookup is `data_pipeline.plan.Plan`, of one
+rank or of the whole global batch.
 
 first:       a fresh Plan's first lookup, what resuming costs.
-far apart:   one rank's rows of steps drawn at random from --span steps, so hardly any lookup finds what an earlier one left.
-in a row:    one rank's rows of consecutive steps, as in training.
-whole batch: all ranks' rows of one of those far apart steps.
-memory:      tracemalloc, in a pass of its own: what the Plan takes when it is made, and its peak after --memory_steps far
-             apart lookups, caches included; the manifest is not part of it.
+far apart:   one rank's rows of steps drawn at random from --span steps, so hardly any lookup finds what an
+earlier one left. in a row:    one rank's rows of consecutive steps, as in training. whole batch: all ranks'
+rows of one of those far apart steps.
+memory:      tracemalloc, in a pass of its own: what the Plan takes when it is made, and its peak after
+             --memory_steps far apart lookups, caches included; the manifest is not part of it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Row:
 
 
 def make_manifest(num_samples: int, num_shards: int, num_sources: int) -> Manifest:
-    """Uneven sources (each a tenth larger than the next), shards of uneven sizes, about `num_samples` in all."""
+    """Uneven sources (each a tenth larger than the next), shards of uneven sizes, about `num_samples` in
+    all."""
     generator = np.random.default_rng(SEED)
     shares = 1.1 ** -np.arange(num_sources)
     shards_of = np.maximum(1, (shares / shares.sum() * num_shards).astype(int))
@@ -140,7 +142,9 @@ def _middle_and_most(times: list[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--sets", nargs="+", default=SETS, help="SAMPLES:SHARDS, one or two rows each (default: %(default)s)"
     )
@@ -151,9 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cap", type=int, default=5_000_000, help="data.caps of the second row, if the mean source is larger"
     )
-    parser.add_argument("--span", type=int, default=1_000_000, help="steps that far apart ones are drawn from")
+    parser.add_argument(
+        "--span", type=int, default=1_000_000, help="steps that far apart ones are drawn from"
+    )
     parser.add_argument("--steps", type=int, default=200, help="lookups of one rank (default: %(default)s)")
-    parser.add_argument("--whole_steps", type=int, default=5, help="lookups of a whole batch (default: %(default)s)")
+    parser.add_argument(
+        "--whole_steps", type=int, default=5, help="lookups of a whole batch (default: %(default)s)"
+    )
     parser.add_argument(
         "--memory_steps", type=int, default=1000, help="lookups before memory is read (default: %(default)s)"
     )
@@ -162,11 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warm_up.global_batch(0)  # what numpy loads on first use is not the plan's
     sys.stdout.write(
         f"{platform.machine()}, {os.cpu_count()} CPUs, numpy {np.__version__}; {arguments.sources} sources, "
-        f"{arguments.ranks:,} ranks, global batch {arguments.global_batch:,}, sub-batches of {arguments.sub_batch}\n"
-        "                                 manifest     plan    first   far apart, ms     in a row, ms    whole batch, ms"
-        "     memory, MiB\n"
-        "      samples   shards     caps         s       ms       ms   median     max   median     max   median     max"
-        "    made    peak\n"
+        f"{arguments.ranks:,} ranks, global batch {arguments.global_batch:,}, sub-batches of "
+        f"{arguments.sub_batch}\n                                 manifest     plan    first   far apart, ms "
+        "    in a row, ms    whole batch, ms     memory, MiB\n"
+        "      samples   shards     caps         s       ms       ms   median     max   median     max   "
+        "median     max    made    peak\n"
     )
     for name in arguments.sets:
         num_samples, num_shards = (int(float(number)) for number in name.split(":"))
@@ -174,9 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for caps in (None, arguments.cap) if bites else (None,):
             row = measure(num_samples, num_shards, caps, arguments)
             sys.stdout.write(
-                f"{num_samples:>13,} {num_shards:>8,} {caps or 'none':>8} {row.manifest_s:>9.2f} {row.plan_ms:>8.1f} "
-                f"{row.first_ms:>8.2f} {_middle_and_most(row.far_ms)} {_middle_and_most(row.in_a_row_ms)} "
-                f"{_middle_and_most(row.whole_ms)} {row.made_mib:>7.1f} {row.peak_mib:>7.1f}\n"
+                f"{num_samples:>13,} {num_shards:>8,} {caps or 'none':>8} {row.manifest_s:>9.2f} "
+                f"{row.plan_ms:>8.1f} {row.first_ms:>8.2f} {_middle_and_most(row.far_ms)} "
+                f"{_middle_and_most(row.in_a_row_ms)} {_middle_and_most(row.whole_ms)} {row.made_mib:>7.1f} "
+                f"{row.peak_mib:>7.1f}\n"
             )
             sys.stdout.flush()
     return 0

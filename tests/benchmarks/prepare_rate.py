@@ -1,9 +1,10 @@
-"""`python tests/benchmarks/prepare_rate.py`: launcher.prepare.prepare against `tar cf` of the same image files.
+"""`python tests/benchmarks/prepare_rate.py`: launcher.prepare.prepare against `tar cf` of the same image
+files.
 
-Both read loose files that were read once before, so from the page cache, and write to the same disk. Ours also reads the
-image headers, hashes each image and each shard, writes the index, and forces every shard to disk (fsync); tar leaves its
-bytes in the page cache, so a second line has the time with `sync` of what it wrote. Runs take turns; the best of --repeats
-counts.
+Both read loose files that were read once before, so from the page cache, and write to the same disk. Ours
+also reads the image headers, hashes each image and each shard, writes the index, and forces every shard to
+disk (fsync); tar leaves its bytes in the page cache, so a second line has the time with `sync` of what it
+wrote. Runs take turns; the best of --repeats counts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ import numpy as np
 from PIL import Image
 
 from launcher.prepare import prepare
-from launcher.quickstart.layouts import TrainRow, image_query, train_image_path, write_file, write_train_subset
+from launcher.quickstart.layouts import (
+    TrainRow,
+    image_query,
+    train_image_path,
+    write_file,
+    write_train_subset,
+)
 
 SUBSET = "Noise"
 
@@ -58,13 +65,16 @@ def read_once(folder: Path) -> None:
 
 
 def tar(images: Path, out: Path, parts: int, *, sync: bool) -> None:
-    """`tar cf` of the image files, in `parts` processes at once, each with its own share and its own tar file."""
+    """`tar cf` of the image files, in `parts` processes at once, each with its own share and its own tar
+    file."""
     names = sorted(path.name for path in images.iterdir())
     running = []
     for part in range(parts):
         listed = out / f"{part}.txt"
         listed.write_text("\n".join(names[part::parts]))
-        running.append(subprocess.Popen(["tar", "cf", str(out / f"{part}.tar"), "-C", str(images), "-T", str(listed)]))
+        running.append(
+            subprocess.Popen(["tar", "cf", str(out / f"{part}.tar"), "-C", str(images), "-T", str(listed)])
+        )
     for process in running:
         if process.wait():
             raise RuntimeError(f"tar ended with {process.returncode}")
@@ -73,7 +83,8 @@ def tar(images: Path, out: Path, parts: int, *, sync: bool) -> None:
 
 
 def best_times(methods: dict[str, Callable[[Path], object]], folder: Path, repeats: int) -> dict[str, float]:
-    """Best wall time of each; they take turns, each run writes into a new folder that is removed afterwards."""
+    """Best wall time of each; they take turns, each run writes into a new folder that is removed
+    afterwards."""
     best = dict.fromkeys(methods, float("inf"))
     for _ in range(repeats):
         for name, run in methods.items():
@@ -89,10 +100,14 @@ def best_times(methods: dict[str, Callable[[Path], object]], folder: Path, repea
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=2000, help="JPEG files (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="writers of prepare (default: %(default)s)")
-    parser.add_argument("--rows_per_shard", type=int, default=250, help="rows of one tar file (default: %(default)s)")
+    parser.add_argument(
+        "--rows_per_shard", type=int, default=250, help="rows of one tar file (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     arguments = parser.parse_args(argv)

@@ -14,7 +14,10 @@ from tests.benchmarks.fused_loss import forward_backward, main, make_inputs, mea
 def test_naive_and_ours_have_equal_loss_and_gradient(k: int) -> None:
     results = []
     for method in ("naive", "ours"):
-        inputs = [tensor.detach().double().requires_grad_() for tensor in make_inputs(3, 7, k, 8, torch.device("cpu"))]
+        inputs = [
+            tensor.detach().double().requires_grad_()
+            for tensor in make_inputs(3, 7, k, 8, torch.device("cpu"))
+        ]
         results.append((forward_backward(method, inputs[0], inputs[1]), *[tensor.grad for tensor in inputs]))
     # float32: the naive baseline computes in it
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)

@@ -73,13 +73,21 @@ def test_a_whole_sample() -> None:
         (tar_of(b"\xff\xfe"), r"^s.tar:k.json: text is not UTF-8"),
         (tar_of(b"{"), r"^s.tar:k.json: not a sample's record"),
         (
-            tar_of({"query": {"text": "q", "image": None, "id": 1e999}, "target": {"text": "t", "image": None}}),
+            tar_of(
+                {"query": {"text": "q", "image": None, "id": 1e999}, "target": {"text": "t", "image": None}}
+            ),
             "no content id",
         ),
-        (tar_of({**record("q", None), "query": {"text": "q", "image": None, "id": 10**30}}), f"{10**30} is no content id"),
+        (
+            tar_of({**record("q", None), "query": {"text": "q", "image": None, "id": 10**30}}),
+            f"{10**30} is no content id",
+        ),
         (tar_of(b"[" * 100_000), r"^s.tar:k.json: not a sample's record"),
         (tar_of(record("\ud800", None)), r"^s.tar:k.json: not a sample's record: .*surrogates not allowed"),
-        (tar_of(record("no placeholder"), query_png=RED), r"^s.tar:k.json: <\|image_1\|> stands 0 times, images: 1"),
+        (
+            tar_of(record("no placeholder"), query_png=RED),
+            r"^s.tar:k.json: <\|image_1\|> stands 0 times, images: 1",
+        ),
         (tar_of(record("<|image_1|>", None)), r"^s.tar:k.json: <\|image_1\|> stands 1 times, images: 0"),
         (tar_of(record(), query_png=b"no image"), r"^s.tar:k.query.png: 8 bytes that are no image"),
         (tar_of(record(), query_png=RED[:-20]), r"^s.tar:k.query.png: cannot decode \d+ bytes"),
@@ -173,10 +181,14 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same_to_the_model() -> None
     small = decode_image(content, ADDRESS, seen_pixels=seen)
     assert (whole.size, small.size) == ((1200, 1600), (600, 800)), "at least twice what is seen: 173 x 231"
     target = (173, 231)
-    first, second = (np.asarray(image.resize(target, Image.Resampling.BICUBIC), dtype=float) for image in (whole, small))
+    first, second = (
+        np.asarray(image.resize(target, Image.Resampling.BICUBIC), dtype=float) for image in (whole, small)
+    )
     assert np.abs(first - second).mean() < 1.5
     assert decode_image(content, ADDRESS, seen_pixels=1200 * 1600).size == whole.size
-    assert decode_image(encoded(whole, "PNG"), ADDRESS, seen_pixels=seen).size == whole.size, "PNG has no such mode"
+    assert decode_image(encoded(whole, "PNG"), ADDRESS, seen_pixels=seen).size == whole.size, (
+        "PNG has no such mode"
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = decode_image(encoded(whole, "JPEG", exif=exif), ADDRESS, seen_pixels=seen)
@@ -201,7 +213,9 @@ def test_an_image_of_an_earlier_sample_is_read_from_where_the_record_says() -> N
         asked.append((offset, size))
         return RED
 
-    content = tar_of({**record(image="j.query.png"), "query": {**record(image="j.query.png")["query"], "at": [1024, 70]}})
+    content = tar_of(
+        {**record(image="j.query.png"), "query": {**record(image="j.query.png")["query"], "at": [1024, 70]}}
+    )
     sample = parse_sample(content, "s.tar", read_range)
     assert asked == [(1024, 70)]
     assert sample.images["query"].address == "s.tar:j.query.png"

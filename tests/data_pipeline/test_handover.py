@@ -48,7 +48,9 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
 
 @settings(max_examples=30, deadline=None)
 @given(shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=8))
-def test_a_batch_arrives_as_it_was_and_stays_until_its_slot_comes_again(shapes: list[tuple[int, int]]) -> None:
+def test_a_batch_arrives_as_it_was_and_stays_until_its_slot_comes_again(
+    shapes: list[tuple[int, int]],
+) -> None:
     slots = Slots(1, slots_per_worker=3)
     sent = [batch_of(seed, *shape) for seed, shape in enumerate(shapes)]
     handed = [slots.hand(batch, 0) for batch in sent[:3]]
@@ -96,10 +98,13 @@ except DataError as error:
 
 
 @pytest.mark.parametrize(
-    ("room", "expected"), [(8 * 2**30, str(2 * 2**30)), (2**28, "1 loader workers need 805,306,368 bytes of address space")]
+    ("room", "expected"),
+    [(8 * 2**30, str(2 * 2**30)), (2**28, "1 loader workers need 805,306,368 bytes of address space")],
 )
 def test_limits_on_address_space_make_smaller_slots_or_a_clear_error(room: int, expected: str) -> None:
-    result = subprocess.run([sys.executable, "-c", LIMITED, str(room)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(room)], capture_output=True, text=True, check=True
+    )
     assert result.stdout.startswith(expected)
 
 

@@ -52,7 +52,9 @@ def shards(tmp_path: Path) -> tuple[Path, Manifest]:
     return tmp_path / "out", manifest
 
 
-def batches_of(shards: tuple[Path, Manifest], *, rank: int = 0, world_size: int = 1, **choices: Any) -> StepBatches:
+def batches_of(
+    shards: tuple[Path, Manifest], *, rank: int = 0, world_size: int = 1, **choices: Any
+) -> StepBatches:
     folder, manifest = shards
     mixture = Mixture(sub_batch_size=4, weights=choices.pop("weights", None))
     return StepBatches(
@@ -81,7 +83,9 @@ def test_batches_do_not_depend_on_workers_or_on_where_the_run_started(shards: tu
     def run(num_workers: int, start_step: int) -> list[Any]:
         return [
             flat(batch)
-            for batch in load_batches(batches_of(shards), start_step=start_step, num_steps=6, num_workers=num_workers)
+            for batch in load_batches(
+                batches_of(shards), start_step=start_step, num_steps=6, num_workers=num_workers
+            )
         ]
 
     expected = run(0, 0)
@@ -146,10 +150,16 @@ def test_a_shard_that_cannot_be_read_at_all_ends_the_run_and_draws_nothing_else(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_too_many_bad_samples_in_a_row_are_an_error_with_addresses(shards: tuple[Path, Manifest], num_workers: int) -> None:
+def test_too_many_bad_samples_in_a_row_are_an_error_with_addresses(
+    shards: tuple[Path, Manifest], num_workers: int
+) -> None:
     damage(shards[0], b"IDAT", b"XXXX")
-    batches = load_batches(batches_of(shards, weights={"Shapes_i2t": 1}), start_step=0, num_steps=2, num_workers=num_workers)
-    with pytest.raises(DataError, match=r"^4 bad samples in a row for row 0 of step 0.*Shapes_i2t-0000\d.tar:"):
+    batches = load_batches(
+        batches_of(shards, weights={"Shapes_i2t": 1}), start_step=0, num_steps=2, num_workers=num_workers
+    )
+    with pytest.raises(
+        DataError, match=r"^4 bad samples in a row for row 0 of step 0.*Shapes_i2t-0000\d.tar:"
+    ):
         next(batches)
 
 
@@ -158,7 +168,9 @@ def test_an_item_that_the_backbone_refuses_is_skipped_with_its_address(shards: t
     damage(folder, b"three black square bottom", b"refuse me, this one, yes!")
     seen = [batches_of(shards, weights={"Shapes_i2t": 1})[step] for step in range(4)]
     skipped = [sample.reason for batch in seen if isinstance(batch, Batch) for sample in batch.skipped]
-    assert all("this item does not fit" in message and message.startswith("Shapes_i2t-") for message in skipped)
+    assert all(
+        "this item does not fit" in message and message.startswith("Shapes_i2t-") for message in skipped
+    )
     assert skipped
 
 
@@ -225,8 +237,13 @@ def test_a_stalled_read_is_named_warned_of_and_ended(
     block(shards[0])
     batches = batches_of(shards, weights={"Shapes_i2t": 1}, rank=1, world_size=2)
     started = time.monotonic()
-    where = rf"the batch of step 0: worker 0 has been reading {shards[0]}/Shapes_i2t/Shapes_i2t-0000\d.tar for \d s"
-    with pytest.raises(DataError, match=rf"^rank 1 has waited 3 s for {where}; gave up after data.stalled_after_s=3"):
+    where = (
+        rf"the batch of step 0: worker 0 has been reading {shards[0]}/Shapes_i2t/Shapes_i2t-0000\d.tar for "
+        rf"\d s"
+    )
+    with pytest.raises(
+        DataError, match=rf"^rank 1 has waited 3 s for {where}; gave up after data.stalled_after_s=3"
+    ):
         next(load_batches(batches, start_step=0, num_steps=3, num_workers=1, stalled_after_s=3))
     assert time.monotonic() - started < 20
     assert 1 <= len(caplog.records) <= 2
@@ -234,7 +251,9 @@ def test_a_stalled_read_is_named_warned_of_and_ended(
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(shards: tuple[Path, Manifest], num_workers: int) -> None:
+def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for(
+    shards: tuple[Path, Manifest], num_workers: int
+) -> None:
     """While the rank computes, the workers are ahead and would overwrite it, had they too few slots."""
     found = []
     for batch in load_batches(batches_of(shards), start_step=0, num_steps=12, num_workers=num_workers):
@@ -251,13 +270,16 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import LocalFolder
 from tests.data_pipeline.test_loader import batches_of
 folder = Path(sys.argv[1])
-batches = load_batches(batches_of((folder, read_manifest(LocalFolder(folder)))), start_step=0, num_steps=50, num_workers=1)
+batches = batches_of((folder, read_manifest(LocalFolder(folder))))
+batches = load_batches(batches, start_step=0, num_steps=50, num_workers=1)
 next(batches)
 raise RuntimeError("a fault in a training step")
 """
 
 
-def test_a_process_that_fails_in_a_step_ends_although_its_workers_outlive_signals(shards: tuple[Path, Manifest]) -> None:
+def test_a_process_that_fails_in_a_step_ends_although_its_workers_outlive_signals(
+    shards: tuple[Path, Manifest],
+) -> None:
     result = subprocess.run(
         [sys.executable, "-c", FAILS_IN_A_STEP, str(shards[0])],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -270,7 +292,9 @@ def test_a_process_that_fails_in_a_step_ends_although_its_workers_outlive_signal
     assert "a fault in a training step" in result.stderr
 
 
-def test_a_killed_worker_is_an_error_and_the_rest_of_the_run_is_unchanged(shards: tuple[Path, Manifest]) -> None:
+def test_a_killed_worker_is_an_error_and_the_rest_of_the_run_is_unchanged(
+    shards: tuple[Path, Manifest],
+) -> None:
     def all_batches(start_step: int) -> Iterator[Batch]:
         return load_batches(batches_of(shards), start_step=start_step, num_steps=40, num_workers=1)
 
@@ -305,11 +329,14 @@ class Failing(Encoder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("error", [OSError(110, "Connection timed out"), KeyError("x"), RuntimeError("stack expects")])
+@pytest.mark.parametrize(
+    "error", [OSError(110, "Connection timed out"), KeyError("x"), RuntimeError("stack expects")]
+)
 def test_a_fault_of_the_program_is_an_error_of_its_own_step(
     shards: tuple[Path, Manifest], error: Exception, num_workers: int
 ) -> None:
-    """It must reach the rank as DataError, on which all ranks end together, and never cost a batch silently."""
+    """It must reach the rank as DataError, on which all ranks end together, and never cost a batch
+    silently."""
     clean = [flat(batches_of(shards)[step]) for step in range(8)]
     texts = [texts_of(batches_of(shards, encode_items=Texts())[step]) for step in range(8)]
     bad, text = next(
@@ -322,7 +349,9 @@ def test_a_fault_of_the_program_is_an_error_of_its_own_step(
 
     def run() -> None:
         batches = batches_of(shards, encode_items=Failing(error, text))
-        found.extend(flat(b) for b in load_batches(batches, start_step=0, num_steps=8, num_workers=num_workers))
+        found.extend(
+            flat(b) for b in load_batches(batches, start_step=0, num_steps=8, num_workers=num_workers)
+        )
 
     with pytest.raises(DataError, match=rf"^step {bad}: {re.escape(repr(error))}"):
         run()
@@ -342,12 +371,16 @@ def test_nothing_is_fetched_ahead_beyond_the_last_step(
     shards: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr(ShardReader, "fetch_ahead", lambda self, source, sample: asked.append((source, sample)))
+    monkeypatch.setattr(
+        ShardReader, "fetch_ahead", lambda self, source, sample: asked.append((source, sample))
+    )
     batches = batches_of(shards, fetch_ahead_steps=3)
     for _ in load_batches(batches, start_step=0, num_steps=5, num_workers=0):
         pass
     planned = [batches.plan.global_batch(step) for step in range(1, 5)]
-    assert asked == [(batches.plan.source_names[source], sample) for rows in planned for source, sample in rows.tolist()]
+    assert asked == [
+        (batches.plan.source_names[source], sample) for rows in planned for source, sample in rows.tolist()
+    ]
 
 
 # ------------------------------------------------------------------ many shapes of data
@@ -359,7 +392,8 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Pat
     folder = tmp_path_factory.mktemp("many")
     mmeb = write_drawings(folder / "d").mmeb
     return {
-        rows: (folder / f"out{rows}", prepare(mmeb, folder / f"out{rows}", rows_per_shard=rows)) for rows in (1, 3, 10, 100)
+        rows: (folder / f"out{rows}", prepare(mmeb, folder / f"out{rows}", rows_per_shard=rows))
+        for rows in (1, 3, 10, 100)
     }
 
 
@@ -393,13 +427,18 @@ def test_what_ranks_read_is_the_plan_whatever_ranks_shards_sources_and_seed(
         assert batch.num_pairs == 8 // world_size
         parts += batch.addresses
     reader = ShardReader(LocalFolder(folder), manifest)
-    expected = [reader.read(plan.source_names[source], int(sample)).address for source, sample in plan.global_batch(start)]
+    expected = [
+        reader.read(plan.source_names[source], int(sample)).address
+        for source, sample in plan.global_batch(start)
+    ]
     assert parts == expected
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on 2 cores
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_workers_do_not_change_the_batches(many_shards: dict[int, tuple[Path, Manifest]], num_workers: int) -> None:
+def test_workers_do_not_change_the_batches(
+    many_shards: dict[int, tuple[Path, Manifest]], num_workers: int
+) -> None:
     for rows_per_shard in (1, 100):
         batches = batches_of(many_shards[rows_per_shard])
         found = load_batches(batches, start_step=17, num_steps=25, num_workers=num_workers)

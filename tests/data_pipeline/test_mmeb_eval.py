@@ -27,7 +27,9 @@ def touch(path: Path) -> Path:
     return path
 
 
-def read(root: Path, name: str = "S", *, images_root: Path | None = None, max_queries: int | None = None) -> EvalSet:
+def read(
+    root: Path, name: str = "S", *, images_root: Path | None = None, max_queries: int | None = None
+) -> EvalSet:
     return read_eval_set(root, name, INFO, images_root=images_root, max_queries=max_queries)
 
 
@@ -39,8 +41,18 @@ def test_unique_items_are_listed_once_and_the_truth_stands_first(tmp_path: Path)
     image = touch(tmp_path / "images/S/a b.jpg")
     query = "<|image_1|>\nWhat?\n"
     rows = [
-        {"qry_text": query, "qry_img_path": "S/a b.jpg", "tgt_text": ["x", "y", "x"], "tgt_img_path": ["", "", ""]},
-        {"qry_text": query, "qry_img_path": "S/a b.jpg", "tgt_text": ["y", "z"], "tgt_img_path": [None, None]},
+        {
+            "qry_text": query,
+            "qry_img_path": "S/a b.jpg",
+            "tgt_text": ["x", "y", "x"],
+            "tgt_img_path": ["", "", ""],
+        },
+        {
+            "qry_text": query,
+            "qry_img_path": "S/a b.jpg",
+            "tgt_text": ["y", "z"],
+            "tgt_img_path": [None, None],
+        },
     ]
     write_set(tmp_path, "S", rows)
     eval_set = read(tmp_path)
@@ -59,7 +71,12 @@ def test_instructions_make_the_same_items_as_complete_texts(tmp_path: Path) -> N
             "tgt_text": ["a", "b"],
             "tgt_img_path": ["", ""],
         },
-        {"qry_text": "Find: x\n", "qry_img_path": "", "tgt_text": [represent, "b"], "tgt_img_path": ["p.jpg", ""]},
+        {
+            "qry_text": "Find: x\n",
+            "qry_img_path": "",
+            "tgt_text": [represent, "b"],
+            "tgt_img_path": ["p.jpg", ""],
+        },
     ]
     instructed = [
         {
@@ -106,7 +123,9 @@ def test_images_are_found_in_images_then_root_or_only_where_told(tmp_path: Path)
     assert read(tmp_path).items[0].image_path == in_images
     elsewhere = touch(tmp_path / "else/S/1.jpg")
     assert read(tmp_path, images_root=tmp_path / "else").items[0].image_path == elsewhere
-    with pytest.raises(DataError, match=r"'S/1.jpg' not found under .*empty; name the images' folder \(--mmeb_images\)"):
+    with pytest.raises(
+        DataError, match=r"'S/1.jpg' not found under .*empty; name the images' folder \(--mmeb_images\)"
+    ):
         read(tmp_path, images_root=tmp_path / "empty")
 
 
@@ -120,11 +139,23 @@ def test_max_queries_leaves_out_the_items_of_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qry_img_path": "gone.jpg", "qry_text": "<|image_1|>\n"}, r"S/test-.*:row 0: image 'gone.jpg' not found"),
+        (
+            {"qry_img_path": "gone.jpg", "qry_text": "<|image_1|>\n"},
+            r"S/test-.*:row 0: image 'gone.jpg' not found",
+        ),
         ({"qry_img_path": "../up.jpg", "qry_text": "<|image_1|>\n"}, r"row 0: image path '../up.jpg' leaves"),
-        ({"qry_img_path": "/etc/up.jpg", "qry_text": "<|image_1|>\n"}, r"row 0: image path '/etc/up.jpg' leaves"),
-        ({"qry_img_path": "here.jpg", "qry_text": "no place"}, r"row 0: qry_text 'no place' holds .* 0 times"),
-        ({"qry_img_path": "here.jpg", "qry_text": "<|image_1|><|image_1|>"}, r"row 0: qry_text .* holds .* 2 times"),
+        (
+            {"qry_img_path": "/etc/up.jpg", "qry_text": "<|image_1|>\n"},
+            r"row 0: image path '/etc/up.jpg' leaves",
+        ),
+        (
+            {"qry_img_path": "here.jpg", "qry_text": "no place"},
+            r"row 0: qry_text 'no place' holds .* 0 times",
+        ),
+        (
+            {"qry_img_path": "here.jpg", "qry_text": "<|image_1|><|image_1|>"},
+            r"row 0: qry_text .* holds .* 2 times",
+        ),
         ({"qry_text": "<|image_1|>\n"}, r"row 0: qry_text is empty and there is no image"),
         ({"tgt_text": ["a"], "tgt_img_path": [""]}, r"row 0: no candidates beside the truth"),
         ({"tgt_text": ["a", "a"]}, r"row 0: no candidates beside the truth"),
@@ -140,7 +171,9 @@ def test_bad_row_is_refused_with_its_address(tmp_path: Path, changes: dict[str, 
 
 def test_missing_columns_and_unreadable_files_are_named(tmp_path: Path) -> None:
     write_set(tmp_path, "S", [{"qry_text": "q", "tgt_text": ["a", "b"]}])
-    with pytest.raises(DataError, match=r"missing columns qry_img_path, tgt_img_path; found qry_text, tgt_text"):
+    with pytest.raises(
+        DataError, match=r"missing columns qry_img_path, tgt_img_path; found qry_text, tgt_text"
+    ):
         read(tmp_path)
     write_set(tmp_path, "I", [{**text_row(), "qry_inst": "x"}])
     with pytest.raises(DataError, match="missing columns tgt_inst"):
@@ -154,7 +187,9 @@ def test_missing_columns_and_unreadable_files_are_named(tmp_path: Path) -> None:
 def test_built_in_table_is_mmeb_s() -> None:
     assert len(MMEB_SETS) == 36
     assert sum(info.in_distribution for info in MMEB_SETS.values()) == 20
-    counts = {task: sum(info.meta_task == task for info in MMEB_SETS.values()) for task in ("classification", "vqa")}
+    counts = {
+        task: sum(info.meta_task == task for info in MMEB_SETS.values()) for task in ("classification", "vqa")
+    }
     assert counts == {"classification": 10, "vqa": 10}
     assert MMEB_SETS["RefCOCO"] == SetInfo(meta_task="grounding", in_distribution=False)
 

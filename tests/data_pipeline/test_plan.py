@@ -35,7 +35,9 @@ def manifest(**sizes: list[int]) -> Manifest:
     return Manifest(sources=sources, settings={})
 
 
-shard_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=2 * WINDOW + 3).filter(lambda sizes: sum(sizes) >= 4)
+shard_sizes = st.lists(st.integers(1, 9), min_size=1, max_size=2 * WINDOW + 3).filter(
+    lambda sizes: sum(sizes) >= 4
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,7 +80,9 @@ def test_looking_up_a_step_equals_iterating_to_it() -> None:
     def new_plan() -> Plan:
         return Plan(manifest(a=[5] * 20, b=[3] * 30), Mixture(sub_batch_size=4), seed=3, global_batch_size=16)
 
-    iterated = [new_plan_batch for plan in [new_plan()] for new_plan_batch in map(plan.global_batch, range(600))]
+    iterated = [
+        new_plan_batch for plan in [new_plan()] for new_plan_batch in map(plan.global_batch, range(600))
+    ]
     for step in (0, 1, 255, 256, 599):
         assert np.array_equal(new_plan().global_batch(step), iterated[step])
 
@@ -133,7 +137,9 @@ def test_changes_of_whatever_decides_the_order_are_named() -> None:
         ({"mixture": Mixture(sub_batch_size=2, weights={"b": 10})}, "source a was removed"),
     ):
         assert message in plan_changes(old, Plan(sizes, **{**base, **changed}).description)
-    assert "source a: its shards are others" in plan_changes(old, Plan(manifest(a=[5, 6], b=[10]), **base).description)
+    assert "source a: its shards are others" in plan_changes(
+        old, Plan(manifest(a=[5, 6], b=[10]), **base).description
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,7 +149,9 @@ def test_a_cap_is_a_fixed_part_spread_over_all_shards(sizes: list[int], share: f
     plan = Plan(manifest(a=sizes), Mixture(sub_batch_size=1, caps=cap), seed=seed, global_batch_size=1)
     assert plan.num_samples == {"a": min(cap, sum(sizes))}
     kept = min(cap, sum(sizes))
-    epochs = [[int(plan.global_batch(epoch * kept + step)[0, 1]) for step in range(kept)] for epoch in range(2)]
+    epochs = [
+        [int(plan.global_batch(epoch * kept + step)[0, 1]) for step in range(kept)] for epoch in range(2)
+    ]
     assert len(set(epochs[0])) == kept
     assert set(epochs[0]) == set(epochs[1]), "the same part in every epoch"
     starts = np.cumsum([0, *sizes])
@@ -165,7 +173,9 @@ def test_a_cap_is_a_fixed_part_spread_over_all_shards(sizes: list[int], share: f
         (None, 3, 8, "global_batch_size=8 is not a multiple of data.sub_batch_size=3"),
     ],
 )
-def test_impossible_mixtures_are_named(weights: dict | None, sub_batch: int, batch: int, message: str) -> None:
+def test_impossible_mixtures_are_named(
+    weights: dict | None, sub_batch: int, batch: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Plan(
             manifest(a=[10], b=[3], empty=[0]) if weights else manifest(a=[10], b=[3]),

@@ -1,4 +1,5 @@
-"""Remote shards: a real HTTP server on loopback with every fault a network has, and fsspec's memory file system."""
+"""Remote shards: a real HTTP server on loopback with every fault a network has, and fsspec's memory file
+system."""
 
 from __future__ import annotations
 
@@ -139,7 +140,9 @@ def test_batches_of_a_remote_folder_equal_those_of_the_local_one(
     manifest = shards[1]
     remote = cached(server, tmp_path / "cache")
     assert read_manifest(remote) == manifest
-    expected = [flat(batch) for batch in load_batches(batches_of(shards), start_step=0, num_steps=6, num_workers=0)]
+    expected = [
+        flat(batch) for batch in load_batches(batches_of(shards), start_step=0, num_steps=6, num_workers=0)
+    ]
     for num_workers in (0, 2):
         batches = batches_of(shards)
         batches.reader = ShardReader(remote, manifest)
@@ -153,7 +156,11 @@ def test_batches_of_a_remote_folder_equal_those_of_the_local_one(
 
 @pytest.mark.parametrize("fault", ["500", "drop", "truncate", "short", "flip", "delay"])
 def test_a_fault_of_the_network_is_tried_again(
-    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    shards: tuple[Path, Manifest],
+    server: FaultyServer,
+    tmp_path: Path,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(storage, "HTTP_TIMEOUT_S", 0.5)
     folder, manifest = shards
@@ -187,9 +194,9 @@ def test_a_fault_that_stays_is_an_error_with_the_address(
     with pytest.raises(StorageError, match=rf"^{server.url}/{path}: {message}"):
         content_of(cached(server, tmp_path / "cache"), "Shapes_text", shard)
     assert server.requests[path] == storage.ATTEMPTS
-    assert [re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages] == list(
-        "4567"
-    )
+    assert [
+        re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages
+    ] == list("4567")
     assert files_in(tmp_path / "cache") == [], "nothing half is left"
 
 
@@ -203,7 +210,9 @@ def test_a_cached_file_that_lost_its_end_is_fetched_again(
     assert server.requests[f"Shapes_i2t/{shard.name}"] == 2
 
 
-def test_a_missing_file_is_not_tried_again(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
+def test_a_missing_file_is_not_tried_again(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
     shard = shard_of(shards[1])
     (shards[0] / "Shapes_i2t" / shard.name).unlink()
     with pytest.raises(StorageError, match=f"{shard.name}: the file is missing there, the manifest names it"):
@@ -213,7 +222,9 @@ def test_a_missing_file_is_not_tried_again(shards: tuple[Path, Manifest], server
         read_manifest(open_folder(f"{server.url}/nowhere", CacheConfig(dir=str(tmp_path / "cache"))))
 
 
-def fetch_all(url: str, cache: Path, max_gib: float, manifest: Manifest, rounds: int, failures: list[str]) -> None:
+def fetch_all(
+    url: str, cache: Path, max_gib: float, manifest: Manifest, rounds: int, failures: list[str]
+) -> None:
     try:
         folder = open_folder(url, CacheConfig(dir=str(cache), max_gib=max_gib))
         for _ in range(rounds):
@@ -287,7 +298,9 @@ def test_what_a_killed_fetch_left_behind_is_cleared(
     assert [path.name for path in files_in(cache)] == [f"{shard.sha256}.tar"]
 
 
-def test_what_is_not_the_caches_own_stays(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
+def test_what_is_not_the_caches_own_stays(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
     cache, manifest = tmp_path / "cache", shards[1]
     (cache / "folder").mkdir(parents=True)
     (cache / "thesis.doc").write_bytes(bytes(5000))
@@ -315,7 +328,9 @@ def test_fetching_ahead_drives_out_nothing_that_is_needed(
         content_of(folder, name, shard)
     counts = {path: count for path, count in server.requests.items() if path.endswith(".tar")}
     assert len(counts) == len(wanted)
-    assert sum(counts.values()) <= len(wanted) + 1, "the very first read may drive out one that was fetched ahead"
+    assert sum(counts.values()) <= len(wanted) + 1, (
+        "the very first read may drive out one that was fetched ahead"
+    )
 
 
 def test_what_a_dead_run_fetched_ahead_makes_room(
@@ -347,7 +362,8 @@ def test_the_bound_holds_while_many_fetch_at_once(
     limit = int(2.5 * max(shard.size_bytes for _, shard in wanted))
     server.faults = {f"{name}/{shard.name}": ["delay"] for name, shard in wanted[:6]}
     threads = [
-        threading.Thread(target=content_of, args=(cached(server, cache, max_gib=limit / 2**30), *one)) for one in wanted[:6]
+        threading.Thread(target=content_of, args=(cached(server, cache, max_gib=limit / 2**30), *one))
+        for one in wanted[:6]
     ]
     for thread in threads:
         thread.start()
@@ -372,8 +388,12 @@ def test_a_hash_in_a_manifest_cannot_name_a_file_of_this_machine(
         read_manifest(cached(server, tmp_path / "cache"))
 
 
-def test_a_shard_larger_than_the_cache_is_named(shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"bytes are more than the whole cache of 1,073 .data.cache.max_gib.; raise it"):
+def test_a_shard_larger_than_the_cache_is_named(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        StorageError, match=r"bytes are more than the whole cache of 1,073 .data.cache.max_gib.; raise it"
+    ):
         content_of(cached(server, tmp_path / "cache", max_gib=1e-6), "Shapes_i2t", shard_of(shards[1]))
 
 
@@ -401,7 +421,9 @@ def test_a_really_full_disk(shards: tuple[Path, Manifest], server: FaultyServer,
     if mounted.returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        with pytest.raises(StorageError, match=r"cannot write .* bytes to the cache .*No space left on device; free space"):
+        with pytest.raises(
+            StorageError, match=r"cannot write .* bytes to the cache .*No space left on device; free space"
+        ):
             content_of(cached(server, cache), "Shapes_i2t", shard_of(shards[1]))
         assert files_in(cache) == []
     finally:
@@ -421,7 +443,9 @@ def test_fetching_ahead_happens_beside_the_reading(
     content_of(folder, "Shapes_i2t", shard)
     assert server.requests[path] == 1
     server.faults["Shapes_i2t/gone"] = []
-    folder.fetch_ahead("Shapes_i2t", Shard(name="gone", size_bytes=1, sha256="ff" * 32, num_samples=1))  # nobody is told
+    folder.fetch_ahead(
+        "Shapes_i2t", Shard(name="gone", size_bytes=1, sha256="ff" * 32, num_samples=1)
+    )  # nobody is told
 
 
 def test_memory_file_system(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -455,14 +479,18 @@ def test_memory_file_system(shards: tuple[Path, Manifest], tmp_path: Path) -> No
 )
 def test_commands_and_unknown_storages_are_refused(location: str, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    with pytest.raises(ConfigError, match=r"is no storage we read; give a path, or a URL with s3://.*never run"):
+    with pytest.raises(
+        ConfigError, match=r"is no storage we read; give a path, or a URL with s3://.*never run"
+    ):
         open_folder(location.format(mark), CacheConfig())
     assert not mark.exists()
     assert isinstance(open_folder(f"file://{tmp_path}", CacheConfig()), LocalFolder)
     assert isinstance(open_folder("relative/path", CacheConfig()), LocalFolder)
 
 
-def test_a_storage_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(ConfigError, match=r"s3:// needs the package s3fs .*; pip install s3fs"):
         read_manifest(open_folder("s3://bucket/shards", CacheConfig(dir=str(tmp_path))))
@@ -470,7 +498,13 @@ def test_a_storage_without_its_package_says_what_to_install(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     "values",
-    [{"max_gib": 0}, {"max_gib": -1}, {"max_gib": float("inf")}, {"max_gib": float("nan")}, {"fetch_ahead_steps": -1}],
+    [
+        {"max_gib": 0},
+        {"max_gib": -1},
+        {"max_gib": float("inf")},
+        {"max_gib": float("nan")},
+        {"fetch_ahead_steps": -1},
+    ],
 )
 def test_impossible_cache_settings(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"data.cache.{next(iter(values))}=.* must be >"):

@@ -1,4 +1,5 @@
-"""One small project and its three runs, shared by all tests of whole runs: each start of two ranks costs seconds."""
+"""One small project and its three runs, shared by all tests of whole runs: each start of two ranks costs
+seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A project folder in small: our own drawings, the tiniest backbone, and commands run as a person types them."""
+"""A project folder in small: our own drawings, the tiniest backbone, and commands run as a person types
+them."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ SMALL_RECIPE = {
 
 
 def small_project(folder: Path) -> Path:
-    """A copy of the packages whose quickstart is 4 steps on drawings; run commands with it as working folder."""
+    """A copy of the packages whose quickstart is 4 steps on drawings; run commands with it as working
+    folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("agff", "data_pipeline", "launcher", "ds_configs"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -79,7 +81,8 @@ sys.exit(train.main())
 
 
 def misbehaving(command: str, folder: Path, *, step: int, deed: str) -> str:
-    """The command, with a `launcher/train.py` whose rank 1 does `deed` (Python) at the beginning of that step."""
+    """The command, with a `launcher/train.py` whose rank 1 does `deed` (Python) at the beginning of that
+    step."""
     name = f"train_{zlib.crc32(deed.encode()):08x}.py"
     (folder / "launcher" / name).write_text(MISBEHAVING.replace("STEP", str(step)).replace("DEED", deed))
     return command.replace("train.py", name)
@@ -128,7 +131,8 @@ class Started:
         return [candidate for candidate in psutil.process_iter() if _is_marked(candidate, self._mark)]
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes that run by now, without their loaders' workers (which have the words of their rank)."""
+        """The training processes that run by now, without their loaders' workers (which have the words of
+        their rank)."""
         named = {}
         for candidate in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
@@ -137,7 +141,8 @@ class Started:
         return [candidate for candidate, parent in named.items() if parent not in named]
 
     def end(self, timeout_s: float) -> int:
-        """Exit code; nothing may be left behind. A loader's worker looks every 5 s whether its rank is still there."""
+        """Exit code; nothing may be left behind. A loader's worker looks every 5 s whether its rank is still
+        there."""
         code = self._process.wait(timeout=timeout_s)
         _, left_behind = psutil.wait_procs(self.processes(), timeout=15)
         assert not left_behind, f"left behind: {left_behind}"
@@ -145,18 +150,31 @@ class Started:
 
 
 def signal_when_saved(
-    command: str, folder: Path, run: Path, *, victims: str, number: signal.Signals = signal.SIGKILL, timeout_s: float = 120
+    command: str,
+    folder: Path,
+    run: Path,
+    *,
+    victims: str,
+    number: signal.Signals = signal.SIGKILL,
+    timeout_s: float = 120,
 ) -> int:
-    """Start the command and, after its second checkpoint, send a signal; wait for its end and return its exit code.
+    """Start the command and, after its second checkpoint, send a signal; wait for its end and return its exit
+    code.
 
-    victims: "all" processes, the "ranks" with their workers (as Slurm does), "one rank" alone, or one "worker".
+    victims: "all" processes, the "ranks" with their workers (as Slurm does), "one rank" alone, or one
+    "worker".
     """
     started = Started(command, folder)
     started.wait_until(lambda: len(list((run / "checkpoints").glob("step-??????"))) >= 2)
     ranks = started.ranks()
     assert ranks, "no rank found"
     workers = [child for rank in ranks for child in rank.children()]
-    everything = {"all": started.processes(), "ranks": ranks + workers, "one rank": ranks[1:], "worker": workers[:1]}
+    everything = {
+        "all": started.processes(),
+        "ranks": ranks + workers,
+        "one rank": ranks[1:],
+        "worker": workers[:1],
+    }
     for victim in everything[victims]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(number)

@@ -24,6 +24,8 @@ def test_without_a_known_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture
     assert "agff convert" in capsys.readouterr().err
 
 
-def test_a_verb_gets_its_arguments_and_returns_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_verb_gets_its_arguments_and_returns_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no run folder")

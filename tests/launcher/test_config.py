@@ -56,9 +56,15 @@ def test_overrides_win_over_the_recipe_wherever_it_stands(order: int) -> None:
         (["--prompts.tokens_per_prompt", "5"], "must be 1, 2, 3 or 4"),
         (["--batch.chunk_size", "0"], "batch.chunk_size=0 must be >= 1"),
         (["--num_steps", "0"], "num_steps=0 must be >= 1"),
-        (["--recipe", "nothing"], "--recipe nothing: no such recipe; give a YAML file or one of .*quickstart"),
+        (
+            ["--recipe", "nothing"],
+            "--recipe nothing: no such recipe; give a YAML file or one of .*quickstart",
+        ),
         (["--backbone.lora.rank", "0"], "backbone.lora.rank=0 must be >= 1"),
-        (["--processor.min_pixels", "9", "--processor.max_pixels", "4"], "min_pixels=9 must be <= processor.max_pixels=4"),
+        (
+            ["--processor.min_pixels", "9", "--processor.max_pixels", "4"],
+            "min_pixels=9 must be <= processor.max_pixels=4",
+        ),
     ],
 )
 def test_wrong_settings_are_one_clear_message(argv: list[str], message: str) -> None:
@@ -78,12 +84,22 @@ def test_unknown_recipe_key(tmp_path: Path) -> None:
     [
         (["--batch.global_batch_size", "100"], 64, "100 is not a multiple of 64 ranks; use 64 or 128"),
         (["--batch.global_batch_size", "8"], 64, "8 is not a multiple of 64 ranks; use 64 "),
-        (["--batch.chunk_size", "24"], 2, "chunk_size=24 does not divide the local batch of 64 rows; use 16 or 32"),
+        (
+            ["--batch.chunk_size", "24"],
+            2,
+            "chunk_size=24 does not divide the local batch of 64 rows; use 16 or 32",
+        ),
         (["--data.sub_batch_size", "48"], 2, "128 is not a multiple of data.sub_batch_size=48"),
-        (["--optimizer.warmup_steps", "300", "--num_steps", "300"], 2, "warmup_steps=300 must be below num_steps=300"),
+        (
+            ["--optimizer.warmup_steps", "300", "--num_steps", "300"],
+            2,
+            "warmup_steps=300 must be below num_steps=300",
+        ),
     ],
 )
-def test_what_needs_two_parts_is_checked_together(overrides: list[str], world_size: int, message: str) -> None:
+def test_what_needs_two_parts_is_checked_together(
+    overrides: list[str], world_size: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_on(quickstart(*overrides), world_size)
 
@@ -113,12 +129,20 @@ def test_deepspeed_json_may_not_decide_what_the_recipe_decides(values: dict, tmp
     [
         ({}, '"zero_optimization" must be an object whose "stage" is 1, 2 or 3'),
         ({"zero_optimization": []}, '"zero_optimization" must be an object'),
-        ({"zero_optimization": {"stage": 0}}, '"stage" is 1, 2 or 3; without ZeRO a gradient that is not finite would'),
-        ({"zero_optimization": {"stage": 3}, "checkpoint": {"writer": {"decoupled": True}}}, "checkpoint: DeepSpeed's own"),
+        (
+            {"zero_optimization": {"stage": 0}},
+            '"stage" is 1, 2 or 3; without ZeRO a gradient that is not finite would',
+        ),
+        (
+            {"zero_optimization": {"stage": 3}, "checkpoint": {"writer": {"decoupled": True}}},
+            "checkpoint: DeepSpeed's own",
+        ),
         ({"zero_optimization": {"stage": 3}}, '"gradient_clipping" is missing'),
     ],
 )
-def test_deepspeed_json_that_would_train_wrongly_is_refused(values: dict, message: str, tmp_path: Path) -> None:
+def test_deepspeed_json_that_would_train_wrongly_is_refused(
+    values: dict, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=message):
@@ -144,7 +168,9 @@ def test_differences_name_what_changes_the_mathematics() -> None:
     new = dataclasses.replace(old, save_every=7, loss=dataclasses.replace(old.loss, beta=0.1))
     assert differences(as_dict(old), as_dict(new)) == ["loss.beta: 0.05 -> 0.1"]
     lora = quickstart("--backbone.lora.rank", "4")
-    assert differences(as_dict(old), as_dict(lora)) == ["backbone.lora: None -> {'rank': 4, 'alpha': 16, 'dropout': 0.0}"]
+    assert differences(as_dict(old), as_dict(lora)) == [
+        "backbone.lora: None -> {'rank': 4, 'alpha': 16, 'dropout': 0.0}"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ SRUN = {
 
 
 def info(rank: int, local_rank: int, world_size: int, addr: str, port: int) -> RankInfo:
-    return RankInfo(rank=rank, local_rank=local_rank, world_size=world_size, master_addr=addr, master_port=port)
+    return RankInfo(
+        rank=rank, local_rank=local_rank, world_size=world_size, master_addr=addr, master_port=port
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,10 @@ def test_exported_variables_read_back_the_same() -> None:
         ({**TORCHRUN, "RANK": "-1"}, r"RANK='-1' is not a whole number"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, r"MASTER_PORT='http' is not a whole number"),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, r"WORLD_SIZE=2, but MASTER_ADDR is not set"),
-        ({**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, r"MASTER_ADDR is not set.*mpirun: -x MASTER_ADDR=HOST"),
+        (
+            {**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            r"MASTER_ADDR is not set.*mpirun: -x MASTER_ADDR=HOST",
+        ),
     ],
 )
 def test_partial_or_contradictory_variables_are_refused(environ: dict[str, str], message: str) -> None:

@@ -24,7 +24,9 @@ from tests.launcher.test_doctor_software import EIGHT_GPUS
 def healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This machine without what its owner may have set, and with room enough."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "NCCL_", "GLOO_", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+        if name.startswith(("SLURM_", "OMPI_", "NCCL_", "GLOO_", "MASTER_")) or name.endswith(
+            ("RANK", "WORLD_SIZE")
+        ):
             monkeypatch.delenv(name)
     extensions = tmp_path / "extensions"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
@@ -37,7 +39,16 @@ def test_a_healthy_machine_is_well(healthy: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("0 errors, ")
     subjects = {line[9:25].strip() for line in lines[1:-1]}
-    assert subjects >= {"versions", "GPUs", "MPI", "shared memory", "open files", "build locks", "network", "job"}
+    assert subjects >= {
+        "versions",
+        "GPUs",
+        "MPI",
+        "shared memory",
+        "open files",
+        "build locks",
+        "network",
+        "job",
+    }
     assert subjects >= {"TMPDIR", "shard cache"}
     assert not subjects & {"run", "shards", "ranks"}
 
@@ -82,7 +93,9 @@ def test_a_check_that_crashes_hides_no_other(
     monkeypatch.setattr(Devices, "of_this_machine", crash)
     assert doctor.main(["--skip-ranks"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("error    GPUs") and "RuntimeError: boom of two lines" in line for line in lines)
+    assert any(
+        line.startswith("error    GPUs") and "RuntimeError: boom of two lines" in line for line in lines
+    )
     assert any(line.startswith("ok       job") for line in lines)
 
 
@@ -143,8 +156,13 @@ def test_it_speaks_where_nothing_is_installed() -> None:
 
 
 def test_it_speaks_where_torch_cannot_be_imported(healthy: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from launcher import doctor; sys.exit(doctor.main(['--skip-ranks']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = (
+        "import sys; sys.modules['torch'] = None; from launcher import doctor; "
+        "sys.exit(doctor.main(['--skip-ranks']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert result.returncode == 1, result.stderr
     assert "error    GPUs" in result.stdout
     assert "torch" in result.stdout

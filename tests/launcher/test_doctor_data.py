@@ -68,7 +68,9 @@ def test_undamaged_shards_are_well(shards: Path) -> None:
         ("manifest.json", Path.unlink, "no shards here"),
     ],
 )
-def test_damaged_shards_are_an_error(shards: Path, name: str, damage: Callable[[Path], None], text: str) -> None:
+def test_damaged_shards_are_an_error(
+    shards: Path, name: str, damage: Callable[[Path], None], text: str
+) -> None:
     damage(shards / name)
     finding = only(check_shards(str(shards)))
     assert finding.state == "error"
@@ -97,7 +99,9 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-def test_remote_shards_are_asked_for_and_not_fetched(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_shards_are_asked_for_and_not_fetched(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(shards))) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -128,8 +132,12 @@ def run(tmp_path: Path) -> Path:
         for rank in range(2):
             torch.save({"state": torch.arange(9)}, checkpoint / f"random-{rank:05d}.pt")
             for part in ("optim", "model"):
-                torch.save({"x": torch.arange(99)}, checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_{part}_states.pt")
-        files = {path.name: f"{path.stat().st_size} bytes, sha256 {'0' * 64}" for path in checkpoint.iterdir()}
+                torch.save(
+                    {"x": torch.arange(99)}, checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_{part}_states.pt"
+                )
+        files = {
+            path.name: f"{path.stat().st_size} bytes, sha256 {'0' * 64}" for path in checkpoint.iterdir()
+        }
         state = {"step": step, "world_size": 2, "files": files, "data_plan": {}}
         (checkpoint / "state.json").write_text(json.dumps(state))
     (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(parse_train_arguments([]).config)))
@@ -161,7 +169,9 @@ def test_a_run_without_checkpoint_is_well(run: Path) -> None:
         ("state.json", empty, "state.json: "),
     ],
 )
-def test_an_unreadable_checkpoint_is_an_error(run: Path, name: str, damage: Callable[[Path], None], text: str) -> None:
+def test_an_unreadable_checkpoint_is_an_error(
+    run: Path, name: str, damage: Callable[[Path], None], text: str
+) -> None:
     damage(run / NEWEST / name)
     findings = check_run(run)
     assert findings
@@ -223,7 +233,9 @@ def test_left_over_folders_are_a_note(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.yaml", "deepspeed.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{not: [closed")])
-def test_an_unreadable_configuration_is_an_error(run: Path, name: str, damage: Callable[[Path], None]) -> None:
+def test_an_unreadable_configuration_is_an_error(
+    run: Path, name: str, damage: Callable[[Path], None]
+) -> None:
     damage(run / name)
     finding = only(check_run(run))
     assert finding.state == "error"
@@ -234,7 +246,9 @@ def test_a_run_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert only(check_run(tmp_path / "absent")).state == "error"
 
 
-def test_the_command_checks_what_is_named(run: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_checks_what_is_named(
+    run: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     doctor.main(["--skip-ranks", "--run", str(run), "--shards", str(shards)])
     lines = capsys.readouterr().out.splitlines()
     assert {"run", "shards"} <= {line[9:25].strip() for line in lines if line.startswith("ok ")}

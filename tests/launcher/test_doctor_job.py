@@ -15,7 +15,9 @@ from tests.launcher.test_doctor_finding import only, states
 
 @pytest.mark.parametrize(("tasks", "state"), [("", "warning"), ("1", "warning"), ("4", "error")])
 def test_a_missing_mpi_library_is_found(tasks: str, state: State) -> None:
-    environ = {**os.environ, "MPI4PY_LIBMPI": "/nowhere/libmpi.so"} | ({"OMPI_COMM_WORLD_SIZE": tasks} if tasks else {})
+    environ = {**os.environ, "MPI4PY_LIBMPI": "/nowhere/libmpi.so"} | (
+        {"OMPI_COMM_WORLD_SIZE": tasks} if tasks else {}
+    )
     finding = only(check_mpi(environ))
     assert finding.state == state
     assert finding.found.startswith("mpi4py finds no MPI library")
@@ -39,9 +41,14 @@ def test_a_library_that_hangs_is_found(tmp_path: Path) -> None:
 
 
 def test_an_mpi_library_is_named(tmp_path: Path) -> None:
-    code = "class rc: pass\nclass MPI:\n  Get_library_version = staticmethod(lambda: 'Open MPI v5.0.11, package: x\\0')\n"
+    code = (
+        "class rc: pass\nclass MPI:\n  Get_library_version = staticmethod(lambda: 'Open MPI v5.0.11, "
+        "package: x\\0')\n"
+    )
     (tmp_path / "mpi4py.py").write_text(code)
-    assert check_mpi({**os.environ, "PYTHONPATH": str(tmp_path)}) == [Finding("ok", "MPI", "Open MPI v5.0.11")]
+    assert check_mpi({**os.environ, "PYTHONPATH": str(tmp_path)}) == [
+        Finding("ok", "MPI", "Open MPI v5.0.11")
+    ]
 
 
 @pytest.mark.parametrize(

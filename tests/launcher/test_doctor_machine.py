@@ -25,7 +25,9 @@ from launcher.doctor_machine import (
 from tests.launcher.test_doctor_finding import only, states
 
 
-def file_system(*, size: int = 100 * GIB, free: int = 100 * GIB, free_files: int = 10**6) -> Callable[[Path], Any]:
+def file_system(
+    *, size: int = 100 * GIB, free: int = 100 * GIB, free_files: int = 10**6
+) -> Callable[[Path], Any]:
     block = 4096
     return lambda path: os.statvfs_result(
         (block, block, size // block, free // block, free // block, 10**7, free_files, free_files, 0, 255)
@@ -43,7 +45,11 @@ def file_system(*, size: int = 100 * GIB, free: int = 100 * GIB, free_files: int
 )
 def test_free_space_is_judged(tmp_path: Path, status: Any, state: State, text: str) -> None:
     place = Place(
-        name="run folder", path=tmp_path / "new" / "run", least_bytes=GIB, enough_bytes=20 * GIB, other="choose another"
+        name="run folder",
+        path=tmp_path / "new" / "run",
+        least_bytes=GIB,
+        enough_bytes=20 * GIB,
+        other="choose another",
     )
     (finding,) = check_disk([place], statvfs=status)
     assert (finding.state, finding.subject) == (state, "run folder")
@@ -52,7 +58,9 @@ def test_free_space_is_judged(tmp_path: Path, status: Any, state: State, text: s
     assert state == "ok" or (str(tmp_path) in finding.remedy and "choose another" in finding.remedy)
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_to_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     place = Place(name="TMPDIR", path=tmp_path, least_bytes=0, enough_bytes=0, other="export TMPDIR=FOLDER")
     finding = only(check_disk([place], statvfs=file_system()))
@@ -76,9 +84,17 @@ def test_all_places_that_a_run_writes_to_are_looked_at(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size_mib", "free_mib", "num_gpus", "state"),
-    [(64, 64, 0, "warning"), (64, 64, 8, "error"), (512, 512, 8, "warning"), (4096, 4096, 8, "ok"), (4096, 3, 8, "error")],
+    [
+        (64, 64, 0, "warning"),
+        (64, 64, 8, "error"),
+        (512, 512, 8, "warning"),
+        (4096, 4096, 8, "ok"),
+        (4096, 3, 8, "error"),
+    ],
 )
-def test_a_tiny_shared_memory_is_found(tmp_path: Path, size_mib: int, free_mib: int, num_gpus: int, state: State) -> None:
+def test_a_tiny_shared_memory_is_found(
+    tmp_path: Path, size_mib: int, free_mib: int, num_gpus: int, state: State
+) -> None:
     status = file_system(size=size_mib * 2**20, free=free_mib * 2**20)
     (finding,) = check_shared_memory(tmp_path, num_gpus=num_gpus, statvfs=status)
     assert finding.state == state
@@ -103,7 +119,9 @@ def limits(open_files: tuple[int, int], locked: int, infiniband: Path) -> list[F
     ("open_files", "remedy"),
     [((1024, 524288), "ulimit -n 65536"), ((1024, 8192), "ulimit -n 8192"), ((1024, -1), "ulimit -n 65536")],
 )
-def test_a_low_limit_of_open_files_is_a_warning(tmp_path: Path, open_files: tuple[int, int], remedy: str) -> None:
+def test_a_low_limit_of_open_files_is_a_warning(
+    tmp_path: Path, open_files: tuple[int, int], remedy: str
+) -> None:
     finding = only(limits(open_files, -1, tmp_path / "none"))
     assert (finding.state, finding.subject, finding.remedy) == ("warning", "open files", remedy)
     assert "at most 1024" in finding.found
@@ -160,6 +178,8 @@ def test_no_folder_of_builds_is_well(tmp_path: Path) -> None:
 
 
 def test_locks_are_looked_for_where_torch_builds(tmp_path: Path) -> None:
-    assert extension_folder({"TORCH_EXTENSIONS_DIR": "/scratch/e", "XDG_CACHE_HOME": "/x"}) == Path("/scratch/e")
+    assert extension_folder({"TORCH_EXTENSIONS_DIR": "/scratch/e", "XDG_CACHE_HOME": "/x"}) == Path(
+        "/scratch/e"
+    )
     assert extension_folder({"XDG_CACHE_HOME": "/x"}) == Path("/x/torch_extensions")
     assert extension_folder({}, home=tmp_path) == tmp_path / ".cache/torch_extensions"

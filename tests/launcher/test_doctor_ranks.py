@@ -23,11 +23,17 @@ LIMIT_S = 120 + os.getpid() / 1e7
 
 def ranks_left_behind() -> list[list[str]]:
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    return [command for command in commands if any(f"step_on_this_rank({LIMIT_S})" in word for word in command)]
+    return [
+        command for command in commands if any(f"step_on_this_rank({LIMIT_S})" in word for word in command)
+    ]
 
 
 def test_two_ranks_meet_and_take_a_step_and_compile_nothing(tmp_path: Path) -> None:
-    environ = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environ = {
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     found: list[Finding] = []
     thread = threading.Thread(
         target=lambda: found.extend(check_ranks(environ=environ, limit_s=LIMIT_S, log_folder=tmp_path))

@@ -13,13 +13,18 @@ from launcher.doctor_software import Devices, check_devices, check_versions
 from tests.launcher.test_doctor_finding import only, states
 
 CPU_ONLY = Devices(gpus=(), has_bf16=False, nccl="", has_gloo=True, num_unusable=0, torch_build="cpu")
-EIGHT_GPUS = Devices(gpus=("H200",) * 8, has_bf16=True, nccl="2.27.3", has_gloo=True, num_unusable=0, torch_build="13.0")
+EIGHT_GPUS = Devices(
+    gpus=("H200",) * 8, has_bf16=True, nccl="2.27.3", has_gloo=True, num_unusable=0, torch_build="13.0"
+)
 
 
 def versions(tmp_path: Path, **changed: str | None) -> list[Finding]:
-    """check_versions of a file that pins torch, deepspeed and an extra; `changed` is what is installed instead."""
+    """check_versions of a file that pins torch, deepspeed and an extra; `changed` is what is installed
+    instead."""
     pins = tmp_path / "requirements.txt"
-    pins.write_text("# tried together\ntorch==2.13.0\ndeepspeed==0.19.8\njsonargparse[signatures]==4.53.0\n-e .\n")
+    pins.write_text(
+        "# tried together\ntorch==2.13.0\ndeepspeed==0.19.8\njsonargparse[signatures]==4.53.0\n-e .\n"
+    )
     installed = {"torch": "2.13.0+cpu", "deepspeed": "0.19.8", "jsonargparse": "4.53.0"} | changed
 
     def version_of(name: str) -> str:
@@ -80,7 +85,11 @@ def test_gpus_are_counted_by_kind() -> None:
 @pytest.mark.parametrize(
     ("devices", "state", "text"),
     [
-        (Devices(**{**vars(CPU_ONLY), "num_unusable": 2}), "error", "the driver knows 2 NVIDIA GPUs, torch (cpu build)"),
+        (
+            Devices(**{**vars(CPU_ONLY), "num_unusable": 2}),
+            "error",
+            "the driver knows 2 NVIDIA GPUs, torch (cpu build)",
+        ),
         (Devices(**{**vars(CPU_ONLY), "has_gloo": False}), "error", "no gloo"),
         (Devices(**{**vars(EIGHT_GPUS), "has_bf16": False}), "warning", "without bf16"),
         (Devices(**{**vars(EIGHT_GPUS), "nccl": ""}), "error", "no NCCL"),

@@ -33,7 +33,9 @@ def test_each_file_is_explained_beside_them() -> None:
     text = (REPOSITORY / "ds_configs/README.md").read_text()
     assert [path.name for path in FILES if f"| `{path.name}` |" not in text] == []
     assert {path.stem for path in FILES} == {"zero1", "zero2", "zero3", "zero3_offload", "zeropp"}
-    assert json.loads((REPOSITORY / "ds_configs/zeropp.json").read_text())["zero_optimization"]["zero_quantized_weights"]
+    assert json.loads((REPOSITORY / "ds_configs/zeropp.json").read_text())["zero_optimization"][
+        "zero_quantized_weights"
+    ]
 
 
 class OneLayer(torch.nn.Module):
@@ -49,7 +51,8 @@ NUM_CHUNKS = 128
 
 
 def gradient_errors() -> dict[str, float]:
-    """By DeepSpeed file: how far the sum of many chunks' bf16 gradients is off, of its norm, as it reaches the optimizer."""
+    """By DeepSpeed file: how far the sum of many chunks' bf16 gradients is off, of its norm, as it reaches
+    the optimizer."""
     from deepspeed.utils import safe_get_full_grad
 
     from agff.engine import Engine, start_process_group
@@ -83,13 +86,17 @@ def gradient_errors() -> dict[str, float]:
 
 
 def test_gradients_of_many_bf16_chunks_are_summed_in_float32() -> None:
-    assert all(error < 1e-3 for error in run_ranks(gradient_errors, world_size=1)[0].values())  # summed in bf16: 1e-2
+    assert all(
+        error < 1e-3 for error in run_ranks(gradient_errors, world_size=1)[0].values()
+    )  # summed in bf16: 1e-2
 
 
 @pytest.mark.timeout(300)
 def test_offload_trains(project: Path) -> None:
     result = run_command(
-        "deepspeed launcher/train.py --deepspeed ds_configs/zero3_offload.json --num_steps 2", project, timeout_s=280
+        "deepspeed launcher/train.py --deepspeed ds_configs/zero3_offload.json --num_steps 2",
+        project,
+        timeout_s=280,
     )
     assert result.returncode == 0, result.stdout
     assert (project / "runs/quickstart-zero3_offload/checkpoints/step-000002/state.json").exists()

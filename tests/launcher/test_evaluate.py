@@ -25,7 +25,8 @@ NOTE = "these sets imitate the format, not the difficulty."
 
 
 class ColourModel:
-    """Embeds an image as its colour and a text as the colour it names; `confused` maps one colour name to another."""
+    """Embeds an image as its colour and a text as the colour it names; `confused` maps one colour name to
+    another."""
 
     device = torch.device("cpu")
 
@@ -52,10 +53,17 @@ class ColourModel:
 
 @pytest.fixture
 def benchmarks(tmp_path: Path) -> Path:
-    """`mmeb/` with one text-to-image and one image-to-text set of three colours, `mmvp/` with two pairs, `run/`."""
+    """`mmeb/` with one text-to-image and one image-to-text set of three colours, `mmvp/` with two pairs,
+    `run/`."""
     mmeb, mmvp = tmp_path / "mmeb", tmp_path / "mmvp"
     names = list(COLOURS)
-    for folder in (mmeb / "images/T2I", mmvp / "MLLM_VLM Images/Colour", mmeb / "T2I", mmeb / "I2T", tmp_path / "run"):
+    for folder in (
+        mmeb / "images/T2I",
+        mmvp / "MLLM_VLM Images/Colour",
+        mmeb / "T2I",
+        mmeb / "I2T",
+        tmp_path / "run",
+    ):
         folder.mkdir(parents=True)
     for name, colour in COLOURS.items():
         Image.new("RGB", (2, 2), colour).save(mmeb / f"images/T2I/{name}.png")
@@ -65,7 +73,9 @@ def benchmarks(tmp_path: Path) -> Path:
         images = [f"T2I/{other}.png" for other in order]
         t2i.append({"qry_text": f"Find {name}\n", "qry_img_path": "", "tgt_text": "", "tgt_img_path": images})
         query = "<|image_1|>\nName it.\n"
-        i2t.append({"qry_text": query, "qry_img_path": images[0], "tgt_text": order, "tgt_img_path": [""] * 3})
+        i2t.append(
+            {"qry_text": query, "qry_img_path": images[0], "tgt_text": order, "tgt_img_path": [""] * 3}
+        )
     pq.write_table(pa.Table.from_pylist(t2i), mmeb / "T2I/test.parquet")
     pq.write_table(pa.Table.from_pylist(i2t), mmeb / "I2T/test.parquet")
     sets = {
@@ -101,8 +111,8 @@ def test_perfect_model_scores_a_hundred(benchmarks: Path, capsys: pytest.Capture
 
 
 def test_known_confusion_gives_the_known_scores(benchmarks: Path) -> None:
-    # "green" names red: text -> image misses one of three; for the red image "red" and "green" tie, for the green one
-    # no text is right; and both pairs hold a "green" that picks the wrong image or none
+    # "green" names red: text -> image misses one of three; for the red image "red" and "green" tie, for the
+    # green one no text is right; and both pairs hold a "green" that picks the wrong image or none
     assert evaluate(benchmarks, model=ColourModel({"green": "red"})) == 0
     scores = json.loads((benchmarks / "run/scores.json").read_text())
     by_name = {score["name"]: score["score"] for score in scores["mmeb"]["sets"]}
@@ -143,7 +153,9 @@ def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.Ca
     assert not (benchmarks / "run/scores.json").exists()
 
 
-def test_shown_example_ranks_candidates_and_marks_the_truth(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_example_ranks_candidates_and_marks_the_truth(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluate(benchmarks, "--show", "2", model=ColourModel({"green": "red"}), mmvp=False)
     out = capsys.readouterr().out
     assert 'T2I: "Find red": truth at rank 1 of 3\n  1.  +1.000  red (red)  <- truth\n' in out
@@ -151,7 +163,9 @@ def test_shown_example_ranks_candidates_and_marks_the_truth(benchmarks: Path, ca
     assert "Find blue" not in out
 
 
-def test_free_text_finds_its_image_and_scores_nothing(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_free_text_finds_its_image_and_scores_nothing(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = ColourModel()
     assert evaluate(benchmarks, "--example", "something blue", model=model, mmvp=False) == 0
     assert 'T2I, 3 candidates: "Find something blue"\n  1.  +1.000  blue (blue)\n' in capsys.readouterr().out
@@ -217,7 +231,9 @@ def test_errors_are_one_line_and_exit_code_2(benchmarks: Path, capsys: pytest.Ca
     assert len(errors) == 4
 
 
-def test_embeddings_that_are_not_finite_are_refused(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embeddings_that_are_not_finite_are_refused(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Broken(ColourModel):
         def _vector(self, item: Mapping[str, Any]) -> Tensor:
             return torch.full((3,), torch.nan)

@@ -1,4 +1,5 @@
-"""What one rank alone runs into ends all of them soon, with its words first; one that stands still is named."""
+"""What one rank alone runs into ends all of them soon, with its words first; one that stands still is
+named."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def test_an_exception_on_one_rank_ends_all_with_its_words_first(project: Path) -
 
 
 def test_too_little_memory_on_one_rank_says_which_knob_to_turn(project: Path) -> None:
-    code, output, _ = run(project, 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")')
+    code, output, _ = run(
+        project, 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
+    )
     assert code != 0
     assert "error on rank 1" in output
     assert "Tried to allocate 2.00 GiB. Lower batch.chunk_size (now 2; the result does not change)" in output

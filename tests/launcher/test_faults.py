@@ -1,6 +1,8 @@
-"""A campaign of faults against whole runs: each ends in a state from which the same command reaches the same weights.
+"""A campaign of faults against whole runs: each ends in a state from which the same command reaches the same
+weights.
 
-In `make test-full`, which prints what was made and survived at its end; tests/slurm adds preemptions and lost nodes.
+In `make test-full`, which prints what was made and survived at its end; tests/slurm adds preemptions and lost
+nodes.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def steps_saved(run: Path) -> int:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_random_ranks_killed_at_random_steps(project: Path, expected: dict[int, dict[str, Any]], stage: int) -> None:
+def test_random_ranks_killed_at_random_steps(
+    project: Path, expected: dict[int, dict[str, Any]], stage: int
+) -> None:
     generator = random.Random(stage)
     kills = 0
     while kills < 10:
@@ -75,7 +79,9 @@ def test_random_ranks_killed_at_random_steps(project: Path, expected: dict[int, 
                 started = Started(command_of(stage, run), project)
                 target = generator.randint(done, NUM_STEPS - 5)
                 started.wait_until(
-                    lambda target=target, run=run, started=started: steps_saved(run) >= target and len(started.ranks()) == 2
+                    lambda target=target, run=run, started=started: (
+                        steps_saved(run) >= target and len(started.ranks()) == 2
+                    )
                 )
                 time.sleep(generator.random() * 0.5)
                 generator.choice(started.ranks()).kill()
@@ -87,7 +93,9 @@ def test_random_ranks_killed_at_random_steps(project: Path, expected: dict[int, 
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_all_ranks_killed_while_they_save(project: Path, expected: dict[int, dict[str, Any]], stage: int) -> None:
+def test_all_ranks_killed_while_they_save(
+    project: Path, expected: dict[int, dict[str, Any]], stage: int
+) -> None:
     run = project / f"runs/save{stage}"
     interrupted = 0
     with CAMPAIGN.against(f"kill -9 of all ranks while they save, ZeRO-{stage}") as fault:
@@ -107,7 +115,9 @@ def test_all_ranks_killed_while_they_save(project: Path, expected: dict[int, dic
         finish(stage, run, project, expected[stage])
 
 
-def test_a_disk_that_is_full_while_they_save(project: Path, expected: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_disk_that_is_full_while_they_save(
+    project: Path, expected: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False).returncode:
@@ -125,7 +135,9 @@ def test_a_disk_that_is_full_while_they_save(project: Path, expected: dict[int, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_asked_to_stop_again_and_again(project: Path, expected: dict[int, dict[str, Any]], number: signal.Signals) -> None:
+def test_asked_to_stop_again_and_again(
+    project: Path, expected: dict[int, dict[str, Any]], number: signal.Signals
+) -> None:
     run = project / f"runs/asked-{number.name}"
     with CAMPAIGN.against(f"{number.name} to all ranks, ZeRO-2") as fault:
         for target in (2, 5, 7):
@@ -166,10 +178,12 @@ A_NAN = 'batch.chunks[0]["pixel_values"][0, 0] = float("nan")'
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_one_rank_computes_a_nan(project: Path, stage: int) -> None:
-    """That step changes nothing; and a run that had one, was killed and went on, ends as one that had it and was not."""
+    """That step changes nothing; and a run that had one, was killed and went on, ends as one that had it and
+    was not."""
     runs = [project / f"runs/nan{stage}-{name}" for name in ("whole", "killed")]
     whole, killed = (
-        misbehaving(f"{command_of(stage, run)} --keep_last 99", project, step=POISONED_STEP, deed=A_NAN) for run in runs
+        misbehaving(f"{command_of(stage, run)} --keep_last 99", project, step=POISONED_STEP, deed=A_NAN)
+        for run in runs
     )
     with CAMPAIGN.against(f"NaN in one rank's gradient, ZeRO-{stage}") as fault:
         result = run_command(whole, project)
@@ -184,7 +198,9 @@ def test_one_rank_computes_a_nan(project: Path, stage: int) -> None:
             }
             for step in (POISONED_STEP - 1, POISONED_STEP, POISONED_STEP + 1)
         )
-        assert sum(value.numel() for value in before.values()) > 3 * 100_000, "weights and both moments of Adam"
+        assert sum(value.numel() for value in before.values()) > 3 * 100_000, (
+            "weights and both moments of Adam"
+        )
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert [name for name in before if not torch.equal(before[name], later[name])] != []
         started = Started(killed, project)
@@ -197,7 +213,8 @@ def test_one_rank_computes_a_nan(project: Path, stage: int) -> None:
 
 
 def test_the_link_between_two_ranks_is_cut(project: Path, expected: dict[int, dict[str, Any]]) -> None:
-    """Two network namespaces with a cable between them: both ranks must end within their timeout, and the run continue."""
+    """Two network namespaces with a cable between them: both ranks must end within their timeout, and the run
+    continue."""
     name = f"agff{os.getpid() % 10000}"
     setup = [
         f"ip netns add {name}a",
@@ -211,7 +228,10 @@ def test_the_link_between_two_ranks_is_cut(project: Path, expected: dict[int, di
             for device in ("lo", f"{name}{'x' if side == 'a' else 'y'}")
         ),
     ]
-    if not shutil.which("ip") or subprocess.run(setup[0].split(), check=False, capture_output=True).returncode:
+    if (
+        not shutil.which("ip")
+        or subprocess.run(setup[0].split(), check=False, capture_output=True).returncode
+    ):
         pytest.skip("network namespaces need root and iproute2")
     run = project / "runs/cut"
     ranks: list[subprocess.Popen[bytes]] = []
@@ -232,8 +252,8 @@ def test_the_link_between_two_ranks_is_cut(project: Path, expected: dict[int, di
                     "GLOO_SOCKET_IFNAME": f"{name}{'x' if side == 'a' else 'y'}",
                 }
                 line = (
-                    "exec python launcher/train.py --deepspeed ds_configs/zero2.json --collective_timeout_s 20 "
-                    f"--num_steps {NUM_STEPS} --save_every 1 --run_dir {run}"
+                    "exec python launcher/train.py --deepspeed ds_configs/zero2.json --collective_timeout_s "
+                    f"20 --num_steps {NUM_STEPS} --save_every 1 --run_dir {run}"
                 )
                 ranks.append(
                     subprocess.Popen(

@@ -56,7 +56,9 @@ def test_it_can_be_switched_off() -> None:
 
 
 def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
-    pairs = [(loss + offset, f"S-00000.tar:{step:06d}{index:02d}") for index, offset in enumerate(range(-10, 11))]
+    pairs = [
+        (loss + offset, f"S-00000.tar:{step:06d}{index:02d}") for index, offset in enumerate(range(-10, 11))
+    ]
     return StepReport(
         step=step,
         metrics=torch.tensor([loss] + [0.0] * (len(METRICS) - 1)),
@@ -76,7 +78,9 @@ def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
 def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = RunLog(tmp_path, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
+    log = RunLog(
+        tmp_path, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6
+    )
     with log, caplog.at_level(logging.WARNING):
         for step in range(1, 41):
             log(report(step, 2.0 + step % 2 * 0.1))
@@ -95,7 +99,9 @@ def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step
 
 
 def log_on_a_rank(run: Path) -> None:
-    log = RunLog(run, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
+    log = RunLog(
+        run, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6
+    )
     with log:
         for step in range(1, 31):
             log(report(step, 2.0 + step % 2 * 0.1 + rank()))
@@ -106,4 +112,6 @@ def test_a_spike_is_told_once_with_the_worst_pairs_of_all_ranks(tmp_path: Path) 
     run_ranks(log_on_a_rank, tmp_path, world_size=2)
     [written] = [json.loads(line) for line in (tmp_path / "loss_spikes.jsonl").read_text().splitlines()]
     assert (written["step"], written["loss"]) == (31, 80.0)
-    assert [pair["loss"] for pair in written["worst_pairs"]] == [140.0 - place for place in range(WORST_PAIRS)]
+    assert [pair["loss"] for pair in written["worst_pairs"]] == [
+        140.0 - place for place in range(WORST_PAIRS)
+    ]

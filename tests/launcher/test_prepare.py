@@ -135,7 +135,9 @@ module.prepare(Path(sys.argv[1]), Path(sys.argv[2]), rows_per_shard=10)
         ("module.shutil.rmtree", 1),
     ],
 )
-def test_a_killed_conversion_continues_to_the_same_bytes(drawings: Path, tmp_path: Path, function: str, moment: int) -> None:
+def test_a_killed_conversion_continues_to_the_same_bytes(
+    drawings: Path, tmp_path: Path, function: str, moment: int
+) -> None:
     prepare(drawings, tmp_path / "whole", rows_per_shard=10)
     script = KILLED.format(function=function)
     killed = subprocess.run(
@@ -154,7 +156,10 @@ def start_prepare(*arguments: object, launcher: Sequence[str] = ()) -> subproces
     repository = Path(__file__).parents[2]
     command = [*launcher, sys.executable, "launcher/prepare.py", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMPI_ALLOW_RUN_AS_ROOT": "1"}
-    environment |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    environment |= {
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+    }
     return subprocess.Popen(
         command,
         cwd=repository,
@@ -166,7 +171,8 @@ def start_prepare(*arguments: object, launcher: Sequence[str] = ()) -> subproces
 
 
 def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
-    """SIGKILL to the command and all its writers, wherever they are; every other time to the command alone."""
+    """SIGKILL to the command and all its writers, wherever they are; every other time to the command
+    alone."""
     drawings = write_drawings(tmp_path / "drawings", num_images=60).mmeb
     prepare(drawings, tmp_path / "whole", rows_per_shard=1)
     generator = random.Random(0)
@@ -175,7 +181,9 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
     kills = 0
     seen = set()
     while kills < 20:
-        more = generator.randint(0, 40)  # counted in shards, not seconds: the same on a slow machine and a fast one
+        more = generator.randint(
+            0, 40
+        )  # counted in shards, not seconds: the same on a slow machine and a fast one
         target = len(list(out.glob("*/*.tar"))) + more
         running = start_prepare(*arguments)
         while running.poll() is None and len(list(out.glob("*/*.tar"))) < target:
@@ -192,7 +200,9 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
         kills += 1
         seen.add(len(list(out.glob("*/*.tar"))))
     assert len(seen) > 10, "the kills came at different moments"
-    writers = [process for process in psutil.process_iter(["cmdline"]) if str(out) in (process.info["cmdline"] or ())]
+    writers = [
+        process for process in psutil.process_iter(["cmdline"]) if str(out) in (process.info["cmdline"] or ())
+    ]
     assert psutil.wait_procs(writers, timeout=10)[1] == [], "writers outlive the command"
     running = start_prepare(*arguments)
     assert running.communicate()[0]
@@ -212,7 +222,9 @@ def test_a_file_system_that_fails_for_a_while_costs_no_row(
         return right(path)
 
     monkeypatch.setattr(Path, "read_bytes", fails_once)
-    with pytest.raises(DataError, match=r"cannot read or write .*\.png: Stale file handle; free space or mend the cause"):
+    with pytest.raises(
+        DataError, match=r"cannot read or write .*\.png: Stale file handle; free space or mend the cause"
+    ):
         prepare(drawings, tmp_path / "out")
     assert prepare(drawings, tmp_path / "out") == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -238,7 +250,12 @@ def test_mpirun_spreads_the_work_and_writes_the_same_bytes(drawings: Path, tmp_p
 def test_many_tasks_without_mpi_are_told_so(
     drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0"), ("SLURM_NTASKS", "2")):
+    for name, value in (
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_PROCID", "0"),
+        ("SLURM_LOCALID", "0"),
+        ("SLURM_NTASKS", "2"),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -254,8 +271,10 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from launcher.prepare import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a file that grows further fails as on a full disk
-sys.exit(main(["--mmeb", sys.argv[1], "--out", sys.argv[2], "--rows_per_shard", "40", "--processes", sys.argv[3]]))
+# a file that grows further fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+places = ["--mmeb", sys.argv[1], "--out", sys.argv[2]]
+sys.exit(main([*places, "--rows_per_shard", "40", "--processes", sys.argv[3]]))
 """
 
 
@@ -304,7 +323,8 @@ LONG_TEXTS = """
 import sys
 import pyarrow as pa, pyarrow.parquet as pq
 texts = [f"{number} " + "word " * 800 for number in range(150_000)]
-table = pa.table({"qry": texts, "qry_image_path": [""] * len(texts), "pos_text": texts, "pos_image_path": [""] * len(texts)})
+none = [""] * len(texts)
+table = pa.table({"qry": texts, "qry_image_path": none, "pos_text": texts, "pos_image_path": none})
 assert table.nbytes > 2**30
 pq.write_table(table, sys.argv[1], row_group_size=len(texts))
 """
@@ -339,7 +359,9 @@ def test_memory_stays_below_one_gibibyte_for_a_large_subset(tmp_path: Path) -> N
     root = tmp_path / "mmeb"
     (root / "Long").mkdir(parents=True)
     # in processes of their own: a process begins with the peak of the one that started it
-    subprocess.run([sys.executable, "-c", LONG_TEXTS, str(root / "Long/original-00000-of-00001.parquet")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", LONG_TEXTS, str(root / "Long/original-00000-of-00001.parquet")], check=True
+    )
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, str(root), str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -358,7 +380,13 @@ def test_instructions_kept_apart_by_the_source_stay_apart(tmp_path: Path) -> Non
     rows = [
         row(qry="a dog", qry_inst="Find it:", pos_text="", pos_inst="<|image_1|> Represent the given image.")
         | {"pos_image_path": "images/a.png"},
-        row(qry="", qry_inst="<|image_1|> What is it?", qry_image_path="images/a.png", pos_inst="", pos_text="A dog."),
+        row(
+            qry="",
+            qry_inst="<|image_1|> What is it?",
+            qry_image_path="images/a.png",
+            pos_inst="",
+            pos_text="A dog.",
+        ),
     ]
     write_subset(root, rows)
     manifest = prepare(root, tmp_path / "out")
@@ -379,7 +407,9 @@ def test_instructions_kept_apart_by_the_source_stay_apart(tmp_path: Path) -> Non
 def test_the_other_split_has_its_own_parquet(tmp_path: Path) -> None:
     root = tmp_path / "mmeb"
     write_subset(root, [row(qry="plain")])
-    pq.write_table(pa.Table.from_pylist([row(qry="diverse")]), root / "Sub/diverse_instruction-00000-of-00001.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([row(qry="diverse")]), root / "Sub/diverse_instruction-00000-of-00001.parquet"
+    )
     for split, text in (("original", "plain"), ("diverse_instruction", "diverse")):
         manifest = prepare(root, tmp_path / split, split=split)
         reader = ShardReader(LocalFolder(tmp_path / split), manifest)
@@ -443,8 +473,13 @@ def test_images_that_pillow_trips_over_are_rejected_and_the_rest_written(tmp_pat
     write_subset(root, [row(), *(row(**with_image, qry_image_path=name) for name in names)])
     manifest = prepare(root, tmp_path / "out")
     assert (manifest.sources["Sub"].num_samples, manifest.sources["Sub"].num_rejected) == (1, 3)
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/Sub/rejected.jsonl").read_text().splitlines()]
-    assert [re.search(p, r) is not None for p, r in zip(["too large", "null byte", "cannot identify"], reasons, strict=True)]
+    reasons = [
+        json.loads(line)["reason"] for line in (tmp_path / "out/Sub/rejected.jsonl").read_text().splitlines()
+    ]
+    assert [
+        re.search(p, r) is not None
+        for p, r in zip(["too large", "null byte", "cannot identify"], reasons, strict=True)
+    ]
 
 
 def test_a_jpeg_of_several_pictures_is_kept_as_the_jpeg_it_is(tmp_path: Path) -> None:
@@ -473,7 +508,9 @@ def test_a_damaged_parquet_page_is_named_as_such(tmp_path: Path) -> None:
         prepare(root, tmp_path / "out")
 
 
-def test_wrong_places_and_names_are_one_line(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_places_and_names_are_one_line(
+    drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def error_of(*arguments: object) -> str:
         assert main([*map(str, arguments), "--processes", "1"]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -482,7 +519,9 @@ def test_wrong_places_and_names_are_one_line(drawings: Path, tmp_path: Path, cap
 
     (tmp_path / "file").write_text("x")
     assert f"cannot read or write {tmp_path}/file" in error_of("--mmeb", drawings, "--out", tmp_path / "file")
-    assert f"cannot read or write {tmp_path}/file/out" in error_of("--mmeb", drawings, "--out", tmp_path / "file/out")
+    assert f"cannot read or write {tmp_path}/file/out" in error_of(
+        "--mmeb", drawings, "--out", tmp_path / "file/out"
+    )
     killed_at_once = tmp_path / "killed"
     killed_at_once.mkdir()
     (killed_at_once / "prepare.json.node-1.partial").write_text("{")
@@ -494,7 +533,9 @@ def test_wrong_places_and_names_are_one_line(drawings: Path, tmp_path: Path, cap
     assert "'My Set' is no name of a source" in error_of("--mmeb", root, "--out", tmp_path / "x")
     root = tmp_path / "numbers"
     write_subset(root, [{**row(), "pos_text": 5}])
-    assert "column pos_text holds int64, MMEB-train has text there" in error_of("--mmeb", root, "--out", tmp_path / "x")
+    assert "column pos_text holds int64, MMEB-train has text there" in error_of(
+        "--mmeb", root, "--out", tmp_path / "x"
+    )
     assert not (tmp_path / "x").exists()
     out = tmp_path / "old"
     prepare(drawings, out)
@@ -523,8 +564,12 @@ def test_index_points_at_every_sample(drawings: Path, tmp_path: Path) -> None:
     for name, source in manifest.sources.items():
         index = read_index(LocalFolder(tmp_path / "out"), name, source)
         assert len(index) == source.num_samples
-        for shard, offset, size in zip(*(index.column(c).to_pylist() for c in ("shard", "offset", "size")), strict=True):
-            content = (tmp_path / "out" / name / source.shards[shard].name).read_bytes()[offset : offset + size]
+        for shard, offset, size in zip(
+            *(index.column(c).to_pylist() for c in ("shard", "offset", "size")), strict=True
+        ):
+            content = (tmp_path / "out" / name / source.shards[shard].name).read_bytes()[
+                offset : offset + size
+            ]
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 names = tar.getnames()
             assert len({member.partition(".")[0] for member in names}) == 1
@@ -541,7 +586,11 @@ def test_missing_and_changed_shards_are_found_once(drawings: Path, tmp_path: Pat
     content = bytearray(shards[2].read_bytes())
     content[600] ^= 1
     shards[2].write_bytes(content)
-    found = [p for part in range(3) for p in check_files(LocalFolder(out), manifest, part=part, num_parts=3, hashes=hashes)]
+    found = [
+        p
+        for part in range(3)
+        for p in check_files(LocalFolder(out), manifest, part=part, num_parts=3, hashes=hashes)
+    ]
     expected = [(shards[0], "shard is missing; restore it"), (shards[1], "bytes, the manifest says")]
     if hashes:
         expected.append((shards[2], "SHA-256 of the shard is"))
@@ -576,7 +625,11 @@ def test_wrong_input_is_refused_before_anything_is_written(drawings: Path, tmp_p
 def test_damaged_and_absent_manifests_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no shards here"):
         read_manifest(LocalFolder(tmp_path))
-    for text, message in (("{", "damaged manifest"), ('{"format": 9}', "format 9 is not 2"), ("[]", "damaged manifest")):
+    for text, message in (
+        ("{", "damaged manifest"),
+        ('{"format": 9}', "format 9 is not 2"),
+        ("[]", "damaged manifest"),
+    ):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(DataError, match=message):
             read_manifest(LocalFolder(tmp_path))

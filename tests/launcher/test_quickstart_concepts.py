@@ -82,5 +82,9 @@ def test_questions_find_their_answers_in_the_name() -> None:
 
 def test_people_are_asked_who_and_what() -> None:
     runner = concept("woman running facing right", group="People & Body")
-    assert questions_of(runner) == [("Which way?", "right"), ("Man or woman?", "woman"), ("Doing what?", "running")]
+    assert questions_of(runner) == [
+        ("Which way?", "right"),
+        ("Man or woman?", "woman"),
+        ("Doing what?", "running"),
+    ]
     assert questions_of(concept("woman and man holding hands", group="People & Body")) == []

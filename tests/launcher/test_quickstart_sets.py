@@ -28,14 +28,25 @@ ICONS = {
     "icons": {"left": {"body": LEFT_RED}, "blank": {"body": ""}, "again": {"body": LEFT_RED}},
     "aliases": {"right": {"parent": "left", "hFlip": True}, "back": {"parent": "right", "hFlip": True}},
 }
-NAMES = ["red heart", "blue heart", "one o’clock", "two o’clock", "grinning face", "pizza", "pear", "woman running"]  # noqa: RUF001
+NAMES = [
+    "red heart",
+    "blue heart",
+    "one o’clock",  # noqa: RUF001
+    "two o’clock",  # noqa: RUF001
+    "grinning face",
+    "pizza",
+    "pear",
+    "woman running",
+]
 NAMES += [f"thing {i}" for i in range(40)]
 
 
 def make_concept(name: str) -> Concept:
     group = "People & Body" if "woman" in name else "Symbols"
     index = NAMES.index(name)
-    return Concept(emoji=chr(0x1F300 + index), name=name, group=group, keywords=("one", "two", "three", "four", "five"))
+    return Concept(
+        emoji=chr(0x1F300 + index), name=name, group=group, keywords=("one", "two", "three", "four", "five")
+    )
 
 
 def make_drawings(names: Sequence[str] = NAMES) -> list[Drawing]:
@@ -53,7 +64,9 @@ def make_drawings(names: Sequence[str] = NAMES) -> list[Drawing]:
 
 
 def test_drawing_is_on_white_and_aliases_are_mirrored() -> None:
-    left, right, back = (np.asarray(render_svg(svg_of(ICONS, name), size_px=8)) for name in ("left", "right", "back"))
+    left, right, back = (
+        np.asarray(render_svg(svg_of(ICONS, name), size_px=8)) for name in ("left", "right", "back")
+    )
     assert left[4, 1].tolist() == [255, 0, 0]
     assert left[4, 6].tolist() == [255, 255, 255]
     np.testing.assert_array_equal(right, left[:, ::-1])
@@ -69,7 +82,9 @@ def test_drawing_that_is_not_square_is_centred() -> None:
 
 
 def test_blank_drawings_and_twins_are_left_out() -> None:
-    matched = [(make_concept(n), icon) for n, icon in zip(NAMES, ["left", "blank", "again", "right"], strict=False)]
+    matched = [
+        (make_concept(n), icon) for n, icon in zip(NAMES, ["left", "blank", "again", "right"], strict=False)
+    ]
     drawings = render_studio("noto", ICONS, matched, size_px=8)
     assert [drawing.concept.name for drawing in drawings] == [NAMES[0], NAMES[3]]
 
@@ -99,7 +114,9 @@ def test_crop_is_on_the_sheet_pixel_for_pixel_and_studios_do_not_mix() -> None:
         assert image.crop((left, top, left + 28, top + 28)).tobytes() == truth.tobytes()
         assert sheet.distractor is not sheet.cells[sheet.truth]
     assert {sheet.by_position for sheet in sheets} == {True, False}
-    assert [sheet.png() for sheet in make_sheets(make_drawings(), num_sheets=60, seed=0)] == [s.png() for s in sheets]
+    assert [sheet.png() for sheet in make_sheets(make_drawings(), num_sheets=60, seed=0)] == [
+        s.png() for s in sheets
+    ]
 
 
 def test_training_rows_hold_no_held_out_studio_and_no_held_out_concept(tmp_path: Path) -> None:
@@ -130,7 +147,9 @@ def test_training_tables_have_mmebs_columns_and_placeholders(tmp_path: Path) -> 
     columns = ["qry", "qry_image_path", "pos_text", "pos_image_path"]
     for subset in SUBSETS:
         table = pq.read_table(tmp_path / subset / "original-00000-of-00001.parquet")
-        assert table.column_names == ([*columns, "neg_text", "neg_image_path"] if subset == "EmojiGrounding" else columns)
+        assert table.column_names == (
+            [*columns, "neg_text", "neg_image_path"] if subset == "EmojiGrounding" else columns
+        )
         for row in table.to_pylist():
             for text, path in (("qry", "qry_image_path"), ("pos_text", "pos_image_path")):
                 assert row[text].count("<|image_1|>") == (1 if row[path] else 0)
@@ -142,7 +161,12 @@ def test_evaluation_tables_have_the_truth_first_and_each_candidate_once(tmp_path
     counts = write_eval_sets(tmp_path, make_drawings(), seed=0)
     sets = json.loads((tmp_path / "sets.json").read_text())
     assert set(sets) == set(counts)
-    assert {entry["meta_task"] for entry in sets.values()} == {"retrieval", "classification", "vqa", "grounding"}
+    assert {entry["meta_task"] for entry in sets.values()} == {
+        "retrieval",
+        "classification",
+        "vqa",
+        "grounding",
+    }
     for name, num_rows in counts.items():
         table = pq.read_table(tmp_path / name / "test-00000-of-00001.parquet")
         assert table.column_names == ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
@@ -150,7 +174,9 @@ def test_evaluation_tables_have_the_truth_first_and_each_candidate_once(tmp_path
         for row in table.to_pylist():
             candidates = list(zip(row["tgt_text"], row["tgt_img_path"], strict=True))
             assert len(set(candidates)) == len(candidates)
-            assert all((tmp_path / path).is_file() for path in [row["qry_img_path"], *row["tgt_img_path"]] if path)
+            assert all(
+                (tmp_path / path).is_file() for path in [row["qry_img_path"], *row["tgt_img_path"]] if path
+            )
     rows = pq.read_table(tmp_path / "Emoji_t2i-fxemoji" / "test-00000-of-00001.parquet").to_pylist()
     for row in rows:
         concept = next(c for c in map(make_concept, NAMES) if row["qry_text"] == wording.find_by_name(c.text))
@@ -194,11 +220,16 @@ def test_candidates_of_unequal_length_are_refused() -> None:
 
 def test_pairs_come_from_one_held_out_studio_and_the_unrelated_one_first() -> None:
     drawings = [d for d in make_drawings() if (d.studio, d.concept.name) != ("fxemoji", "blue heart")]
-    wanted = {"Color and Appearance": [("red heart", "blue heart")], "Texts": [("pizza", "pear"), ("pizza", "absent")]}
+    wanted = {
+        "Color and Appearance": [("red heart", "blue heart")],
+        "Texts": [("pizza", "pear"), ("pizza", "absent")],
+    }
     pairs = choose_pairs(wanted, drawings)
     assert [pair.statements for pair in pairs] == [("red heart", "blue heart"), ("pizza", "pear")]
     png = {(d.studio, d.concept.name): Image.open(io.BytesIO(d.png)).tobytes() for d in drawings}
-    assert [image.tobytes() for image in pairs[0].images] == [png["noto-v1", n] for n in ("red heart", "blue heart")]
+    assert [image.tobytes() for image in pairs[0].images] == [
+        png["noto-v1", n] for n in ("red heart", "blue heart")
+    ]
     assert [image.tobytes() for image in pairs[1].images] == [png["fxemoji", n] for n in ("pizza", "pear")]
 
 

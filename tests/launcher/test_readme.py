@@ -24,16 +24,21 @@ ELSEWHERE = {
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
-    "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": "tests/slurm",
+    "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": (
+        "tests/slurmtests/slurm"
+    ),
     "srun -p gpu -A my_project -l --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 "
-    ".venv/bin/python launcher/doctor.py --shards shards/mmeb": "needs the nodes; tests/slurm starts doctor under srun",
+    ".venv/bin/python launcher/doctor.py --shards shards/mmeb": (
+        "needs the nodes; tests/slurm starts doctor under srun"
+    ),
     "source .venv/bin/activate": "the environment these tests run in",
     "hf download --repo-type dataset TIGER-Lab/MMEB-train --local-dir mmeb": "needs the data hub",
     "hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct": "needs the model hub",
     **{
         command: "test_train.py tries these launchers on one machine"
         for command in (
-            "mpirun -n 16 --hostfile hosts -x MASTER_ADDR=first python launcher/train.py --deepspeed ds_configs/zero3.json",
+            "mpirun -n 16 --hostfile hosts -x MASTER_ADDR=first python launcher/train.py --deepspeed "
+            "ds_configs/zero3.json",
             "deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr first launcher/train.py",
         )
     },
@@ -51,7 +56,9 @@ def test_readme_has_commands_and_those_run_elsewhere_are_still_in_it() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_other_commands_run_as_they_stand(project: Path, train_once: Callable[[int], tuple[Path, str]]) -> None:
+def test_the_other_commands_run_as_they_stand(
+    project: Path, train_once: Callable[[int], tuple[Path, str]]
+) -> None:
     train_once(3)
     for command in COMMANDS:
         if command in ELSEWHERE:

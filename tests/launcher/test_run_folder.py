@@ -31,7 +31,9 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
     other.start()
     try:
         assert held.wait(60)
-        with pytest.raises(ConfigError, match=rf"process {other.pid}, job .*or delete .*run/.lock if") as caught:
+        with pytest.raises(
+            ConfigError, match=rf"process {other.pid}, job .*or delete .*run/.lock if"
+        ) as caught:
             hold_run_folder(tmp_path / "run", patience_s=0).__enter__()
         assert caught.value.on_all_ranks
         other.kill()
@@ -53,7 +55,12 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_is_said_once_or_once_a_machine(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: str, local_rank: str, shared: bool, said: str
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    rank: str,
+    local_rank: str,
+    shared: bool,
+    said: str,
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)

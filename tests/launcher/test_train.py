@@ -26,7 +26,9 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(params=[3, 1, 2], ids=lambda stage: f"zero{stage}")
-def trained(request: pytest.FixtureRequest, train_once: Callable[[int], tuple[Path, str]]) -> tuple[int, Path, str]:
+def trained(
+    request: pytest.FixtureRequest, train_once: Callable[[int], tuple[Path, str]]
+) -> tuple[int, Path, str]:
     """(ZeRO stage, run folder, output)."""
     return request.param, *train_once(request.param)
 
@@ -36,9 +38,15 @@ def tensors_of(checkpoint: Path) -> dict[str, Any]:
 
     def flatten(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for name, item in value.items() for k, v in flatten(f"{prefix}/{name}", item).items()}
+            return {
+                k: v for name, item in value.items() for k, v in flatten(f"{prefix}/{name}", item).items()
+            }
         if isinstance(value, list | tuple):
-            return {k: v for index, item in enumerate(value) for k, v in flatten(f"{prefix}/{index}", item).items()}
+            return {
+                k: v
+                for index, item in enumerate(value)
+                for k, v in flatten(f"{prefix}/{index}", item).items()
+            }
         return {prefix: value}
 
     found: dict[str, Any] = {}
@@ -47,17 +55,24 @@ def tensors_of(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(trained: tuple[int, Path, str], project: Path) -> None:
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(
+    trained: tuple[int, Path, str], project: Path
+) -> None:
     stage, run, _ = trained
     unbroken = project / f"unbroken-zero{stage}"
     shutil.copytree(run, unbroken)
     checkpoints = run / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-000002", "step-000004"]
-    (checkpoints / "step-000004").rename(checkpoints / "step-000004.partial")  # as a kill in mid-save leaves it
+    (checkpoints / "step-000004").rename(
+        checkpoints / "step-000004.partial"
+    )  # as a kill in mid-save leaves it
     result = run_command(train_command(stage), project)
     assert result.returncode == 0, result.stdout
     assert "2/4" in result.stdout, "it must continue at step 2"
-    expected, found = tensors_of(unbroken / "checkpoints/step-000004"), tensors_of(checkpoints / "step-000004")
+    expected, found = (
+        tensors_of(unbroken / "checkpoints/step-000004"),
+        tensors_of(checkpoints / "step-000004"),
+    )
     assert expected.keys() == found.keys()
     compared = 0
     for name, value in expected.items():
@@ -68,7 +83,9 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(trained: tuple[int, P
             assert value == found[name], name
     assert compared > 3 * 100_000, "weights and both moments of Adam"
     first, last = (consolidated_weights(unbroken, step=step) for step in (2, 4))
-    assert not torch.equal(first["backbone.visual.merger.mlp.0.weight"], last["backbone.visual.merger.mlp.0.weight"])
+    assert not torch.equal(
+        first["backbone.visual.merger.mlp.0.weight"], last["backbone.visual.merger.mlp.0.weight"]
+    )
 
 
 def pairs_and_losses(run: Path, world_size: int) -> tuple[dict[int, list[str]], dict[int, float]]:
@@ -110,12 +127,16 @@ def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(
         assert f"cutting the checkpoint anew for {world_size} ranks" in result.stdout
         found, continued = pairs_and_losses(copy, world_size)
         assert found == {step: expected[step] for step in (3, 4, 5, 6)}
-        assert [continued[step] for step in range(1, 7)] == pytest.approx([losses[s] for s in range(1, 7)], abs=1e-5)
+        assert [continued[step] for step in range(1, 7)] == pytest.approx(
+            [losses[s] for s in range(1, 7)], abs=1e-5
+        )
         assert not list((copy / "checkpoints").glob("*universal*"))
 
 
 @pytest.mark.slow
-def test_chunks_by_tokens_and_shards_from_a_web_server_are_the_same_run(project: Path, logged_run: tuple[str, Path]) -> None:
+def test_chunks_by_tokens_and_shards_from_a_web_server_are_the_same_run(
+    project: Path, logged_run: tuple[str, Path]
+) -> None:
     command, run = logged_run
     expected, losses = pairs_and_losses(run, 2)
     server = FaultyServer(project / ".cache/quickstart/shards")
@@ -133,7 +154,9 @@ def test_chunks_by_tokens_and_shards_from_a_web_server_are_the_same_run(project:
     assert f"{server.url}, through a cache of at most 100 GiB in {project}/shard-cache" in result.stdout
     found, continued = pairs_and_losses(project / "runs/tokens", 2)
     assert found == expected
-    assert [continued[step] for step in range(1, 7)] == pytest.approx([losses[s] for s in range(1, 7)], abs=1e-5)
+    assert [continued[step] for step in range(1, 7)] == pytest.approx(
+        [losses[s] for s in range(1, 7)], abs=1e-5
+    )
     assert {count for path, count in server.requests.items() if path.endswith(".tar")} <= {1, 3}, (
         "both ranks share the cache"
     )
@@ -146,7 +169,10 @@ def test_another_order_of_the_data_is_refused_and_accepted_when_told(
     command = f"{train_command(3)} --run_dir runs/order"
     shutil.rmtree(project / "runs/order/checkpoints/step-000004")
     changed = f"{command} --seed 1 --data.caps 10"
-    says = "error: runs/order: the order of the data changed since step 2: seed: 0 -> 1; source Shapes_VQA: samples 96 -> 10"
+    says = (
+        "error: runs/order: the order of the data changed since step 2: seed: 0 -> 1; source Shapes_VQA: "
+        "samples 96 -> 10"
+    )
     for attempt in (f"{changed} --dry-run", changed):
         result = run_command(attempt, project)
         assert result.returncode == 2, result.stdout
@@ -232,7 +258,9 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
     assert "6/8" in result.stdout
     assert_same_tensors(tensors_of(run / LAST), expected)
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    assert names == ["step-000007", "step-000007.damaged", "step-000008"], "the newest, and the multiple of keep_every"
+    assert names == ["step-000007", "step-000007.damaged", "step-000008"], (
+        "the newest, and the multiple of keep_every"
+    )
 
 
 def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:
@@ -266,10 +294,15 @@ def test_a_finished_run_says_so(train_once: Callable[[int], tuple[Path, str]], p
     stage, (run, _) = 3, train_once(3)
     result = run_command(train_command(stage), project)
     assert result.returncode == 0, result.stdout
-    assert f"runs/{run.name}: all 4 steps are done; evaluate or convert it, or choose another --run_dir" in result.stdout
+    assert (
+        f"runs/{run.name}: all 4 steps are done; evaluate or convert it, or choose another --run_dir"
+        in result.stdout
+    )
 
 
-def test_release_loads_without_deepspeed(trained: tuple[int, Path, str], project: Path, tmp_path: Path) -> None:
+def test_release_loads_without_deepspeed(
+    trained: tuple[int, Path, str], project: Path, tmp_path: Path
+) -> None:
     _, run, _ = trained
     monkey = Path.cwd()
     os.chdir(project)
@@ -296,14 +329,18 @@ AutoModel.from_pretrained({str(tmp_path / "release/backbone")!r})
     assert convert_main([str(run), str(tmp_path / "release")]) == 2, "an existing release is not overwritten"
 
 
-@pytest.mark.parametrize(("stage", "lora"), [pytest.param(2, "", marks=pytest.mark.slow), (3, "--backbone.lora.rank 2")])
+@pytest.mark.parametrize(
+    ("stage", "lora"), [pytest.param(2, "", marks=pytest.mark.slow), (3, "--backbone.lora.rank 2")]
+)
 def test_bf16_weights_train_and_resume(project: Path, stage: int, lora: str) -> None:
     """What a GPU does by default."""
     command = f"{train_command(stage)} --precision bf16 {lora} --run_dir runs/bf16-{stage}"
     result = run_command(command, project)
     assert result.returncode == 0, result.stdout
     run = project / f"runs/bf16-{stage}/checkpoints"
-    assert {value.dtype for value in consolidated_weights(run.parent, step=4).values()} == {torch.float32}, "the masters"
+    assert {value.dtype for value in consolidated_weights(run.parent, step=4).values()} == {torch.float32}, (
+        "the masters"
+    )
     unbroken = tensors_of(run / "step-000004")
     shutil.rmtree(run / "step-000004")
     result = run_command(command, project)
@@ -317,7 +354,9 @@ def test_lora_run_resumes_and_is_released(project: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stdout
     expected = tensors_of(project / "runs/lora/checkpoints/step-000004")
     shutil.rmtree(project / "runs/lora/checkpoints/step-000004")
-    result = run_command(f"{command} && python launcher/convert_checkpoint.py runs/lora {tmp_path}/release", project)
+    result = run_command(
+        f"{command} && python launcher/convert_checkpoint.py runs/lora {tmp_path}/release", project
+    )
     assert result.returncode == 0, result.stdout
     found = tensors_of(project / "runs/lora/checkpoints/step-000004")
     tensors = [name for name, value in expected.items() if isinstance(value, torch.Tensor)]
@@ -359,7 +398,10 @@ SMALL = [
         ),
         (["--backbone.path", "nowhere"], "nowhere: not a backbone folder"),
         (["--data.weights", "{Shapes: 1.0}"], "data.weights names Shapes, absent from the shards"),
-        (["--data.sub_batch_size", "8", "--data.weights", "{Shapes_t2i: -1}"], "data.weights.Shapes_t2i=-1.0 must be > 0"),
+        (
+            ["--data.sub_batch_size", "8", "--data.weights", "{Shapes_t2i: -1}"],
+            "data.weights.Shapes_t2i=-1.0 must be > 0",
+        ),
         (["--run_dir", ".cache"], ".cache exists and holds no run"),
         (["--loss.temperature", "0"], "loss.temperature=0.0 must be > 0"),
     ],
@@ -385,17 +427,24 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
     (in_project / "driver/0000:01:00.0").mkdir(parents=True)
     assert train_main(SMALL) == 2
     assert re.search(
-        r": the driver knows 1 NVIDIA GPUs, torch .* can use none; .*DS_ACCELERATOR=cpu", capfd.readouterr().err
+        r": the driver knows 1 NVIDIA GPUs, torch .* can use none; .*DS_ACCELERATOR=cpu",
+        capfd.readouterr().err,
     )
     for meant in ({"DS_ACCELERATOR": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}):
         assert precision.num_unusable_gpus(meant) == 0
     assert train_main([*SMALL, "--dry-run"]) == 0
 
 
-def test_dry_run_prints_the_table_and_writes_nothing(in_project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_table_and_writes_nothing(
+    in_project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = in_project / "runs/mmeb_qwen2vl_2b-zero3"
     run.mkdir(parents=True)
-    for name in (".lock", "deepspeed.json", "config.yaml.partial"):  # what a start leaves that was killed at once
+    for name in (
+        ".lock",
+        "deepspeed.json",
+        "config.yaml.partial",
+    ):  # what a start leaves that was killed at once
         (run / name).touch()
     before = sorted(in_project.rglob("*"))
     recipe = ["--recipe", "mmeb_qwen2vl_2b", "--backbone.path", ".cache/quickstart/backbone"]
@@ -407,7 +456,9 @@ def test_dry_run_prints_the_table_and_writes_nothing(in_project: Path, capfd: py
     assert sorted(in_project.rglob("*")) == before
 
 
-def test_a_run_folder_of_another_configuration(train_once: Callable[[int], tuple[Path, str]], project: Path) -> None:
+def test_a_run_folder_of_another_configuration(
+    train_once: Callable[[int], tuple[Path, str]], project: Path
+) -> None:
     stage, (run, _) = 3, train_once(3)
     result = run_command(f"{train_command(stage)} --loss.beta 0.1", project)
     assert result.returncode == 2, result.stdout
@@ -441,13 +492,19 @@ def test_damaged_shards_stop_all_ranks_before_the_first_step(
     assert not (copy / "runs").exists()
 
 
-def test_a_bad_sample_is_skipped_and_logged_and_too_many_stop_all_ranks(project: Path, tmp_path: Path) -> None:
+def test_a_bad_sample_is_skipped_and_logged_and_too_many_stop_all_ranks(
+    project: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "project"
     shutil.copytree(project, copy, ignore=shutil.ignore_patterns("runs"))
     shards = copy / ".cache/quickstart/shards"
-    for shard in sorted((shards / "Shapes_i2t").glob("*.tar")):  # every image of one source becomes undecodable
+    for shard in sorted(
+        (shards / "Shapes_i2t").glob("*.tar")
+    ):  # every image of one source becomes undecodable
         shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"XXXX"))
-    rest = "--data.check_hashes false --data.weights '{Shapes_i2t: 1, Shapes_text: 3}' --data.max_bad_in_a_row 3"
+    rest = (
+        "--data.check_hashes false --data.weights '{Shapes_i2t: 1, Shapes_text: 3}' --data.max_bad_in_a_row 3"
+    )
     result = run_command(f"{train_command(3)} {rest}", copy)
     assert result.returncode == 2, result.stdout
     assert "4 bad samples in a row for row" in result.stdout
@@ -459,7 +516,8 @@ def test_a_bad_sample_is_skipped_and_logged_and_too_many_stop_all_ranks(project:
 
 
 def test_nothing_was_compiled(train_once: Callable[[int], tuple[Path, str]]) -> None:
-    """DeepSpeed builds operators into this folder when it needs one: minutes, and a lock that a kill leaves behind."""
+    """DeepSpeed builds operators into this folder when it needs one: minutes, and a lock that a kill leaves
+    behind."""
     train_once(3)
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     assert not [path for path in folder.rglob("*") if path.is_file()]
@@ -469,7 +527,8 @@ LAUNCHERS = {
     "mpirun": ["mpirun --oversubscribe -n 2 python {train}"],
     "torchrun": ["torchrun --nproc-per-node 2 --master-port 29523 {train}"],
     "deepspeed --hostfile on each node": [
-        f"deepspeed --hostfile hosts --no_ssh --node_rank {node} --master_addr 127.0.0.1 --master_port 29527 {{train}}"
+        f"deepspeed --hostfile hosts --no_ssh --node_rank {node} --master_addr 127.0.0.1 --master_port 29527 "
+        f"{{train}}"
         for node in (0, 1)
     ],
 }

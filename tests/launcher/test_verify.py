@@ -65,7 +65,10 @@ def test_a_flipped_bit_names_the_shard_and_each_sample_that_changed(
     code, lines = findings(capsys, folder)
     assert code == 1
     assert re.match(rf"{tar_path(folder)}: SHA-256 of the shard is \w+..., the manifest says", lines[0])
-    changed = [f"Shapes_VQA-00000.tar:{key:09d}: text or image of the query is not what was written" for key in range(4)]
+    changed = [
+        f"Shapes_VQA-00000.tar:{key:09d}: text or image of the query is not what was written"
+        for key in range(4)
+    ]
     assert lines[1:] == changed, "four rows use the image that changed"
     _, lines = findings(capsys, folder, "--deep")
     assert any("000000000.query.png: cannot decode" in line or "no image" in line for line in lines)
@@ -75,7 +78,9 @@ def test_a_flipped_bit_in_a_text(folder: Path, capsys: pytest.CaptureFixture[str
     change(tar_path(folder), flip_after(b"What c"))
     _, lines = findings(capsys, folder)
     assert len(lines) == 2
-    assert re.match(r"Shapes_VQA-00000.tar:\d{9}: text or image of the query is not what was written", lines[1])
+    assert re.match(
+        r"Shapes_VQA-00000.tar:\d{9}: text or image of the query is not what was written", lines[1]
+    )
 
 
 def test_truncated_missing_and_unknown_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,14 +90,18 @@ def test_truncated_missing_and_unknown_shards(folder: Path, capsys: pytest.Captu
     code, lines = findings(capsys, folder)
     assert code == 1
     text = "\n".join(lines)
-    assert re.search(rf"{tar_path(folder)}: shard has [\d,]+ bytes, the manifest says [\d,]+; restore it", text)
+    assert re.search(
+        rf"{tar_path(folder)}: shard has [\d,]+ bytes, the manifest says [\d,]+; restore it", text
+    )
     assert re.search(r"Shapes_VQA-00000.tar: not a whole tar file after \d+ samples", text)
     assert re.search(r"Shapes_VQA-00000.tar: \d samples, the manifest says 10", text)
     assert f"{tar_path(folder, 1)}: shard is missing; restore it" in text
     assert f"{tar_path(folder, 77)}: the manifest does not know this shard" in text
 
 
-def test_a_shard_in_the_place_of_another_is_recognised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_in_the_place_of_another_is_recognised(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(tar_path(folder, 1), tar_path(folder, 0))
     code, lines = findings(capsys, folder)
     assert code == 1
@@ -114,11 +123,23 @@ def rewritten(content: bytes, rename: Callable[[str], str | None]) -> bytes:
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        (lambda name: name.replace("000000003", "000000009"), "Shapes_text-00000.tar:000000009: 2 samples have this key"),
-        (lambda name: f"../{name}" if name.startswith("000000003") else name, "../000000003.json: not a plain member"),
-        (lambda name: f"/{name}" if name.startswith("000000003") else name, "/000000003.json: not a plain member"),
+        (
+            lambda name: name.replace("000000003", "000000009"),
+            "Shapes_text-00000.tar:000000009: 2 samples have this key",
+        ),
+        (
+            lambda name: f"../{name}" if name.startswith("000000003") else name,
+            "../000000003.json: not a plain member",
+        ),
+        (
+            lambda name: f"/{name}" if name.startswith("000000003") else name,
+            "/000000003.json: not a plain member",
+        ),
         (lambda name: None if name.startswith("000000003") else name, "9 samples, the manifest says 10"),
-        (lambda name: name.replace("3.json", "3.txt"), "Shapes_text-00000.tar:000000003: member or field 'json' is missing"),
+        (
+            lambda name: name.replace("3.json", "3.txt"),
+            "Shapes_text-00000.tar:000000003: member or field 'json' is missing",
+        ),
     ],
 )
 def test_members_that_must_not_be(
@@ -135,10 +156,15 @@ def test_members_that_must_not_be(
             reader.read("Shapes_text", 3)
 
 
-def test_an_index_that_points_elsewhere_is_found_and_rebuilt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_that_points_elsewhere_is_found_and_rebuilt(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = folder / "Shapes_VQA/index.arrow"
     whole = contents(folder)
-    for damage in (lambda content: content.replace((512 * 6).to_bytes(8, "little"), (512 * 7).to_bytes(8, "little")), None):
+    for damage in (
+        lambda content: content.replace((512 * 6).to_bytes(8, "little"), (512 * 7).to_bytes(8, "little")),
+        None,
+    ):
         if damage:
             change(index, damage)
         else:
@@ -160,7 +186,9 @@ def test_an_index_of_damaged_shards_is_not_rebuilt(folder: Path, capsys: pytest.
     assert not (folder / "Shapes_VQA/index.arrow").exists()
 
 
-def test_names_in_a_manifest_cannot_leave_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_in_a_manifest_cannot_leave_its_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = folder / "manifest.json"
     whole = json.loads(path.read_text())
     for name in ("../secret.tar", "/etc/passwd", "a/b.tar", "", ".hidden"):
@@ -187,7 +215,9 @@ def test_a_record_of_another_shape_is_a_finding_not_a_crash(
     for options in ([], ["--deep"]):
         code, lines = findings(capsys, folder, *options)
         assert code == 1
-        assert any(line.startswith("Shapes_text-00000.tar:000000000") and message in line for line in lines), lines
+        assert any(
+            line.startswith("Shapes_text-00000.tar:000000000") and message in line for line in lines
+        ), lines
 
 
 def test_wrong_arguments_and_types_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +268,9 @@ def test_a_download_before_conversion(tmp_path: Path, capsys: pytest.CaptureFixt
         "Sub: images/some/gone.png is missing (2 rows)",
     }
     _, lines = findings(capsys, root, "--deep")
-    assert any(re.match(r"Sub: images/some/broken.jpg: \d+ bytes that are no image", line) for line in lines), lines
+    assert any(
+        re.match(r"Sub: images/some/broken.jpg: \d+ bytes that are no image", line) for line in lines
+    ), lines
     write_subset(root, [{"qry": "a"}], "Bad")
     _, lines = findings(capsys, root)
     assert any("columns qry_image_path, pos_text, pos_image_path are missing" in line for line in lines)
@@ -256,7 +288,9 @@ def test_each_folder_of_a_download_is_listed_once(tmp_path: Path, monkeypatch: p
         return right(folder)
 
     monkeypatch.setattr(verify, "_names_in", counted)
-    found = verify.check_subset(write_drawings(tmp_path / "d").mmeb, "Shapes_i2t", split="original", num_rows=24, deep=False)
+    found = verify.check_subset(
+        write_drawings(tmp_path / "d").mmeb, "Shapes_i2t", split="original", num_rows=24, deep=False
+    )
     assert found.num_images > 10
     assert list(listed.values()) == [1]
 

@@ -1,4 +1,5 @@
-"""The scripts in slurm/ on a real Slurm: submitted as a person submits them, preempted, stopped, cut off from power."""
+"""The scripts in slurm/ on a real Slurm: submitted as a person submits them, preempted, stopped, cut off from
+power."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ RANK_PER_NODE = "--ntasks-per-node=1"
 
 def why_not() -> str:
     """What this machine lacks for a cluster; "" if nothing."""
-    missing = [name for name in ("slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "unshare") if not shutil.which(name)]
+    missing = [
+        name
+        for name in ("slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "unshare")
+        if not shutil.which(name)
+    ]
     if missing:
         return f"{', '.join(missing)} missing; apt-get install slurmctld slurmd slurm-client"
     if os.geteuid() != 0:
@@ -51,7 +56,11 @@ class Cluster:
         has_gpu_driver = shutil.which("nvidia-smi") or shutil.which("rocm-smi")
         self.environment = {
             # where there is no GPU driver, slurm/env.sh finds that out by itself
-            **{name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR" or has_gpu_driver},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name != "DS_ACCELERATOR" or has_gpu_driver
+            },
             "CLUSTER_DIR": str(folder),
             "VENV": sys.prefix,
             "PYTHONPATH": str(project),
@@ -80,7 +89,9 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.call("exec", "scontrol", "--oneliner", "show", "job", number)))
+        return dict(
+            re.findall(r"(\w+)=(\S*)", self.call("exec", "scontrol", "--oneliner", "show", "job", number))
+        )
 
     def log(self, number: str) -> str:
         path = self.project / f"slurm-agff-train-{number}.out"
@@ -123,7 +134,9 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(folder: Path, project: Path, *, num_nodes: int = 8, **environment: str) -> Iterator[Cluster]:
+def running_cluster(
+    folder: Path, project: Path, *, num_nodes: int = 8, **environment: str
+) -> Iterator[Cluster]:
     """Nodes, and nothing of them afterwards."""
     cluster = Cluster(folder, project, **environment)
     try:
@@ -135,7 +148,8 @@ def running_cluster(folder: Path, project: Path, *, num_nodes: int = 8, **enviro
         assert not folder.exists()
 
 
-# ------------------------------------------------------------------ the scripts, with a stand-in for the training
+# ------------------------------------------------------------------ the scripts, with a stand-in for the
+# training
 
 
 STAND_IN = """
@@ -208,7 +222,10 @@ def test_the_number_of_ranks_and_the_arguments_come_from_the_command_line(cluste
     said = "--deepspeed', 'ds_configs/zero3.json', '--num_steps', '4'"
     accelerator = cluster.environment.get("DS_ACCELERATOR", "cpu")
     for rank in range(6):
-        assert f"rank {rank} of 6 on node{1 + rank // 3}, accelerator {accelerator}, ['{said}]" in cluster.log(number)
+        assert (
+            f"rank {rank} of 6 on node{1 + rank // 3}, accelerator {accelerator}, ['{said}]"
+            in cluster.log(number)
+        )
 
 
 def test_the_scripts_as_they_are_start_one_rank_per_gpu(cluster: Cluster) -> None:
@@ -228,7 +245,9 @@ def test_a_signal_to_the_batch_shell_reaches_the_ranks_and_requeues_the_job(clus
     assert cluster.log(number).count("back into the queue") == 1
 
 
-@pytest.mark.parametrize(("warned", "times"), [("ranks", 1), pytest.param("batch shell", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("warned", "times"), [("ranks", 1), pytest.param("batch shell", 2, marks=pytest.mark.slow)]
+)
 def test_a_preempted_job_comes_back(tmp_path: Path, stand_in: Path, warned: str, times: int) -> None:
     """Slurm warns the ranks, or with preempt_send_user_signal the batch shell as --signal says."""
     flavour = {"CLUSTER_PREEMPT_SIGNAL": "1"} if warned == "batch shell" else {}
@@ -338,9 +357,13 @@ def trained_on(tmp_path: Path, project: Path) -> Iterator[Cluster]:
         yield running
 
 
-def test_a_chain_of_jobs_trains_on_two_nodes_then_finds_everything_done_and_is_converted(trained_on: Cluster) -> None:
+def test_a_chain_of_jobs_trains_on_two_nodes_then_finds_everything_done_and_is_converted(
+    trained_on: Cluster,
+) -> None:
     size = ("--nodes=2", RANK_PER_NODE)
-    output = trained_on.call("exec", "bash", "slurm/chain.sh", "2", *size, "slurm/train_8node.sh", "--run_dir", "runs/chain")
+    output = trained_on.call(
+        "exec", "bash", "slurm/chain.sh", "2", *size, "slurm/train_8node.sh", "--run_dir", "runs/chain"
+    )
     first, second = re.findall(r"job \d of 2: (\d+)", output)
     assert trained_on.job(second)["Dependency"].startswith(f"afterany:{first}")
     assert trained_on.wait_end(first, within_s=200)["JobState"] == "COMPLETED", trained_on.log(first)
@@ -394,11 +417,17 @@ def test_a_run_preempted_three_times_equals_an_unbroken_one(trained_on: Cluster,
         number = train(trained_on, "runs/preempted", save_every=NUM_STEPS)
         stopped_at = 0
         for restarts in ("1", "2", "3"):
-            trained_on.wait(number, lambda step=stopped_at: steps_in(trained_on.log(number)) > step, within_s=200)
+            trained_on.wait(
+                number, lambda step=stopped_at: steps_in(trained_on.log(number)) > step, within_s=200
+            )
             trained_on.preempt()
             fault()
-            trained_on.wait(number, lambda restarts=restarts: trained_on.job(number)["Restarts"] == restarts, within_s=100)
-            assert newest_step(run) > stopped_at, "every turn comes further, and leaves a checkpoint of its own"
+            trained_on.wait(
+                number, lambda restarts=restarts: trained_on.job(number)["Restarts"] == restarts, within_s=100
+            )
+            assert newest_step(run) > stopped_at, (
+                "every turn comes further, and leaves a checkpoint of its own"
+            )
             stopped_at = newest_step(run)
         job = trained_on.wait_end(number, within_s=300)
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "3"), trained_on.log(number)
@@ -407,7 +436,9 @@ def test_a_run_preempted_three_times_equals_an_unbroken_one(trained_on: Cluster,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_asked_to_stop_continues_and_equals_an_unbroken_one(trained_on: Cluster, unbroken: Path) -> None:
+def test_a_run_asked_to_stop_continues_and_equals_an_unbroken_one(
+    trained_on: Cluster, unbroken: Path
+) -> None:
     with CAMPAIGN.against("Slurm: asked to stop, 8 nodes, ZeRO-3") as fault:
         run = trained_on.project / "runs/asked"
         number = train(trained_on, "runs/asked", save_every=NUM_STEPS)
@@ -426,7 +457,8 @@ def test_a_run_asked_to_stop_continues_and_equals_an_unbroken_one(trained_on: Cl
 def test_a_run_that_loses_a_node_in_mid_step_continues_and_equals_an_unbroken_one(
     tmp_path: Path, project: Path, unbroken: Path
 ) -> None:
-    """A ninth node takes its place. Were it the lost one, Slurm's late words to end the first turn might end the second."""
+    """A ninth node takes its place. Were it the lost one, Slurm's late words to end the first turn might end
+    the second."""
     with (
         CAMPAIGN.against("Slurm: a node loses its power, 8 nodes, ZeRO-3") as fault,
         running_cluster(tmp_path / "cluster", project, num_nodes=9) as cluster,
@@ -445,8 +477,12 @@ def test_a_run_that_loses_a_node_in_mid_step_continues_and_equals_an_unbroken_on
         assert_same_result(project / "runs/power_cut", unbroken)
 
 
-@pytest.mark.skipif(not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")), reason="apt-get install libpmix-dev")
-def test_srun_spreads_prepare_over_nodes_and_writes_the_same_bytes(trained_on: Cluster, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")), reason="apt-get install libpmix-dev"
+)
+def test_srun_spreads_prepare_over_nodes_and_writes_the_same_bytes(
+    trained_on: Cluster, tmp_path: Path
+) -> None:
     shards, mmeb = (trained_on.project / ".cache/quickstart" / name for name in ("shards", "data/mmeb"))
     prepare = ("python", "launcher/prepare.py", "--mmeb", str(mmeb), "--out", str(tmp_path / "out"))
     output = trained_on.call("exec", "srun", "--nodes=2", "--ntasks=3", "--mpi=pmix", *prepare)
@@ -461,6 +497,8 @@ def test_srun_spreads_prepare_over_nodes_and_writes_the_same_bytes(trained_on: C
 def test_doctor_speaks_once_for_each_node_of_a_job(cluster: Cluster) -> None:
     asked = ("srun", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=8", "bash", "-c")
     doctor = f"{sys.executable} {REPOSITORY}/launcher/doctor.py --skip-ranks"
-    output = cluster.call("exec", *asked, f"{doctor}; test $? -le 1")  # what it finds on the machine of this test may vary
+    output = cluster.call(
+        "exec", *asked, f"{doctor}; test $? -le 1"
+    )  # what it finds on the machine of this test may vary
     assert len(re.findall(r"^doctor on ", output, flags=re.MULTILINE)) == 2
     assert len(re.findall(r"^\w+ +job ", output, flags=re.MULTILINE)) >= 2

@@ -23,7 +23,7 @@ from PIL import Image
 from agff.batch import IMAGE_FORMATS
 from agff.errors import DataError
 from data_pipeline.decode import FORMATS, MAX_PIXELS
-from data_pipeline.mmeb import Pair, Side
+from data_pipeline.layouts.mmeb_train import Pair, Side
 from data_pipeline.reader import MAX_IMAGE_BYTES
 from data_pipeline.storage import partial_path, publish
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from agff.errors import DataError
-from data_pipeline.decode import decode, decode_image
-from data_pipeline.manifest import Manifest, Shard, file_problem, read_index
-from data_pipeline.mmeb import Pair, read_pairs
+from data_pipeline.decode import decode
+from data_pipeline.manifest import (
+    Manifest,
+    Shard,
+    file_problem,
+    read_index,
+    write_index,
+    write_manifest,
+)
 from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, parse_sample
 from data_pipeline.shards import content_id
 from data_pipeline.storage import LocalFolder
@@ -104,51 +115,6 @@ def indexed_samples(folder: LocalFolder, manifest: Manifest, source: str) -> lis
     return samples
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubsetCheck:
-    """An MMEB subset before conversion."""
-
-    num_rows: int
-    num_images: int
-    """Distinct image files that the rows name."""
-    problems: list[str]
-
-
-def check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bool) -> SubsetCheck:
-    """Which images are absent, which rows cannot be used. deep: decode every image too."""
-    rows_of_image: Counter[str] = Counter()
-    problems = []
-    for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
-        if isinstance(pair, Pair):
-            sides = (pair.query, pair.target, pair.negative)
-            rows_of_image.update({str(side.image.relative_to(root)) for side in sides if side and side.image})
-        else:
-            problems.append(f"{subset}: row {number}: {pair}")
-    names_in: dict[str, set[str]] = {}
-    missing: dict[str, list[str]] = {}
-    wanted: Counter[str] = Counter()
-    for image in rows_of_image:
-        parent, name = os.path.split(image)
-        wanted[parent] += 1
-        if parent not in names_in:
-            names_in[parent] = _names_in(root / parent)
-        if name not in names_in[parent]:
-            missing.setdefault(parent, []).append(image)
-        elif deep:
-            problems += _image_problem(root, subset, image)
-    for parent, images in sorted(missing.items()):
-        if len(images) == wanted[parent] > 1:
-            problems.append(
-                f"{subset}: {parent}: all {len(images):,} images are missing; unpack this subset's archive "
-                "there"
-            )
-        else:
-            problems += [
-                f"{subset}: {image} is missing ({rows_of_image[image]} rows)" for image in sorted(images)
-            ]
-    return SubsetCheck(num_rows=num_rows, num_images=len(rows_of_image), problems=problems)
-
-
 def _identity(path: Path, name_of_hash: Mapping[str, str]) -> str:
     with path.open("rb") as file:
         name = name_of_hash.get(hashlib.file_digest(file, "sha256").hexdigest())
@@ -204,23 +170,70 @@ def _is_changed(sample: RawSample, role: str) -> bool:
         return True
 
 
-def _names_in(folder: Path) -> set[str]:
-    try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_file()}
-    except OSError:
-        return set()
-
-
-def _image_problem(root: Path, subset: str, image: str) -> list[str]:
-    try:
-        decode_image((root / image).read_bytes(), f"{subset}: {image}")
-    except DataError as error:
-        return [str(error)]
-    except OSError as error:
-        return [f"{subset}: {image}: cannot read it: {error}"]
-    return []
-
-
 def is_shard_name(name: str) -> bool:
     """Whether a file name is one that prepare gives to shards."""
     return re.fullmatch(r".*-\d{5,}\.tar", name) is not None
+
+
+def check_folder(
+    folder: LocalFolder, manifest: Manifest, *, deep: bool, processes: int | None = None
+) -> list[str]:
+    """Every finding about a folder of shards, in the order of its sources and shards; empty when all is
+    well."""
+    name_of_hash = {
+        shard.sha256: f"{name}/{shard.name}"
+        for name, source in manifest.sources.items()
+        for shard in source.shards
+    }
+    checks: list[Callable[[], list[str]]] = []
+    problems: list[str] = []
+    for name, source in sorted(manifest.sources.items()):
+        known = {shard.name for shard in source.shards}
+        for path in sorted(folder.path.glob(f"{name}/*")):
+            if is_shard_name(path.name) and path.name not in known:
+                problems.append(
+                    f"{path}: the manifest does not know this shard; remove it, or restore its manifest"
+                )
+        indexed: Sequence[Any] = [None] * len(source.shards)
+        if problem := file_problem(folder, name, source.index, hashes=True):
+            problems.append(problem)
+        else:
+            indexed = indexed_samples(folder, manifest, name)
+        checks += [
+            functools.partial(
+                check_shard, folder, name, shard, indexed=samples, name_of_hash=name_of_hash, deep=deep
+            )
+            for shard, samples in zip(source.shards, indexed, strict=True)
+        ]
+    return problems + [problem for found in in_parallel(checks, processes, "shard") for problem in found]
+
+
+def repair_indexes(folder: LocalFolder, manifest: Manifest) -> Manifest:
+    """Write the index of each source whose index is missing or not the manifest's. Raises DataError for
+    damaged shards."""
+    sources = dict(manifest.sources)
+    for name, source in sorted(manifest.sources.items()):
+        if file_problem(folder, name, source.index, hashes=True) is None:
+            continue
+        found = [
+            file_problem(folder, name, shard, hashes=True)
+            for shard in tqdm(source.shards, desc=name, unit="shard")
+        ]
+        if damaged := [problem for problem in found if problem]:
+            raise DataError(f"the index of {name} can be rebuilt from undamaged shards only: {damaged[0]}")
+        contents = [scan_shard(folder.local_path(name, shard)) for shard in source.shards]
+        index = write_index(folder.path / name, (content.samples for content in contents))
+        sources[name] = replace(source, index=index)
+    repaired = replace(manifest, sources=sources)
+    if repaired != manifest:
+        write_manifest(folder.path, repaired)
+    return repaired
+
+
+def in_parallel(checks: Sequence[Callable[[], Any]], processes: int | None, unit: str) -> Iterator[Any]:
+    """Results in the order of the checks, with a progress bar."""
+    with ProcessPoolExecutor(processes) as pool, tqdm(total=len(checks), desc="verify", unit=unit) as bar:
+        futures = [pool.submit(check) for check in checks]
+        for _ in as_completed(futures):
+            bar.update()
+        yield from (future.result() for future in futures)

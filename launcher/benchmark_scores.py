@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from agff.errors import CheckpointError
 from agff.scoring import MmvpReport, SetScore, mmvp_pair_hits, mmvp_report, precision_at_1_hits, set_score
-from data_pipeline.mmeb_eval import EvalItem, EvalSet
-from data_pipeline.mmvp import MmvpPair
+from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet
+from data_pipeline.layouts.mmvp import MmvpPair
 
 QUERY_BLOCK_SIZE = 64
 """Most queries compared at once; the result does not depend on it."""

@@ -18,7 +18,7 @@ from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.schedule import OptimizerConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
-from data_pipeline.storage import CacheConfig
+from data_pipeline.remote import CacheConfig
 
 FILLED_IN = (
     "train_batch_size",

@@ -12,13 +12,14 @@ from agff.batch import Batch
 from agff.collectives import gather_objects, rank
 from agff.errors import DataError
 from agff.processor import ItemProcessor
+from data_pipeline.convert import prepare
 from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
-from data_pipeline.storage import CachedFolder, LocalFolder, locked, open_folder
+from data_pipeline.remote import CachedFolder, open_folder
+from data_pipeline.storage import LocalFolder, locked
 from launcher.config import ResolvedRun, RunConfig
-from launcher.prepare import prepare
 from launcher.quickstart_data import DEFAULT_OUT
 
 QUICKSTART_SHARDS = DEFAULT_OUT / "shards"

@@ -23,7 +23,8 @@ def check_shards(location: str) -> list[Finding]:
     fetched."""
     from agff.errors import AgffError
     from data_pipeline.manifest import check_files, read_manifest
-    from data_pipeline.storage import CacheConfig, LocalFolder, open_folder
+    from data_pipeline.remote import CacheConfig, open_folder
+    from data_pipeline.storage import LocalFolder
 
     try:
         folder = open_folder(location, CacheConfig())

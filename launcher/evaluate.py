@@ -16,8 +16,8 @@ from typing import Any
 
 from agff.errors import AgffError, ConfigError, DataError
 from agff.scoring import MmebReport, MmvpReport, mmeb_report
-from data_pipeline.mmeb_eval import EvalSet, find_eval_sets, read_eval_set
-from data_pipeline.mmvp import MmvpPair, read_mmvp
+from data_pipeline.layouts.mmeb_eval import EvalSet, find_eval_sets, read_eval_set
+from data_pipeline.layouts.mmvp import MmvpPair, read_mmvp
 from launcher.benchmark_scores import EmbeddingModel, encode_items, score_mmvp, score_set
 from launcher.command_line import report
 from launcher.loading import load_model

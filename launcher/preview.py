@@ -18,7 +18,7 @@ from agff.prompts import PromptConfig
 from data_pipeline.manifest import read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
-from data_pipeline.storage import CacheConfig, open_folder
+from data_pipeline.remote import CacheConfig, open_folder
 from launcher.command_line import report
 from launcher.preview_page import page
 from launcher.preview_samples import SampleView, TextView

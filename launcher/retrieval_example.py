@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from data_pipeline.mmeb_eval import EvalItem, EvalSet
+from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet
 from launcher.benchmark_scores import EmbeddingModel, encode_items
 
 

@@ -12,7 +12,8 @@ from agff.backbone import choose_trainable
 from agff.encoder import EmbeddingModel
 from agff.similarity import BLOCK_ELEMENTS
 from data_pipeline.collate import TokenBudget
-from data_pipeline.storage import LocalFolder, open_folder
+from data_pipeline.remote import open_folder
+from data_pipeline.storage import LocalFolder
 from launcher.config import DataConfig, ResolvedRun, RunConfig
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 PROGRAM_START = time.perf_counter()
 
-import numpy as np  # noqa: E402 - what the imports take is part of what is measured
+import numpy as np  # noqa: E402
 import webdataset  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -41,6 +41,7 @@ from agff.batch import Item  # noqa: E402
 from agff.processor import ItemProcessor, ProcessorConfig  # noqa: E402
 from agff.prompts import PromptConfig  # noqa: E402
 from data_pipeline.collate import FixedRows  # noqa: E402
+from data_pipeline.convert import prepare  # noqa: E402
 from data_pipeline.loader import StepBatches, load_batches  # noqa: E402
 from data_pipeline.manifest import (  # noqa: E402
     Manifest,
@@ -54,7 +55,6 @@ from data_pipeline.manifest import (  # noqa: E402
 from data_pipeline.plan import Mixture, Plan  # noqa: E402
 from data_pipeline.reader import ShardReader  # noqa: E402
 from data_pipeline.storage import LocalFolder  # noqa: E402
-from launcher.prepare import prepare  # noqa: E402
 from launcher.quickstart.layouts import (  # noqa: E402
     TrainRow,
     image_query,

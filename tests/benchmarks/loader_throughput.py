@@ -44,12 +44,12 @@ from agff.batch import Item, ModelInputs
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
+from data_pipeline.convert import prepare
 from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
-from launcher.prepare import prepare
 from launcher.quickstart.layouts import TrainRow, image_query, train_image_path, write_train_subset
 from tests.drawings import tiny_backbone
 

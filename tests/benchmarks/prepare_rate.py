@@ -1,4 +1,4 @@
-"""`python tests/benchmarks/prepare_rate.py`: launcher.prepare.prepare against `tar cf` of the same image
+"""`python tests/benchmarks/prepare_rate.py`: data_pipeline.convert.prepare against `tar cf` of the same image
 files.
 
 Both read loose files that were read once before, so from the page cache, and write to the same disk. Ours
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from launcher.prepare import prepare
+from data_pipeline.convert import prepare
 from launcher.quickstart.layouts import (
     TrainRow,
     image_query,

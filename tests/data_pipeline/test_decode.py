@@ -16,11 +16,11 @@ from PIL import Image
 from agff.batch import NO_CONTENT, Item
 from agff.errors import DataError, StorageError
 from data_pipeline import decode as decode_module
+from data_pipeline.convert import prepare
 from data_pipeline.decode import decode, decode_image
 from data_pipeline.manifest import Manifest, read_manifest, write_index
 from data_pipeline.reader import ShardReader, parse_sample
 from data_pipeline.storage import LocalFolder
-from launcher.prepare import prepare
 from tests.drawings import write_drawings
 
 ADDRESS = "train-00017.tar:000123.query.jpg"

@@ -20,12 +20,12 @@ from agff.batch import NO_CONTENT, Batch, Item, ModelInputs, SkippedSample
 from agff.errors import DataError
 from data_pipeline import loader
 from data_pipeline.collate import FixedRows, TokenBudget
+from data_pipeline.convert import prepare
 from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
-from launcher.prepare import prepare
 from tests.drawings import write_drawings
 
 

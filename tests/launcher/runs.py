@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from launcher.prepare import prepare
+from data_pipeline.convert import prepare
 from tests.drawings import tiny_backbone, write_drawings
 
 MARK = "AGFF_TEST_RUN"

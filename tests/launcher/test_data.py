@@ -10,11 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from agff.errors import DataError
+from data_pipeline.convert import prepare
 from data_pipeline.manifest import read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.storage import LocalFolder
 from launcher.data import RunData, check_shards_together
-from launcher.prepare import prepare
 from tests.drawings import write_drawings
 from tests.ranks import run_ranks
 

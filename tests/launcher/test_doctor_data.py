@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 
+from data_pipeline.convert import prepare
 from launcher import doctor
 from launcher.command_line import parse_train_arguments
 from launcher.config import as_dict
 from launcher.doctor_data import check_run, check_shards
 from launcher.doctor_finding import Finding
-from launcher.prepare import prepare
 from tests.drawings import write_drawings
 from tests.launcher.test_doctor_finding import only, states
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from agff.errors import CheckpointError
-from data_pipeline.mmeb_eval import EvalItem, EvalSet, SetInfo
+from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet, SetInfo
 from launcher.benchmark_scores import query_blocks, score_set
 from launcher.evaluate import main
 from launcher.retrieval_example import phrasing

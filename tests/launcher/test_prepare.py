@@ -33,11 +33,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from agff.errors import ConfigError, DataError
+from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.manifest import check_files, read_index, read_manifest
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
-from launcher.prepare import main, prepare
+from launcher.prepare import main
 from tests.drawings import write_drawings
 
 

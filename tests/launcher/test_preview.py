@@ -18,13 +18,13 @@ from agff.batch import Item
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from data_pipeline.collate import FixedRows
+from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.loader import StepBatches
 from data_pipeline.manifest import Manifest, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import RawSample, ShardReader
 from data_pipeline.storage import LocalFolder
-from launcher.prepare import prepare
 from launcher.preview import main
 from launcher.preview_samples import THUMBNAIL_PX, TextView, make_thumbnail
 from tests.drawings import tiny_backbone, write_drawings

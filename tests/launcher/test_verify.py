@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline import verify
+from data_pipeline.convert import prepare
 from data_pipeline.manifest import read_manifest
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
-from launcher.prepare import prepare
 from launcher.verify import main
 from tests.drawings import write_drawings
 from tests.launcher.test_prepare import contents, row, write_subset

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from agff.batch import IMAGE_PLACEHOLDER
 from agff.errors import DataError
-from data_pipeline.mmeb import IMAGE_TARGET_TEXT, instructed_text
+from data_pipeline.layouts.mmeb_train import IMAGE_TARGET_TEXT, instructed_text
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")

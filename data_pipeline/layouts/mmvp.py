@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from agff.errors import DataError
-from data_pipeline.mmeb_eval import IMAGE_TARGET_TEXT, EvalItem
+from data_pipeline.layouts.mmeb_eval import IMAGE_TARGET_TEXT, EvalItem
 
 TEXT_PREFIX = "a photo of "
 """Stands before each statement, as in the published evaluation."""

@@ -20,12 +20,13 @@ import fsspec
 import pytest
 
 from agff.errors import ConfigError, DataError, StorageError
-from data_pipeline import storage
+from data_pipeline import remote
+from data_pipeline.convert import prepare
 from data_pipeline.loader import load_batches
 from data_pipeline.manifest import Manifest, Shard, read_manifest
 from data_pipeline.reader import ShardReader
-from data_pipeline.storage import CacheConfig, CachedFolder, LocalFolder, open_folder
-from launcher.prepare import prepare
+from data_pipeline.remote import CacheConfig, CachedFolder, open_folder
+from data_pipeline.storage import LocalFolder
 from tests.data_pipeline.test_loader import batches_of, flat
 from tests.drawings import write_drawings
 
@@ -109,7 +110,7 @@ def server(shards: tuple[Path, Manifest]) -> Iterator[FaultyServer]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
 
 
 def cached(server: FaultyServer, folder: Path, **choices: float) -> CachedFolder:
@@ -162,7 +163,7 @@ def test_a_fault_of_the_network_is_tried_again(
     fault: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(storage, "HTTP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(remote, "HTTP_TIMEOUT_S", 0.5)
     folder, manifest = shards
     shard = shard_of(manifest)
     path = f"Shapes_i2t/{shard.name}"
@@ -193,7 +194,7 @@ def test_a_fault_that_stays_is_an_error_with_the_address(
     server.faults[path] = [fault] * 20
     with pytest.raises(StorageError, match=rf"^{server.url}/{path}: {message}"):
         content_of(cached(server, tmp_path / "cache"), "Shapes_text", shard)
-    assert server.requests[path] == storage.ATTEMPTS
+    assert server.requests[path] == remote.ATTEMPTS
     assert [
         re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages
     ] == list("4567")
@@ -345,7 +346,7 @@ def test_what_a_dead_run_fetched_ahead_makes_room(
     seen = -1
     while seen != (seen := sum(server.requests.values())):  # until it has filled the cache and stands still
         time.sleep(0.5)
-    monkeypatch.setattr(storage, "WAITING_S", 0)  # an hour later
+    monkeypatch.setattr(remote, "WAITING_S", 0)  # an hour later
     server.requests.clear()
     folder = cached(server, cache, max_gib=size)
     for _ in range(5):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from agff.errors import DataError
-from data_pipeline.mmeb_eval import IMAGE_TARGET_TEXT, EvalItem
-from data_pipeline.mmvp import read_mmvp
+from data_pipeline.layouts.mmeb_eval import IMAGE_TARGET_TEXT, EvalItem
+from data_pipeline.layouts.mmvp import read_mmvp
 
 HEADER = "Question ID,Type,Statement\n"
 GOOD = HEADER + '1,Colour,"a red, round ball"\n2,Colour,a blue ball\n'

@@ -11,7 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from agff.errors import DataError
-from data_pipeline.mmeb_eval import MMEB_SETS, EvalItem, EvalSet, SetInfo, find_eval_sets, read_eval_set
+from data_pipeline.layouts.mmeb_eval import (
+    MMEB_SETS,
+    EvalItem,
+    EvalSet,
+    SetInfo,
+    find_eval_sets,
+    read_eval_set,
+)
 
 INFO = SetInfo(meta_task="retrieval", in_distribution=False)
 

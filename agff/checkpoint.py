@@ -1,20 +1,11 @@
-"""Checkpoints of a run: ZeRO's partitions, the step and the random states; complete or absent, never half.
-
-<run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial` and then
-renamed
-                              random-00000.pt ...   each rank's random state
-                              state.json            step, ranks, hashes of the files, description of the data
-                              plan; last
-"""
+"""Saving and restoring checkpoints: ZeRO's partitions, the step and the random states. Collective."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,36 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agff.checkpoint_folder import (
+    STATE_FILE,
+    check_checkpoint,
+    checkpoint_folder,
+    checkpoint_name,
+    complete_steps,
+    file_fingerprint,
+    read_state,
+    remove_checkpoint,
+)
 from agff.collectives import gather_objects, max_over_ranks, rank, world_size
 from agff.engine import Engine
 from agff.errors import CheckpointError
+from agff.files import sync
 from agff.grad_cache import random_state, set_random_state
 
-STATE_FILE = "state.json"
 LATE_FILES_S = 60
 """How long a file that another machine wrote may stay invisible."""
-
 log = logging.getLogger(__name__)
-
-
-def checkpoint_folder(run: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run / "checkpoints"
-
-
-def complete_steps(run: Path) -> list[int]:
-    """Steps of all complete checkpoints, the newest first. Half-written ones do not count."""
-    steps = [
-        int(match[1])
-        for folder in checkpoint_folder(run).glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", folder.name)) and (folder / STATE_FILE).exists()
-    ]
-    return sorted(steps, reverse=True)
-
-
-def latest_step(run: Path) -> int | None:
-    """Step of the newest complete checkpoint; None when there is none."""
-    return next(iter(complete_steps(run)), None)
 
 
 def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
@@ -72,7 +52,9 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
         problems = check_checkpoint(run, step, part=rank(), num_parts=world_size())
         if not max_over_ranks([bool(problems)], device=device)[0]:
             if rank() == 0:
-                for damaged in (checkpoint_folder(run) / _name(damaged) for damaged in steps[:index]):
+                for damaged in (
+                    checkpoint_folder(run) / checkpoint_name(damaged) for damaged in steps[:index]
+                ):
                     shutil.rmtree(f"{damaged}.damaged", ignore_errors=True)
                     with contextlib.suppress(
                         FileNotFoundError
@@ -92,32 +74,6 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
     return None
 
 
-def remove_unfinished(run: Path) -> None:
-    """Remove what killed saves, removals and conversions left. Only for the one process that holds the
-    run."""
-    for kind in ("partial", "removed", "universal"):
-        for folder in checkpoint_folder(run).glob(f"step-*.{kind}"):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1) -> list[str]:
-    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint, by size and
-    SHA-256."""
-    folder = checkpoint_folder(run) / _name(step)
-    try:
-        files = sorted(read_state(run, step)["files"].items())
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{folder / STATE_FILE}: cannot read it: {error!r}"]
-    problems = []
-    for name, expected in files[part::num_parts]:
-        try:
-            if (found := _fingerprint(folder / name)) != expected:
-                problems.append(f"{folder / name}: {found} is not what was written, {expected}")
-        except OSError as error:
-            problems.append(f"{folder / name}: cannot read it: {error}")
-    return problems
-
-
 def save_checkpoint(
     engine: Engine, run: Path, *, step: int, state: Mapping[str, Any], trainable_only: bool
 ) -> None:
@@ -127,11 +83,11 @@ def save_checkpoint(
     folder's). Written under a temporary name; each rank then syncs and hashes its share of the files,
     state.json with the hashes is written last, and the folder gets its name.
     """
-    folder, name = checkpoint_folder(run), _name(step)
+    folder, name = checkpoint_folder(run), checkpoint_name(step)
     partial = folder / f"{name}.partial"
     if rank() == 0:
         for leftover in (partial, folder / name):
-            _remove(leftover)
+            remove_checkpoint(leftover)
     dist.barrier()
     engine.deepspeed.save_checkpoint(
         str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=trainable_only
@@ -141,16 +97,16 @@ def save_checkpoint(
     names = _written_files(partial, zero_stage=engine.deepspeed.zero_optimization_stage())
     own = [partial / name for name in names[rank() :: world_size()]]
     for path in own:
-        _sync(path)
-    hashes = gather_objects({str(path.relative_to(partial)): _fingerprint(path) for path in own})
+        sync(path)
+    hashes = gather_objects({str(path.relative_to(partial)): file_fingerprint(path) for path in own})
     if rank() == 0:
         files = {name: value for found in hashes for name, value in found.items()}
         text = json.dumps({"step": step, "world_size": world_size(), "files": files, **state}, indent=1)
         (partial / STATE_FILE).write_text(text)
-        _sync(partial / STATE_FILE)
-        _sync(partial)
+        sync(partial / STATE_FILE)
+        sync(partial)
         partial.rename(folder / name)
-        _sync(folder)
+        sync(folder)
     dist.barrier()
 
 
@@ -180,34 +136,6 @@ def _written_files(partial: Path, *, zero_stage: int) -> list[str]:
     return names
 
 
-def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Keep the newest `keep_last` checkpoints (None: all) and those whose step is a multiple of
-    `keep_every`."""
-    if keep_last is None:
-        return
-    for step in complete_steps(run)[keep_last:]:
-        if not keep_every or step % keep_every:
-            _remove(checkpoint_folder(run) / _name(step))
-
-
-def _remove(checkpoint: Path) -> None:
-    """Its name goes first, so that a kill in the middle leaves nothing that looks whole."""
-    removed = checkpoint.with_name(f"{checkpoint.name}.removed")
-    with contextlib.suppress(FileNotFoundError):
-        checkpoint.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
-
-
-def _fingerprint(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def read_state(run: Path, step: int) -> dict[str, Any]:
-    """The JSON state stored with a checkpoint."""
-    return json.loads((checkpoint_folder(run) / _name(step) / STATE_FILE).read_text())
-
-
 def restore_checkpoint(engine: Engine, run: Path, *, step: int, trainable_only: bool) -> None:
     """Load parameters, optimizer, schedule and random state, so that the run continues. Collective.
 
@@ -217,11 +145,13 @@ def restore_checkpoint(engine: Engine, run: Path, *, step: int, trainable_only: 
     """
     folder, saved_by = checkpoint_folder(run), read_state(run, step)["world_size"]
     if saved_by == world_size():
-        _load(engine, folder, _name(step), trainable_only=trainable_only)
+        _load(engine, folder, checkpoint_name(step), trainable_only=trainable_only)
     else:
-        _restore_repartitioned(engine, folder, _name(step), trainable_only=trainable_only)
+        _restore_repartitioned(engine, folder, checkpoint_name(step), trainable_only=trainable_only)
     if rank() < saved_by:
-        set_random_state(torch.load(folder / _name(step) / f"random-{rank():05d}.pt", weights_only=True))
+        set_random_state(
+            torch.load(folder / checkpoint_name(step) / f"random-{rank():05d}.pt", weights_only=True)
+        )
     else:
         torch.manual_seed(step * 2**20 + rank())
 
@@ -295,17 +225,4 @@ def consolidated_weights(run: Path, *, step: int) -> dict[str, Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_folder(run)), tag=_name(step))
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_folder(run)), tag=checkpoint_name(step))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agff.batch import IMAGE_FORMATS, IMAGE_PLACEHOLDER, Item
-from agff.encoder import EmbeddingModel
+from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError
 from agff.processor import ItemProcessor
 from agff.similarity import fused_similarity

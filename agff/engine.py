@@ -15,8 +15,8 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from agff.batch import ModelInputs
+from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 from agff.precision import Precision
-from agff.schedule import OptimizerConfig, build_adamw, build_schedule
 
 
 def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:

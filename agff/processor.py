@@ -6,7 +6,6 @@ others. It always uses the PIL image processors: with torchvision present or abs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from agff.batch import IMAGE_PLACEHOLDER, Item, ModelInputs
 from agff.errors import ConfigError, DataError
+from agff.families import family_of
 from agff.prompts import PromptConfig
 
 
@@ -57,7 +56,7 @@ class ItemProcessor:
     ) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.prompts, self.limits = prompts, limits
-        self.family = _family(model_config)
+        self.family = family_of(model_config)
         self._image_token_id: int = model_config.image_token_id
         vocabulary_size = model_config.get_text_config().vocab_size
         self._prompt_ids = list(range(vocabulary_size, vocabulary_size + prompts.num_tokens))
@@ -65,7 +64,9 @@ class ItemProcessor:
         self._before_image, self._after_image = (
             [self._special_id(token) for token in tokens] for tokens in self.family.around_image
         )
-        self.family.set_pixel_limits(image_processor, limits)
+        self.family.set_pixel_limits(
+            image_processor, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
+        )
 
     @classmethod
     def from_folder(cls, folder: Path, *, prompts: PromptConfig, limits: ProcessorConfig) -> ItemProcessor:
@@ -206,102 +207,3 @@ def check_placeholder(item: Item) -> None:
             f"text {item.text[:60]!r} holds {IMAGE_PLACEHOLDER} {found} times, the item has {what}; "
             f"it must stand there exactly {expected} time(s)"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _QwenVL:
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: one token per merge x merge patches of an image of any size."""
-
-    name: str
-    merge_size: int
-    blank_image_size: int
-    image_token: str = "<|image_pad|>"
-    around_image: tuple[tuple[str, ...], tuple[str, ...]] = (("<|vision_start|>",), ("<|vision_end|>",))
-    image_inputs: tuple[str, ...] = ("pixel_values", "image_grid_thw")
-    has_pixel_limits = True
-
-    def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
-        return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
-
-    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
-        return image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
-
-    def max_image_pixels(self, image_processor: Any) -> int:
-        return image_processor.size["longest_edge"]
-
-    def set_pixel_limits(self, image_processor: Any, limits: ProcessorConfig) -> None:
-        size = dict(image_processor.size)
-        size["shortest_edge"] = limits.min_pixels or size["shortest_edge"]
-        size["longest_edge"] = limits.max_pixels or size["longest_edge"]
-        image_processor.size = size
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LlavaOneVision:
-    """LLaVA-OneVision: a base view and up to nine crops, unpadded, with a newline token after each row of
-    patches."""
-
-    pinpoints: list[list[int]]
-    view_size: int
-    patch_size: int
-    max_crops: int
-    name: str = "llava_onevision"
-    image_token: str = "<image>"
-    around_image: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
-    has_pixel_limits = False
-
-    @property
-    def blank_image_size(self) -> int:
-        return self.view_size
-
-    def num_image_tokens(self, pixels: dict[str, Tensor]) -> list[int]:
-        return [
-            self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
-        ]
-
-    def max_image_pixels(self, image_processor: Any) -> int:
-        return max(height * width for height, width in self.pinpoints)
-
-    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
-        """What the model's own packing leaves of an image, found by packing an image without storage."""
-        from transformers.models.llava_onevision import modeling_llava_onevision as model
-
-        size, side = (height, width), self.view_size // self.patch_size
-        rows, columns = model.get_anyres_image_grid_shape(size, self.pinpoints, self.view_size)
-        packed = model.unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size)
-        height, width = packed.shape[1:]
-        ratio = math.sqrt(height * width / (self.max_crops * side**2))
-        if ratio > 1.1:
-            height, width = int(height // ratio), int(width // ratio)
-        return side**2 + height * (width + 1)
-
-    def set_pixel_limits(self, image_processor: Any, limits: ProcessorConfig) -> None:
-        if limits.min_pixels is not None or limits.max_pixels is not None:
-            raise ConfigError(
-                "processor.min_pixels and processor.max_pixels have no meaning for llava_onevision, whose "
-                "image sizes are the backbone's image_grid_pinpoints; leave them null"
-            )
-
-
-def _family(model_config: Any) -> _QwenVL | _LlavaOneVision:
-    kind = model_config.model_type
-    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        vision = model_config.vision_config
-        return _QwenVL(
-            name=kind,
-            merge_size=vision.spatial_merge_size,
-            blank_image_size=vision.patch_size * vision.spatial_merge_size,
-        )
-    if kind == "llava_onevision":
-        vision = model_config.vision_config
-        return _LlavaOneVision(
-            pinpoints=model_config.image_grid_pinpoints,
-            view_size=vision.image_size,
-            patch_size=vision.patch_size,
-            max_crops=int(model_config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        )
-    raise ConfigError(
-        f"backbone of type {kind!r} is not supported; known are qwen2_vl, qwen2_5_vl, qwen3_vl, "
-        "llava_onevision"
-    )

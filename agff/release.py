@@ -1,7 +1,6 @@
 """A release folder: everything needed to use a trained model, and vectors that prove it was loaded rightly.
 
-<release>/backbone/            weights, configuration, tokenizer and image processor in Hugging Face's own
-formats
+<release>/backbone/            weights, configuration, tokenizer and image processor as Hugging Face has them
           prompts.safetensors  the soft tokens
           agff_config.json     the contract: prompts, limits, beta, versions, where it came from
           golden.safetensors   embeddings of built-in items, checked at every load
@@ -25,7 +24,7 @@ from torch import Tensor
 from agff.backbone import load_backbone
 from agff.batch import IMAGE_PLACEHOLDER, Item
 from agff.embedder import Embedder
-from agff.encoder import EmbeddingModel
+from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig

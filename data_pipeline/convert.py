@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from agff.errors import ConfigError, DataError
+from agff.files import partial_path, publish
 from data_pipeline.layouts.mmeb_train import count_rows, find_subsets, parquet_files, read_pairs
 from data_pipeline.manifest import (
     MANIFEST_FILE,
@@ -28,7 +29,7 @@ from data_pipeline.manifest import (
     write_manifest,
 )
 from data_pipeline.shards import ShardRecord, write_shard
-from data_pipeline.storage import LocalFolder, partial_path, publish
+from data_pipeline.storage import LocalFolder
 
 SETTINGS_FILE = "prepare.json"
 RECORDS = ".records"

@@ -2,9 +2,8 @@
 
 <shards>/manifest.json
          <SOURCE>/<SOURCE>-00000.tar   an ordinary WebDataset shard
-                  index.arrow          one row a sample, in shard order: shard, offset, size (Arrow IPC,
-                  memory-mapped) rejected.jsonl       rows of the source that were not written, with their
-                  reasons
+                  index.arrow          one row a sample, in shard order: shard, offset, size (Arrow IPC)
+                  rejected.jsonl       rows of the source that were not written, with their reasons
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
-from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile, partial_path, publish
+from agff.files import partial_path, publish
+from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"

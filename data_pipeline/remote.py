@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from agff.errors import AgffError, ConfigError, StorageError
-from data_pipeline.storage import LocalFolder, StoredFile, locked, publish
+from agff.files import locked, publish
+from data_pipeline.storage import LocalFolder, StoredFile
 
 log = logging.getLogger(__name__)
 SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")

@@ -22,10 +22,10 @@ from PIL import Image
 
 from agff.batch import IMAGE_FORMATS
 from agff.errors import DataError
+from agff.files import partial_path, publish
 from data_pipeline.decode import FORMATS, MAX_PIXELS
 from data_pipeline.layouts.mmeb_train import Pair, Side
 from data_pipeline.reader import MAX_IMAGE_BYTES
-from data_pipeline.storage import partial_path, publish
 
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """By Pillow's name of the format; MPO is a JPEG with further pictures behind the first, as cameras write

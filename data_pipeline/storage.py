@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -73,35 +69,3 @@ class LocalFolder:
 
     def fetch_ahead(self, source: str, file: StoredFile) -> None:
         """See Folder; nothing to do."""
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file among the processes and threads of this machine; False when `wait` is and it is
-    taken."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
-
-
-def partial_path(path: Path) -> Path:
-    """Where this process writes what will be `path`: two writers of the same file do not meet."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a written file its name when it is on disk: a kill or a power cut leaves the old file or the whole
-    new one."""
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    partial.replace(path)

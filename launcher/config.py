@@ -13,10 +13,10 @@ from typing import Any, Literal
 from agff.backbone import BackboneConfig
 from agff.errors import ConfigError
 from agff.objectives.contrastive import LossConfig
+from agff.optimizer import OptimizerConfig
 from agff.precision import Hardware, Precision
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.schedule import OptimizerConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
 from data_pipeline.remote import CacheConfig
 

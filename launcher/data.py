@@ -11,6 +11,7 @@ from pathlib import Path
 from agff.batch import Batch
 from agff.collectives import gather_objects, rank
 from agff.errors import DataError
+from agff.files import locked
 from agff.processor import ItemProcessor
 from data_pipeline.convert import prepare
 from data_pipeline.loader import StepBatches, load_batches
@@ -18,7 +19,7 @@ from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_ma
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CachedFolder, open_folder
-from data_pipeline.storage import LocalFolder, locked
+from data_pipeline.storage import LocalFolder
 from launcher.config import ResolvedRun, RunConfig
 from launcher.quickstart_data import DEFAULT_OUT
 

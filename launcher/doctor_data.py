@@ -73,7 +73,7 @@ def _remote_problems(location: str, sizes: Mapping[str, int]) -> list[str]:
 def check_run(run: Path) -> list[Finding]:
     """Configuration and newest checkpoint of a run can be read."""
     with _deepspeed_is_quiet():
-        from agff.checkpoint import STATE_FILE, checkpoint_folder, latest_step
+        from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, latest_step
         from launcher.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_run_config
 
     if not run.is_dir():
@@ -127,7 +127,7 @@ def check_run(run: Path) -> list[Finding]:
 
 
 def _check_checkpoint(run: Path, step: int, otherwise: str) -> list[Finding]:
-    from agff.checkpoint import STATE_FILE, checkpoint_folder, read_state
+    from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, read_state
 
     folder = checkpoint_folder(run) / f"step-{step:06d}"
     remedy = f"restore it from a copy, or set the checkpoint aside: mv {folder} {folder}.damaged; {otherwise}"

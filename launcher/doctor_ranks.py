@@ -120,7 +120,7 @@ def step_on_this_rank(limit_s: float) -> None:
     import torch.distributed as dist
 
     from agff.engine import Engine, start_process_group
-    from agff.schedule import OptimizerConfig
+    from agff.optimizer import OptimizerConfig
 
     device = start_process_group(int(os.environ["LOCAL_RANK"]))
     try:

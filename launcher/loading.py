@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from agff.checkpoint import check_checkpoint, consolidated_weights, latest_step
+from agff.checkpoint import consolidated_weights
+from agff.checkpoint_folder import check_checkpoint, latest_step
 from agff.embedder import Embedder
 from agff.errors import CheckpointError
 from agff.release import CONTRACT_FILE, load

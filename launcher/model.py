@@ -10,7 +10,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from agff.backbone import choose_trainable, load_backbone
-from agff.encoder import EmbeddingModel
+from agff.embedding_model import EmbeddingModel
 from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
 from launcher.config import ResolvedRun, RunConfig

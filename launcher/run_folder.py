@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from agff.checkpoint import read_state
+from agff.checkpoint_folder import read_state
 from agff.collectives import raise_together, rank
 from agff.errors import CheckpointError, ConfigError
+from agff.files import publish
 from data_pipeline.plan import plan_changes
-from data_pipeline.storage import publish
 from launcher.command_line import config_from_values
 from launcher.config import ResolvedRun, RunConfig, as_dict, differences
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from agff.backbone import choose_trainable
-from agff.encoder import EmbeddingModel
+from agff.embedding_model import EmbeddingModel
 from agff.similarity import BLOCK_ELEMENTS
 from data_pipeline.collate import TokenBudget
 from data_pipeline.remote import open_folder

@@ -17,14 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from agff.checkpoint import (
-    latest_step,
-    newest_intact_step,
-    remove_old_checkpoints,
-    remove_unfinished,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from agff.checkpoint import newest_intact_step, restore_checkpoint, save_checkpoint
+from agff.checkpoint_folder import latest_step, remove_old_checkpoints, remove_unfinished
 from agff.collectives import rank as engine_rank
 from agff.engine import Engine, start_process_group
 from agff.errors import AgffError, ConfigError, TrainingError

@@ -1,11 +1,9 @@
-"""MMEB-train's layout: parquet rows and loose image files -> pairs, each with its reason when it cannot be
-used.
+"""MMEB-train's layout: parquet and image files -> pairs, or the reason why a row cannot be used.
 
-<root>/<SUBSET>/original-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path, neg_text,
-neg_image_path
+<root>/<SUBSET>/original-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path,
+                                                   neg_text, neg_image_path
                diverse_instruction-...parquet      the other split: the same columns
-<root>/images/<SUBSET>/Train/<file>                named by those columns, relative to the root ("" when
-absent)
+<root>/images/<SUBSET>/Train/<file>                named by those columns, below the root; "" when absent
 
 In these columns instruction and content are one text. A source of one's own may keep them apart in qry_inst,
 pos_inst, neg_inst, as the newer MMEB-eval does: then they are joined as MMEB's texts are, and the shard says

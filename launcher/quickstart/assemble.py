@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from agff.errors import ConfigError
-from data_pipeline.storage import locked
+from agff.files import locked
 from launcher.quickstart.backbone import BackboneSizes, build_tiny_qwen2vl
 from launcher.quickstart.concepts import (
     KEYWORDS,

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Item
 from agff.embedder import Embedder
-from agff.encoder import EmbeddingModel
+from agff.embedding_model import EmbeddingModel
 from agff.errors import ConfigError
-from agff.processor import ItemProcessor, ProcessorConfig, _LlavaOneVision
+from agff.families import LlavaOneVision
+from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from tests.drawings import tiny_backbone
 
@@ -205,7 +206,9 @@ def test_every_image_fits_the_recipe_of_llava() -> None:
     patches."""
     recipe = yaml.safe_load((ROOT / "launcher/recipes/mmeb_llava_ov_7b.yaml").read_text())
     steps = range(384, 2305, 384)
-    family = _LlavaOneVision(
+    family = LlavaOneVision(
+        name="llava_onevision",
+        blank_image_size=384,
         pinpoints=[[height, width] for height in steps for width in steps],
         view_size=384,
         patch_size=14,

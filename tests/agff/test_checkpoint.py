@@ -12,15 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agff.checkpoint import (
-    _written_files,
-    complete_steps,
-    newest_intact_step,
-    remove_old_checkpoints,
-    remove_unfinished,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from agff.checkpoint import _written_files, newest_intact_step, restore_checkpoint, save_checkpoint
+from agff.checkpoint_folder import complete_steps, remove_old_checkpoints, remove_unfinished
 from agff.errors import CheckpointError
 from agff.objectives.contrastive import LossConfig, contrastive_loss
 from agff.step import train_step

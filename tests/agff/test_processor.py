@@ -123,7 +123,7 @@ def test_not_a_backbone_folder(tmp_path: Path) -> None:
 
 def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(folder: Path) -> None:
     from agff.backbone import load_backbone
-    from agff.encoder import EmbeddingModel
+    from agff.embedding_model import EmbeddingModel
 
     processor = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
     model = EmbeddingModel(load_backbone(folder, dtype=torch.float32, attention="sdpa"), PROMPTS)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agff.objectives.contrastive import LossConfig, contrastive_loss
-from agff.schedule import OptimizerConfig, build_adamw, build_schedule
+from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 from agff.step import train_step
 from data_pipeline.collate import TokenBudget
 from tests.agff.tiny import batch_of, global_rows, tiny_model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable
 from agff.batch import Batch, ModelInputs
-from agff.encoder import EmbeddingModel
+from agff.embedding_model import EmbeddingModel
 from agff.prompts import PromptConfig
 from data_pipeline.collate import FixedRows, TokenBudget
 

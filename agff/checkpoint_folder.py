@@ -1,0 +1,98 @@
+"""What is on disk of a run's checkpoints: complete or absent, never half. No process group, no DeepSpeed.
+
+<run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial`, then renamed
+                              random-00000.pt ...   each rank's random state
+                              state.json            step, ranks, hashes of the files, the data plan; last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+STATE_FILE = "state.json"
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def complete_steps(run: Path) -> list[int]:
+    """Steps of all complete checkpoints, the newest first. Half-written ones do not count."""
+    steps = [
+        int(match[1])
+        for folder in checkpoint_folder(run).glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", folder.name)) and (folder / STATE_FILE).exists()
+    ]
+    return sorted(steps, reverse=True)
+
+
+def latest_step(run: Path) -> int | None:
+    """Step of the newest complete checkpoint; None when there is none."""
+    return next(iter(complete_steps(run)), None)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what killed saves, removals and conversions left. Only for the one process that holds the
+    run."""
+    for kind in ("partial", "removed", "universal"):
+        for folder in checkpoint_folder(run).glob(f"step-*.{kind}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1) -> list[str]:
+    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint, by size and
+    SHA-256."""
+    folder = checkpoint_folder(run) / checkpoint_name(step)
+    try:
+        files = sorted(read_state(run, step)["files"].items())
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / STATE_FILE}: cannot read it: {error!r}"]
+    problems = []
+    for name, expected in files[part::num_parts]:
+        try:
+            if (found := file_fingerprint(folder / name)) != expected:
+                problems.append(f"{folder / name}: {found} is not what was written, {expected}")
+        except OSError as error:
+            problems.append(f"{folder / name}: cannot read it: {error}")
+    return problems
+
+
+def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Keep the newest `keep_last` checkpoints (None: all) and those whose step is a multiple of
+    `keep_every`."""
+    if keep_last is None:
+        return
+    for step in complete_steps(run)[keep_last:]:
+        if not keep_every or step % keep_every:
+            remove_checkpoint(checkpoint_folder(run) / checkpoint_name(step))
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove it, its name first, so that a kill in the middle leaves nothing that looks whole."""
+    removed = checkpoint.with_name(f"{checkpoint.name}.removed")
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Size and SHA-256 of a file, as state.json has them."""
+    with path.open("rb") as file:
+        return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def read_state(run: Path, step: int) -> dict[str, Any]:
+    """The JSON state stored with a checkpoint."""
+    return json.loads((checkpoint_folder(run) / checkpoint_name(step) / STATE_FILE).read_text())
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:06d}"

@@ -1,0 +1,180 @@
+"""The backbone families: how each spells an image in tokens, and what its configuration's numbers mean.
+
+A new family is one class here and one row of FAMILIES.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from agff.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(ABC):
+    """What the processor and the training must know of a family of backbones."""
+
+    name: str
+    """transformers' model type."""
+    blank_image_size: int
+    """Side in pixels of the blank image that a chunk of texts carries."""
+
+    image_token: ClassVar[str]
+    """Stands in the text once for each embedding of an image."""
+    around_image: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
+    """Special tokens before and behind an image."""
+    image_inputs: ClassVar[tuple[str, ...]]
+    """Tensors of the image processor that the backbone takes."""
+    has_pixel_limits: ClassVar[bool]
+    """Whether processor.min_pixels and processor.max_pixels mean something."""
+
+    @classmethod
+    @abstractmethod
+    def of_config(cls, model_config: Any) -> Self:
+        """From a transformers configuration."""
+
+    @abstractmethod
+    def num_image_tokens(self, pixels: Mapping[str, Tensor]) -> list[int]:
+        """Image tokens of each image, from the image processor's tensors."""
+
+    @abstractmethod
+    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
+        """Image tokens of an image of that size."""
+
+    @abstractmethod
+    def max_image_pixels(self, image_processor: Any) -> int:
+        """Pixels of one image that the model sees at most."""
+
+    @abstractmethod
+    def set_pixel_limits(
+        self, image_processor: Any, *, min_pixels: int | None, max_pixels: int | None
+    ) -> None:
+        """Set the limits that are given. Raises ConfigError for a family that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenVL(Family):
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: one token per merge x merge patches of an image of any size."""
+
+    merge_size: int
+
+    image_token = "<|image_pad|>"
+    around_image = (("<|vision_start|>",), ("<|vision_end|>",))
+    image_inputs = ("pixel_values", "image_grid_thw")
+    has_pixel_limits = True
+
+    @classmethod
+    def of_config(cls, model_config: Any) -> Self:
+        """See Family."""
+        vision = model_config.vision_config
+        return cls(
+            name=model_config.model_type,
+            merge_size=vision.spatial_merge_size,
+            blank_image_size=vision.patch_size * vision.spatial_merge_size,
+        )
+
+    def num_image_tokens(self, pixels: Mapping[str, Tensor]) -> list[int]:
+        """See Family."""
+        return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
+
+    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
+        """See Family."""
+        return image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
+
+    def max_image_pixels(self, image_processor: Any) -> int:
+        """See Family."""
+        return image_processor.size["longest_edge"]
+
+    def set_pixel_limits(
+        self, image_processor: Any, *, min_pixels: int | None, max_pixels: int | None
+    ) -> None:
+        """See Family."""
+        size = dict(image_processor.size)
+        size["shortest_edge"] = min_pixels or size["shortest_edge"]
+        size["longest_edge"] = max_pixels or size["longest_edge"]
+        image_processor.size = size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaOneVision(Family):
+    """LLaVA-OneVision: a base view and up to nine crops, unpadded, a newline token behind each row."""
+
+    pinpoints: list[list[int]]
+    view_size: int
+    patch_size: int
+    max_crops: int
+
+    image_token = "<image>"
+    around_image = ((), ())
+    image_inputs = ("pixel_values", "image_sizes")
+    has_pixel_limits = False
+
+    @classmethod
+    def of_config(cls, model_config: Any) -> Self:
+        """See Family."""
+        vision = model_config.vision_config
+        return cls(
+            name=model_config.model_type,
+            blank_image_size=vision.image_size,
+            pinpoints=model_config.image_grid_pinpoints,
+            view_size=vision.image_size,
+            patch_size=vision.patch_size,
+            max_crops=int(model_config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        )
+
+    def num_image_tokens(self, pixels: Mapping[str, Tensor]) -> list[int]:
+        """See Family."""
+        return [
+            self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
+        ]
+
+    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
+        """What the model's own packing leaves of an image, found by packing an image without storage."""
+        from transformers.models.llava_onevision import modeling_llava_onevision as model
+
+        size, side = (height, width), self.view_size // self.patch_size
+        rows, columns = model.get_anyres_image_grid_shape(size, self.pinpoints, self.view_size)
+        packed = model.unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size)
+        height, width = packed.shape[1:]
+        ratio = math.sqrt(height * width / (self.max_crops * side**2))
+        if ratio > 1.1:
+            height, width = int(height // ratio), int(width // ratio)
+        return side**2 + height * (width + 1)
+
+    def max_image_pixels(self, image_processor: Any) -> int:
+        """See Family."""
+        return max(height * width for height, width in self.pinpoints)
+
+    def set_pixel_limits(
+        self, image_processor: Any, *, min_pixels: int | None, max_pixels: int | None
+    ) -> None:
+        """See Family."""
+        if min_pixels is not None or max_pixels is not None:
+            raise ConfigError(
+                "processor.min_pixels and processor.max_pixels have no meaning for llava_onevision, whose "
+                "image sizes are the backbone's image_grid_pinpoints; leave them null"
+            )
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+    "qwen3_vl": QwenVL,
+    "llava_onevision": LlavaOneVision,
+}
+"""By transformers' model type."""
+
+
+def family_of(model_config: Any) -> Family:
+    """The family of a transformers configuration. Raises ConfigError for a type that is not supported."""
+    kind = model_config.model_type
+    if kind not in FAMILIES:
+        raise ConfigError(f"backbone of type {kind!r} is not supported; known are {', '.join(FAMILIES)}")
+    return FAMILIES[kind].of_config(model_config)

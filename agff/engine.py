@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from agff.batch import ModelInputs
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
-from agff.precision import Precision
 
 
 def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:
@@ -59,17 +58,17 @@ class Engine:
         deepspeed_config: dict[str, Any],
         optimizer: OptimizerConfig,
         num_steps: int,
-        precision: Precision,
+        autocast_dtype: torch.dtype | None,
         device: torch.device,
     ) -> None:
         """Collective. `deepspeed_config` is final: batch sizes and precision are filled in
-        (launcher/config.py)."""
+        (launcher/run/config.py)."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = device
         self.model = model
         for buffer in model.buffers():  # of a model that was partitioned while loading DeepSpeed moves none
             buffer.data = buffer.data.to(device)
-        self._autocast_to = torch.bfloat16 if precision == "bf16_autocast" else None
+        self._autocast_dtype = autocast_dtype
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(trainable, optimizer, fused=device.type == "cuda"),
@@ -115,6 +114,6 @@ class Engine:
         return self.deepspeed.get_lr()[0]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast_to is None:
+        if self._autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._autocast_to)
+        return torch.autocast(self.device.type, dtype=self._autocast_dtype)

@@ -8,13 +8,11 @@ fetching the same file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import math
 import os
 import queue
-import random
 import re
 import threading
 import time
@@ -24,6 +22,7 @@ from typing import Any
 
 from agff.errors import AgffError, ConfigError, StorageError
 from agff.files import locked, publish
+from data_pipeline.retries import DamagedError, with_retries
 from data_pipeline.storage import LocalFolder, StoredFile
 
 log = logging.getLogger(__name__)
@@ -38,12 +37,6 @@ PACKAGES = {
     "http": "aiohttp",
     "https": "aiohttp",
 }
-ATTEMPTS = 8
-FIRST_WAIT_S = 0.5
-"""Before the second attempt; doubled before each further one, with up to half of it added at random: 64 to 95
-s in all."""
-TOLD_FROM = 4
-"""The attempt from which on a failure is worth a warning."""
 HTTP_TIMEOUT_S = 60
 """An HTTP server that sends nothing for so long has failed this attempt."""
 FETCHERS = 4
@@ -114,7 +107,7 @@ class CachedFolder:
     def read_bytes(self, name: str) -> bytes:
         """See Folder. Not cached: the manifest decides what the rest means."""
         url = f"{self.location}/{name}"
-        return _with_retries(url, lambda: self._filesystem().cat_file(url))
+        return with_retries(url, lambda: self._filesystem().cat_file(url))
 
     def local_path(self, source: str, file: StoredFile) -> Path:
         """See Folder."""
@@ -192,7 +185,7 @@ class CachedFolder:
                 if partial is None:
                     return
                 try:
-                    _with_retries(url, lambda: self._download(url, file, partial, is_ahead=is_ahead))
+                    with_retries(url, lambda: self._download(url, file, partial, is_ahead=is_ahead))
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as error:
@@ -207,11 +200,11 @@ class CachedFolder:
         except FileNotFoundError:
             raise StorageError(f"{url}: the file is missing there, the manifest names it") from None
         if (size := partial.stat().st_size) != file.size_bytes:
-            raise _DamagedError(f"{size:,} bytes came, the manifest says {file.size_bytes:,}")
+            raise DamagedError(f"{size:,} bytes came, the manifest says {file.size_bytes:,}")
         with partial.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != file.sha256:
-            raise _DamagedError(
+            raise DamagedError(
                 f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}..."
             )
         if is_ahead:
@@ -274,40 +267,3 @@ class CachedFolder:
 
     def _lock_path(self, sha256: str) -> Path:
         return self._dir / f"lock-{sha256[:2]}"
-
-
-class _DamagedError(Exception):
-    """What came is not what the manifest names; another attempt may bring it."""
-
-
-def _with_retries(url: str, fetch: Any) -> Any:
-    """What `fetch` returns. Another attempt after whatever a storage library raises, unless it cannot
-    help."""
-    wait = FIRST_WAIT_S
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return fetch()
-        except (FileNotFoundError, AgffError):
-            raise
-        except PermissionError as error:
-            raise StorageError(
-                f"{url}: access denied: {error}; check the credentials of this machine"
-            ) from None
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EFBIG,
-                errno.EROFS,
-            ):
-                raise
-            text = str(error) or type(error).__name__
-            if attempt == ATTEMPTS:
-                raise StorageError(f"{url}: {ATTEMPTS} attempts failed, the last: {text}") from None
-            if attempt >= TOLD_FROM:
-                log.warning(
-                    "%s: attempt %d of %d failed: %s; again in %.0f s", url, attempt, ATTEMPTS, text, wait
-                )
-        time.sleep(wait * (1 + random.random() / 2))
-        wait *= 2
-    raise AssertionError

@@ -14,7 +14,7 @@ import jsonargparse
 import torch.distributed as dist
 
 from agff.errors import AgffError, ConfigError
-from launcher.config import RunConfig
+from launcher.run.config import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 DEEPSPEED_CONFIGS = Path(__file__).parent.parent / "ds_configs"

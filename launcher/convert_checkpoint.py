@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from agff.errors import AgffError, CheckpointError
 from agff.release import check_golden, load, plain_backbone, save_release
 from launcher.command_line import report
-from launcher.loading import load_run
-from launcher.run_folder import read_run_config
+from launcher.run.folder import read_run_config
+from launcher.run.trained_model import load_run
 
 
 def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:

@@ -16,10 +16,10 @@ if __name__ == "__main__":  # started by a `python` in which perhaps nothing of 
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # These import torch and our other packages when they check: doctor must also speak where that fails.
-from launcher.doctor_data import check_run, check_shards
-from launcher.doctor_finding import Finding, one_line
-from launcher.doctor_job import check_job, check_mpi, check_network
-from launcher.doctor_machine import (
+from launcher.checks.data import check_run, check_shards
+from launcher.checks.finding import Finding, one_line
+from launcher.checks.job import check_job, check_mpi, check_network
+from launcher.checks.machine import (
     check_build_locks,
     check_disk,
     check_limits,
@@ -27,8 +27,8 @@ from launcher.doctor_machine import (
     extension_folder,
     places,
 )
-from launcher.doctor_ranks import check_ranks
-from launcher.doctor_software import Devices, check_devices, check_versions
+from launcher.checks.ranks import check_ranks
+from launcher.checks.software import Devices, check_devices, check_versions
 
 ABOUT = """\
 Check this machine, and the job it is called in, before a run does: versions, GPUs, MPI, disks, /dev/shm,

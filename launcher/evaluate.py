@@ -18,11 +18,11 @@ from agff.errors import AgffError, ConfigError, DataError
 from agff.scoring import MmebReport, MmvpReport, mmeb_report
 from data_pipeline.layouts.mmeb_eval import EvalSet, find_eval_sets, read_eval_set
 from data_pipeline.layouts.mmvp import MmvpPair, read_mmvp
-from launcher.benchmark_scores import EmbeddingModel, encode_items, score_mmvp, score_set
 from launcher.command_line import report
-from launcher.loading import load_model
-from launcher.retrieval_example import free_text_example, is_text_to_image, retrieval_example
-from launcher.score_table import mmeb_table, mmvp_table, report_values
+from launcher.evaluation.examples import free_text_example, is_text_to_image, retrieval_example
+from launcher.evaluation.scores import EmbeddingModel, encode_items, score_mmvp, score_set
+from launcher.evaluation.tables import mmeb_table, mmvp_table, report_values
+from launcher.run.trained_model import load_model
 
 
 def run(arguments: argparse.Namespace, load: Callable[[Path], EmbeddingModel]) -> str:

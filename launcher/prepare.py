@@ -23,7 +23,7 @@ from data_pipeline.manifest import (
     Manifest,
 )
 from launcher.command_line import report
-from launcher.distributed import rank_from_environment
+from launcher.run.ranks import rank_from_environment
 
 ABOUT = """\
 Convert MMEB-train (one parquet a subset, loose image files) into WebDataset shards that stream.

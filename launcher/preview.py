@@ -20,8 +20,8 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CacheConfig, open_folder
 from launcher.command_line import report
-from launcher.preview_page import page
-from launcher.preview_samples import SampleView, TextView
+from launcher.previewing.page import page
+from launcher.previewing.samples import SampleView, TextView
 
 ABOUT = """\
 Write one HTML page that shows what the loader yields: for each step its sub-batches, for each pair its images

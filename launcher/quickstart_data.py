@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agff.errors import AgffError
-
-DEFAULT_OUT = Path(".cache/quickstart")
+from launcher.quickstart import DEFAULT_OUT
 
 _ABOUT = """\
 Fetch emoji drawn by seven studios (npm packages at pinned versions and hashes), render them, and write

@@ -23,26 +23,28 @@ from agff.collectives import rank as engine_rank
 from agff.engine import Engine, start_process_group
 from agff.errors import AgffError, ConfigError, TrainingError
 from agff.objectives.contrastive import METRICS, contrastive_loss
-from agff.precision import Hardware, num_unusable_gpus
 from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.command_line import TrainArguments, parse_train_arguments, report
-from launcher.config import ResolvedRun, read_deepspeed_json, resolve
-from launcher.cpu_ranks import start_cpu_ranks
-from launcher.data import RunData, check_shards_together, open_data, prepare_quickstart_if_named
-from launcher.distributed import RankInfo, export, rank_from_environment
-from launcher.model import build_model, build_processor
-from launcher.run_folder import (
+from launcher.quickstart.first_use import prepare_quickstart_if_named
+from launcher.run.config import ResolvedRun, resolve
+from launcher.run.cpu_ranks import start_cpu_ranks
+from launcher.run.data import RunData, check_shards_together, open_data
+from launcher.run.deepspeed_json import read_deepspeed_json
+from launcher.run.folder import (
     check_data_plan,
     check_run_folder,
     check_run_folder_together,
     hold_run_folder,
     write_run_folder,
 )
-from launcher.run_log import RunLog
-from launcher.startup_table import count_parameters, startup_table
-from launcher.stop_request import EXIT_CODE, StopRequest
-from launcher.watchdog import Watchdog
+from launcher.run.hardware import Hardware, num_unusable_gpus
+from launcher.run.log import RunLog
+from launcher.run.model import build_model, build_processor
+from launcher.run.ranks import RankInfo, export, rank_from_environment
+from launcher.run.startup_table import count_parameters, startup_table
+from launcher.run.stop_request import EXIT_CODE, StopRequest
+from launcher.run.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +179,7 @@ def _train_from(
         deepspeed_config=run.deepspeed,
         optimizer=config.optimizer,
         num_steps=config.num_steps,
-        precision=run.precision,
+        autocast_dtype=run.autocast_dtype,
         device=device,
     )
     torch.manual_seed(config.seed + 1 + rank.rank)  # dropout differs between ranks, weights do not

@@ -22,7 +22,7 @@ cd "$PROJECT_DIR"
 export MASTER_ADDR=127.0.0.1                             # all ranks are on this node
 export MASTER_PORT="$((12000 + SLURM_JOB_ID % 20000))"   # ranks of a job agree, two jobs on one node do not collide
 
-# srun starts the entry point itself, once per GPU; launcher/distributed.py maps SLURM_* to RANK and its kin
+# srun starts the entry point itself, once per GPU; launcher/run/ranks.py maps SLURM_* to RANK and its kin
 run_and_requeue srun --ntasks-per-node="$NUM_GPUS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
   --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" \
   python launcher/train.py --deepspeed ds_configs/zero3.json "$@"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("agff", "data_pipeline", "launcher")
-SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+FLOORS = ("agff", "data_pipeline", "launcher")
+SOURCES = sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))
 MAY_IMPORT_DEEPSPEED = ("agff/engine.py", "agff/checkpoint.py", "launcher/")
 BATCH_SIZE_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 
@@ -38,31 +38,91 @@ def is_within(imported: str, module: str) -> bool:
     return imported == module or imported.startswith(f"{module}.")
 
 
-def test_imports_run_one_way() -> None:
-    turned_back = {
-        "agff": ("data_pipeline", "launcher", "tests"),
-        "data_pipeline": ("launcher", "tests"),
-        "launcher": ("tests",),
-    }
+COMMANDS = {
+    path.stem
+    for path in (ROOT / "launcher").glob("*.py")
+    if "def main(" in path.read_text() and path.stem != "command_line"
+}
+"""What a person types; command_line is what they share."""
+KNOWN_OF_AGFF = ("batch", "errors", "files", "images")
+"""What the data pipeline may know of the learning core."""
+
+
+def floor(module: str) -> int:
+    """0 is the ground; tests stand on the roof."""
+    package = module.split(".")[0]
+    return FLOORS.index(package) if package in FLOORS else len(FLOORS) * (package == "tests") - 1
+
+
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_arrow_runs_up() -> None:
     wrong = [
         f"{name_of(path)} imports {imported}"
         for path in SOURCES
         for imported in imports(path)
-        if any(is_within(imported, package) for package in turned_back[name_of(path).split("/")[0]])
+        if floor(imported) > floor(module_of(path))
     ]
     assert wrong == []
 
 
-def test_data_pipeline_knows_only_batch_and_errors_of_agff() -> None:
+def test_no_file_imports_a_command() -> None:
+    """`agff VERB` finds them by name."""
+    assert {"train", "prepare", "evaluate"} <= COMMANDS
+    wrong = [
+        f"{name_of(path)} imports {imported}"
+        for path in SOURCES
+        for imported in imports(path)
+        if imported in {f"launcher.{command}" for command in COMMANDS}
+    ]
+    assert wrong == []
+
+
+def test_rooms_of_the_launcher_import_nothing_of_its_top() -> None:
+    top = {f"launcher.{path.stem}" for path in (ROOT / "launcher").glob("*.py")} - {"launcher.__init__"}
+    wrong = [
+        f"{name_of(path)} imports {imported}"
+        for path in SOURCES
+        if name_of(path).startswith("launcher/") and path.parent != ROOT / "launcher"
+        for imported in imports(path)
+        if imported in top
+    ]
+    assert wrong == []
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    modules = {module_of(path): path for path in SOURCES}
+    graph = {
+        module: {name for name in imports(path) if name in modules and name != module}
+        for module, path in modules.items()
+    }
+    graph = {m: {n for n in names if not m.startswith(f"{n}.")} for m, names in graph.items()}  # own package
+    while leaves := [module for module, names in graph.items() if not names & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert graph == {}
+
+
+def test_data_pipeline_knows_little_of_agff() -> None:
+    known = {f"agff.{name}" for name in KNOWN_OF_AGFF}
     wrong = [
         f"{name_of(path)} imports {imported}"
         for path in SOURCES
         if name_of(path).startswith("data_pipeline/")
         for imported in imports(path)
-        if is_within(imported, "agff")
-        and not any(is_within(imported, known) for known in ("agff.batch", "agff.errors"))
+        if is_within(imported, "agff") and not any(is_within(imported, name) for name in known)
     ]
     assert wrong == []
+
+
+MOST_LINES = 300
+
+
+def test_no_file_has_become_an_attic() -> None:
+    long = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: count for name, count in long.items() if count > MOST_LINES} == {}
 
 
 def test_deepspeed_is_imported_in_few_places() -> None:

@@ -1,1 +1,6 @@
-"""Real images for the quickstart: emoji drawn by seven studios, in MMEB's and MMVP-VLM's layouts."""
+"""Real images, a small backbone and shards for a first run."""
+
+from pathlib import Path
+
+DEFAULT_OUT = Path(".cache/quickstart")
+"""Where the quickstart's data lie, below the working folder."""

@@ -43,7 +43,7 @@ def losses(stage: int, lora: bool, folder: Path, start_step: int, save_step: int
         deepspeed_config=config,
         optimizer=OPTIMIZER,
         num_steps=NUM_STEPS,
-        precision="fp32",
+        autocast_dtype=None,
         device=device,
     )
     if start_step:

@@ -211,7 +211,7 @@ def train_with_zero(stage: int, chunk_size: int) -> tuple[dict[str, Tensor], lis
         deepspeed_config=zero_config(stage, local, clip=0.5),
         optimizer=OPTIMIZER,
         num_steps=NUM_STEPS,
-        precision="fp32",
+        autocast_dtype=None,
         device=device,
     )
     log = []
@@ -319,13 +319,13 @@ def train_with_poison(stage: int, precision: Any, clip: float, value: float) -> 
     device = start_process_group(rank)
     config = zero_config(stage, NUM_ROWS // 2, clip=clip) | {"bf16": {"enabled": precision == "bf16"}}
     if precision == "bf16" and stage > 1:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}  # as launcher/config.py fills it in
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # as launcher/run/config.py fills it in
     engine = Engine(
         tiny_model(4),
         deepspeed_config=config,
         optimizer=OPTIMIZER,
         num_steps=3,
-        precision=precision,
+        autocast_dtype=None,
         device=device,
     )
     log = []

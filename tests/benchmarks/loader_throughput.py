@@ -218,7 +218,7 @@ def _random_order(pairs: Pairs, workers: int) -> list[list[int]]:
 
 
 def our_batches(pairs: Pairs) -> StepBatches:
-    """As launcher.data makes them."""
+    """As launcher.run.data makes them."""
     folder = LocalFolder(pairs.shards)
     manifest = read_manifest(folder)
     return StepBatches(

@@ -20,7 +20,7 @@ import fsspec
 import pytest
 
 from agff.errors import ConfigError, DataError, StorageError
-from data_pipeline import remote
+from data_pipeline import remote, retries
 from data_pipeline.convert import prepare
 from data_pipeline.loader import load_batches
 from data_pipeline.manifest import Manifest, Shard, read_manifest
@@ -110,7 +110,7 @@ def server(shards: tuple[Path, Manifest]) -> Iterator[FaultyServer]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
 
 
 def cached(server: FaultyServer, folder: Path, **choices: float) -> CachedFolder:
@@ -194,7 +194,7 @@ def test_a_fault_that_stays_is_an_error_with_the_address(
     server.faults[path] = [fault] * 20
     with pytest.raises(StorageError, match=rf"^{server.url}/{path}: {message}"):
         content_of(cached(server, tmp_path / "cache"), "Shapes_text", shard)
-    assert server.requests[path] == remote.ATTEMPTS
+    assert server.requests[path] == retries.ATTEMPTS
     assert [
         re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages
     ] == list("4567")

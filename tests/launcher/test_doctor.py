@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from launcher import doctor
-from launcher.doctor_finding import Finding
-from launcher.doctor_machine import check_disk
-from launcher.doctor_software import Devices
-from tests.launcher.test_doctor_job import SRUN
-from tests.launcher.test_doctor_machine import file_system
-from tests.launcher.test_doctor_software import EIGHT_GPUS
+from launcher.checks.finding import Finding
+from launcher.checks.machine import check_disk
+from launcher.checks.software import Devices
+from tests.launcher.checks.test_job import SRUN
+from tests.launcher.checks.test_machine import file_system
+from tests.launcher.checks.test_software import EIGHT_GPUS
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from agff.errors import CheckpointError
 from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet, SetInfo
-from launcher.benchmark_scores import query_blocks, score_set
 from launcher.evaluate import main
-from launcher.retrieval_example import phrasing
+from launcher.evaluation.examples import phrasing
+from launcher.evaluation.scores import query_blocks, score_set
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 NOTE = "these sets imitate the format, not the difficulty."

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 
-from launcher.stop_request import EXIT_CODE
+from launcher.run.stop_request import EXIT_CODE
 from tests.campaign import CAMPAIGN
 from tests.launcher.runs import Started, misbehaving, run_command, train_command
 from tests.launcher.test_train import assert_same_tensors, tensors_of

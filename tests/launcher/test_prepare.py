@@ -111,7 +111,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(drawings: Path, tmp_pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import launcher.prepare as module
+import data_pipeline.convert as module
 written = 0
 original = {function}
 def killing(*arguments, **options):
@@ -336,7 +336,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 import psutil
-from launcher.prepare import prepare
+from data_pipeline.convert import prepare
 
 def watch():
     global largest

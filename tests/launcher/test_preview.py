@@ -26,7 +26,7 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import RawSample, ShardReader
 from data_pipeline.storage import LocalFolder
 from launcher.preview import main
-from launcher.preview_samples import THUMBNAIL_PX, TextView, make_thumbnail
+from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
 from tests.drawings import tiny_backbone, write_drawings
 
 VOID = {"meta", "img"}

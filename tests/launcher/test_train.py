@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from agff import precision
 from agff.checkpoint import consolidated_weights
 from launcher.convert_checkpoint import main as convert_main
-from launcher.stop_request import EXIT_CODE
+from launcher.run import hardware
+from launcher.run.stop_request import EXIT_CODE
 from launcher.train import main as train_main
 from tests.data_pipeline.test_storage import FaultyServer
 from tests.launcher.runs import run_command, signal_when_saved, train_command
@@ -420,7 +420,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
     in_project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(precision, "NVIDIA_DRIVER", in_project / "driver")
+    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", in_project / "driver")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
@@ -431,7 +431,7 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
         capfd.readouterr().err,
     )
     for meant in ({"DS_ACCELERATOR": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}):
-        assert precision.num_unusable_gpus(meant) == 0
+        assert hardware.num_unusable_gpus(meant) == 0
     assert train_main([*SMALL, "--dry-run"]) == 0
 
 

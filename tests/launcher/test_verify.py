@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_pipeline import verify
+from data_pipeline import verify_download
 from data_pipeline.convert import prepare
 from data_pipeline.manifest import read_manifest
 from data_pipeline.reader import ShardReader
@@ -281,14 +281,14 @@ def test_a_download_before_conversion(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_each_folder_of_a_download_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A subset has a hundred thousand images in one folder."""
     listed: Counter[Path] = Counter()
-    right = verify._names_in
+    right = verify_download._names_in
 
     def counted(folder: Path) -> set[str]:
         listed[folder] += 1
         return right(folder)
 
-    monkeypatch.setattr(verify, "_names_in", counted)
-    found = verify.check_subset(
+    monkeypatch.setattr(verify_download, "_names_in", counted)
+    found = verify_download.check_subset(
         write_drawings(tmp_path / "d").mmeb, "Shapes_i2t", split="original", num_rows=24, deep=False
     )
     assert found.num_images > 10

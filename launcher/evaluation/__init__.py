@@ -1,0 +1,1 @@
+"""Scoring a model on sets, tables of scores, examples to look at."""

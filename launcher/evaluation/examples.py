@@ -1,0 +1,78 @@
+"""Retrieval examples for a person to look at: a text and its five best images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet
+from launcher.evaluation.scores import EmbeddingModel, encode_items
+
+
+def is_text_to_image(eval_set: EvalSet) -> bool:
+    """No query has an image, every candidate has one."""
+    return all(eval_set.items[query].image_path is None for query in eval_set.queries) and all(
+        eval_set.items[item].image_path is not None for row in eval_set.candidates for item in row
+    )
+
+
+def retrieval_example(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tensor, row: int) -> str:
+    """One query of a text-to-image set and its five best candidates, the truth marked."""
+    candidates = eval_set.candidates[row]
+    query = eval_set.queries[row]
+    scores = model.similarity(items_NMD[[query]], items_NMD[list(candidates)])[0]
+    best = _top_lines(eval_set, candidates, scores, truth=candidates[0])
+    rank = 1 + int((scores[1:] >= scores[0]).sum())
+    text = eval_set.items[query].text.strip()
+    return f'{eval_set.name}: "{text}": truth at rank {rank} of {len(candidates)}\n{best}'
+
+
+def free_text_example(model: EmbeddingModel, eval_set: EvalSet, text: str, *, batch_size: int) -> str:
+    """The five best images of a text-to-image set for a text of one's own, phrased like the set's queries."""
+    candidates = list(dict.fromkeys(item for row in eval_set.candidates for item in row))
+    before, after = phrasing([eval_set.items[query].text for query in eval_set.queries])
+    query = EvalItem(before + text + after)
+    items = [query, *(eval_set.items[item] for item in candidates)]
+    items_NMD = encode_items(model, items, batch_size=batch_size, label=eval_set.name)
+    scores = model.similarity(items_NMD[:1], items_NMD[1:])[0]
+    best = _top_lines(eval_set, candidates, scores, truth=None)
+    return f'{eval_set.name}, {len(candidates)} candidates: "{query.text.strip()}"\n{best}'
+
+
+def phrasing(texts: Sequence[str]) -> tuple[str, str]:
+    """(instruction, ending) of a set's queries: the words all of them begin with, and the line break they end
+    with."""
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    instruction = first[:length]
+    while instruction and not instruction[-1].isspace():
+        instruction = instruction[:-1]
+    return instruction, "\n" if all(text.endswith("\n") for text in texts) else ""
+
+
+def _top_lines(eval_set: EvalSet, candidates: Sequence[int], scores: Tensor, *, truth: int | None) -> str:
+    best = scores.topk(min(5, len(candidates)))
+    names = _names(eval_set)
+    lines = []
+    for place, (score, column) in enumerate(
+        zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1
+    ):
+        item = candidates[column]
+        mark = "  <- truth" if item == truth else ""
+        lines.append(f"  {place}.  {score:+.3f}  {names[item]}{mark}")
+    return "\n".join(lines)
+
+
+def _names(eval_set: EvalSet) -> dict[int, str]:
+    """Each candidate's file name and, where it is a query's truth, what that query asks for."""
+    before, _ = phrasing([eval_set.items[query].text for query in eval_set.queries])
+    asked = {
+        candidates[0]: eval_set.items[query].text[len(before) :].strip()
+        for query, candidates in zip(eval_set.queries, eval_set.candidates, strict=True)
+    }
+    names = {}
+    for index, item in enumerate(eval_set.items):
+        name = item.image_path.stem if item.image_path else item.text
+        names[index] = f"{name} ({asked[index]})" if index in asked else name
+    return names

@@ -1,0 +1,59 @@
+"""Which settings of a run may change when it is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MAY_CHANGE_ON_RESUME = (
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "max_skipped_in_a_row",
+    "loss_spike_deviations",
+    "collective_timeout_s",
+    "stalled_step_s",
+    "log_every",
+    "log_samples",
+    "cpu_ranks",
+    "data.num_workers",
+    "data.check_hashes",
+    "data.max_bad_in_a_row",
+    "data.stalled_after_s",
+    "data.accept_changes",
+    "data.cache.dir",
+    "data.cache.max_gib",
+    "data.cache.fetch_ahead_steps",
+)
+"""Settings that leave the mathematics of a run as it is."""
+FOLLOW_FROM_THE_BATCH = ("deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu")
+"""Filled in from the global batch and the number of ranks, which are compared themselves."""
+DECIDE_THE_ORDER = (
+    "seed",
+    "batch.global_batch_size",
+    "data.shards",
+    "data.weights",
+    "data.caps",
+    "data.sub_batch_size",
+)
+"""Settings of which the plan says more exactly whether and how it changed
+(data_pipeline.plan.plan_changes)."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for each setting that differs and changes the mathematics of a run, the order of data
+    aside."""
+    found = []
+    for key in sorted({*old, *new}):
+        name, before, after = prefix + key, old.get(key), new.get(key)
+        if (
+            name in (*MAY_CHANGE_ON_RESUME, *DECIDE_THE_ORDER, *FOLLOW_FROM_THE_BATCH)
+            or name == "run_dir"
+            or before == after
+        ):
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        else:
+            found.append(f"{name}: {before} -> {after}")
+    return found

@@ -1,0 +1,263 @@
+"""One run's configuration: a YAML recipe, dotted overrides, a DeepSpeed JSON; and `resolve`, which checks
+them together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from agff.backbone import BackboneConfig
+from agff.errors import ConfigError
+from agff.objectives.contrastive import LossConfig
+from agff.optimizer import OptimizerConfig
+from agff.processor import ProcessorConfig
+from agff.prompts import PromptConfig
+from data_pipeline.collate import Chunking, FixedRows, TokenBudget
+from data_pipeline.remote import CacheConfig
+from launcher.run.hardware import Hardware, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many pairs make a step, and how many are encoded at once."""
+
+    global_batch_size: int
+    """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
+    chunk_size: int | None = None
+    """Items encoded at once; memory grows with it, the result does not change. Below the local batch:
+    GradCache."""
+    max_tokens_per_chunk: int | None = None
+    """Instead of chunk_size: as many items of similar length at once as have so many tokens, padding
+    included. GradCache."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"batch.{name}={getattr(self, name)} must be >= 1")
+        if (self.chunk_size is None) == (self.max_tokens_per_chunk is None):
+            raise ConfigError(
+                f"batch.chunk_size={self.chunk_size} and "
+                f"batch.max_tokens_per_chunk={self.max_tokens_per_chunk}: give one of them and leave the "
+                "other null"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards are read, and in what mixture."""
+
+    shards: str
+    """Folder written by launcher/prepare.py, or its URL: s3://, gs://, hf://, https:// (read through a local
+    cache)."""
+    weights: dict[str, float] | None = None
+    """Share of the sub-batches each source gets, relative to the others; null: its number of samples."""
+    caps: int | dict[str, int] | None = None
+    """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some
+    by name."""
+    with_negatives: bool = True
+    """Explicit hard negatives, where a source has them, are candidates of the whole global batch."""
+    sub_batch_size: int
+    """Consecutive pairs of a global batch that come from one source; divides the global batch."""
+    num_workers: int = 1
+    """Loader processes of each rank; 0 loads in the training process. The batches do not depend on it."""
+    max_bad_in_a_row: int = 10
+    """Unusable samples drawn in a row for one row of a batch before all ranks stop."""
+    check_hashes: bool = True
+    """Compare every local shard's SHA-256 with the manifest before the first step; false compares names and
+    sizes only. Remote shards are always compared when they are fetched."""
+    stalled_after_s: float = 300
+    """A batch that does not come for so long stops all ranks, with the name of the shard that a worker hangs
+    at."""
+    accept_changes: bool = False
+    """Continue a run although its shards, mixture, seed or global batch changed: steps count on, the order is
+    the new one, so samples of the running epoch may come twice or not at all."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        if self.sub_batch_size < 1:
+            raise ConfigError(f"data.sub_batch_size={self.sub_batch_size} must be >= 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"data.num_workers={self.num_workers} must be >= 0")
+        if self.max_bad_in_a_row < 0:
+            raise ConfigError(f"data.max_bad_in_a_row={self.max_bad_in_a_row} must be >= 0")
+        if self.stalled_after_s <= 0:
+            raise ConfigError(f"data.stalled_after_s={self.stalled_after_s} must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run; one recipe file."""
+
+    name: str
+    """Names the run folder."""
+    run_dir: str | None = None
+    """Where the run lives; null: runs/<name>-<DeepSpeed file>."""
+    seed: int = 0
+    num_steps: int
+    """Optimizer steps of the whole run; the schedule ends there."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: int | None = 3
+    """The newest checkpoints that are kept; older ones are removed. null: all are kept."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this are kept beside them."""
+    max_skipped_in_a_row: int = 10
+    """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
+    loss_spike_deviations: float | None = 6.0
+    """A loss so many standard deviations above the mean of the last 100 steps is told, with its worst pairs.
+    null: never."""
+    collective_timeout_s: float = 1800
+    """A rank that waits so long for the others ends: they are gone, or cut off."""
+    stalled_step_s: float = 900
+    """A rank that stays in one step or one save for so long tells what it does, with the stacks of its
+    threads."""
+    log_every: int = 1
+    """Steps between entries in TensorBoard and the progress bar."""
+    log_samples: bool = False
+    """Write which pairs each step trained on: <run>/samples/<rank>-of-<ranks>.jsonl."""
+    precision: Literal["auto", "bf16", "bf16_autocast", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it; on a CPU bf16 arithmetic with float32 weights where it is fast; else
+    fp32."""
+    cpu_ranks: int = 2
+    """Ranks started on a machine without an accelerator when the launcher asked for one."""
+    backbone: BackboneConfig
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    processor: ProcessorConfig = field(default_factory=ProcessorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig
+    batch: BatchConfig
+    data: DataConfig
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be >= 0")
+        for name in (
+            "num_steps",
+            "save_every",
+            "log_every",
+            "cpu_ranks",
+            "keep_last",
+            "keep_every",
+            "loss_spike_deviations",
+            "collective_timeout_s",
+            "stalled_step_s",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """What will run: nothing is left to be decided."""
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    precision: Precision
+    run_dir: Path
+    world_size: int
+    local_batch_size: int
+    chunking: Chunking
+
+    @property
+    def one_pass(self) -> bool:
+        """The whole local batch keeps its graph; else two passes (GradCache)."""
+        return isinstance(self.chunking, FixedRows) and self.chunking.rows == self.local_batch_size
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Number format of the matrix products where the weights are float32."""
+        return torch.bfloat16 if self.precision == "bf16_autocast" else None
+
+    @property
+    def zero_stage(self) -> int:
+        """1 to 3."""
+        return self.deepspeed["zero_optimization"]["stage"]
+
+
+def resolve(
+    config: RunConfig,
+    deepspeed_values: Mapping[str, Any],
+    *,
+    deepspeed_name: str,
+    world_size: int,
+    hardware: Hardware,
+) -> ResolvedRun:
+    """Check everything that needs two parts at once and fill in the rest. Pure; raises ConfigError."""
+    local_batch_size = _local_batch_size(config, world_size)
+    precision = hardware.choose_precision(config.precision)
+    if config.optimizer.warmup_steps >= config.num_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
+            f"num_steps={config.num_steps}"
+        )
+    deepspeed = {
+        **deepspeed_values,
+        "train_batch_size": config.batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": local_batch_size,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    if precision == "bf16" and deepspeed_values["zero_optimization"]["stage"] > 1:
+        deepspeed.setdefault(
+            "data_types", {"grad_accum_dtype": "fp32"}
+        )  # else the chunks' gradients are summed in bf16
+    run_dir = Path(config.run_dir) if config.run_dir else Path("runs") / f"{config.name}-{deepspeed_name}"
+    return ResolvedRun(
+        config=config,
+        deepspeed=deepspeed,
+        precision=precision,
+        run_dir=run_dir,
+        world_size=world_size,
+        local_batch_size=local_batch_size,
+        chunking=_chunking(config, local_batch_size),
+    )
+
+
+def _local_batch_size(config: RunConfig, world_size: int) -> int:
+    global_batch_size = config.batch.global_batch_size
+    if global_batch_size % world_size:
+        lower = global_batch_size // world_size * world_size
+        nearest = " or ".join(str(size) for size in (lower, lower + world_size) if size)
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of {world_size} ranks; "
+            f"use {nearest} (--batch.global_batch_size)"
+        )
+    if global_batch_size % config.data.sub_batch_size:
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of "
+            f"data.sub_batch_size={config.data.sub_batch_size}; a global batch is made of whole "
+            "single-source sub-batches"
+        )
+    return global_batch_size // world_size
+
+
+def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
+    chunk_size, max_tokens = config.batch.chunk_size, config.batch.max_tokens_per_chunk
+    if max_tokens is not None:
+        if max_tokens < config.processor.max_tokens:
+            raise ConfigError(
+                f"batch.max_tokens_per_chunk={max_tokens} is below "
+                f"processor.max_tokens={config.processor.max_tokens}, so the longest item would not fit; "
+                "raise the one or lower the other"
+            )
+        return TokenBudget(max_tokens=max_tokens)
+    assert chunk_size is not None, "BatchConfig has seen to it"
+    if chunk_size < local_batch_size and local_batch_size % chunk_size:
+        divisors = [size for size in range(1, local_batch_size + 1) if local_batch_size % size == 0]
+        nearest_sizes = sorted(divisors, key=lambda size: abs(size - chunk_size))[:2]
+        raise ConfigError(
+            f"chunk_size={chunk_size} does not divide the local batch of {local_batch_size} rows; "
+            f"use {' or '.join(map(str, sorted(nearest_sizes)))} (--batch.chunk_size)"
+        )
+    return FixedRows(rows=min(chunk_size, local_batch_size))
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values, for YAML and JSON."""
+    return dataclasses.asdict(config)

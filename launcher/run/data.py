@@ -1,0 +1,97 @@
+"""The data of a run: its shards, their plan and the batches of a rank."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from agff.batch import Batch
+from agff.collectives import gather_objects, rank
+from agff.errors import DataError
+from agff.processor import ItemProcessor
+from data_pipeline.loader import StepBatches, load_batches
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
+from data_pipeline.plan import Mixture, Plan
+from data_pipeline.reader import ShardReader
+from data_pipeline.remote import CachedFolder, open_folder
+from data_pipeline.storage import LocalFolder
+from launcher.run.config import ResolvedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """An opened shard folder and the order of its samples."""
+
+    folder: LocalFolder | CachedFolder
+    manifest: Manifest
+    plan: Plan
+
+    def batches(
+        self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int
+    ) -> Generator[Batch]:
+        """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
+        config = run.config.data
+        batches = StepBatches(
+            plan=self.plan,
+            reader=ShardReader(self.folder, self.manifest),
+            encode_items=processor,
+            rank=rank,
+            world_size=run.world_size,
+            chunking=run.chunking,
+            max_bad_in_a_row=config.max_bad_in_a_row,
+            with_negatives=config.with_negatives,
+            seen_pixels=processor.max_image_pixels,
+            fetch_ahead_steps=config.cache.fetch_ahead_steps if isinstance(self.folder, CachedFolder) else 0,
+        )
+        return load_batches(
+            batches,
+            start_step=start_step,
+            num_steps=run.config.num_steps,
+            num_workers=config.num_workers,
+            stalled_after_s=config.stalled_after_s,
+        )
+
+
+def open_data(run: ResolvedRun) -> RunData:
+    """Read the manifest and lay the plan; reads only. Raises DataError, StorageError or ConfigError."""
+    config = run.config
+    folder = open_folder(config.data.shards, config.data.cache)
+    manifest = read_manifest(folder)
+    mixture = Mixture(
+        weights=config.data.weights, caps=config.data.caps, sub_batch_size=config.data.sub_batch_size
+    )
+    plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
+    return RunData(folder=folder, manifest=manifest, plan=plan)
+
+
+def check_shards_together(data: RunData, *, hashes: bool) -> None:
+    """Whether all ranks see the same data, and local shards and indexes are those of the manifest.
+    Collective.
+
+    The ranks that see one copy share the work; each copy, as on disks of the nodes, is looked at whole.
+    Remote shards are compared when they are fetched. Raises the same DataError, with the first problems
+    found, on every rank.
+    """
+    plans = gather_objects(json.dumps(data.plan.description, sort_keys=True))
+    if different := [index for index, plan in enumerate(plans) if plan != plans[0]]:
+        raise DataError(
+            f"{data.folder.location}: rank {different[0]} sees other shards there than rank 0 "
+            f"({len(different)} ranks do); copy the same prepared folder to every machine"
+        ).shared()
+    if not isinstance(data.folder, LocalFolder):
+        return
+    status = (data.folder.path / MANIFEST_FILE).stat()
+    copies = gather_objects(
+        (status.st_ino, status.st_ctime_ns)
+    )  # equal for one file; no copying preserves the second
+    own_copy = [index for index, copy in enumerate(copies) if copy == copies[rank()]]
+    part, num_parts = own_copy.index(rank()), len(own_copy)
+    own = check_files(data.folder, data.manifest, part=part, num_parts=num_parts, hashes=hashes)
+    if num_parts < len(copies):
+        own = [f"{socket.gethostname()}: {problem}" for problem in own]
+    problems = list(dict.fromkeys(problem for problems in gather_objects(own) for problem in problems))
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise DataError("; ".join(problems[:5]) + more).shared()

@@ -1,0 +1,156 @@
+"""A run's folder: whose it is, how far it got."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agff.checkpoint_folder import read_state
+from agff.collectives import raise_together, rank
+from agff.errors import CheckpointError, ConfigError
+from agff.files import publish
+from data_pipeline.plan import plan_changes
+from launcher.command_line import config_from_values
+from launcher.run.changes import differences
+from launcher.run.config import ResolvedRun, RunConfig, as_dict
+
+CONFIG_FILE = "config.yaml"
+DEEPSPEED_FILE = "deepspeed.json"
+LOCK_FILE = ".lock"
+WRITTEN_FIRST = {LOCK_FILE, DEEPSPEED_FILE, f"{DEEPSPEED_FILE}.partial", f"{CONFIG_FILE}.partial"}
+"""What a start that was killed may leave in a folder that is no run yet."""
+
+log = logging.getLogger(__name__)
+
+
+def check_run_folder(run: ResolvedRun) -> None:
+    """Reads only. Raises ConfigError when the folder holds something else, or a run of another
+    configuration."""
+    folder = run.run_dir
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= WRITTEN_FIRST:
+        return
+    if not (folder / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{folder} exists and holds no run ({CONFIG_FILE} is missing); choose another --run_dir"
+        )
+    changed = differences(_stored_values(folder), as_dict(run.config))
+    changed += differences(_stored_deepspeed(folder), run.deepspeed, "deepspeed.")
+    if changed:
+        raise ConfigError(
+            f"{folder} belongs to another configuration: {'; '.join(changed)}. "
+            "Give the old settings to continue that run, or another --run_dir to start a new one"
+        )
+
+
+def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
+    """Whether the run can continue after `step` steps. Reads only. Collective.
+
+    data_plan: `Plan.description` of this rank's manifest. Raises the same ConfigError on every rank when it
+    was another one on any of them, and data.accept_changes is not set.
+    """
+    folder = run.run_dir
+    changed, problem = plan_changes(read_state(folder, step)["data_plan"], data_plan), None
+    if changed and not run.config.data.accept_changes:
+        problem = ConfigError(
+            f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to "
+            "continue exactly, choose another --run_dir to start anew, or continue in the new order with "
+            "--data.accept_changes true"
+        )
+    raise_together(problem)
+
+
+def check_run_folder_together(run: ResolvedRun) -> None:
+    """As `check_run_folder`, once no other job can write there: rank 0 looks, every rank raises.
+    Collective."""
+    problem = None
+    if rank() == 0:
+        try:
+            check_run_folder(run)
+        except ConfigError as error:
+            problem = error
+    raise_together(problem)
+
+
+@contextmanager
+def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
+    """Keep other jobs out of this run, whose folder is made when absent. Collective.
+
+    Raises the same ConfigError on every rank when another process holds it for longer than `patience_s`: a
+    machine that lost its power keeps its locks on a network file system for a while. Where the file system
+    has no locks, nothing is held.
+    """
+    file, problem = None, None
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+")
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.lockf(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # not flock: the loader's processes would inherit that
+                file.truncate(0)
+                file.write(
+                    f"{socket.gethostname()}, process {os.getpid()}, job "
+                    f"{os.environ.get('SLURM_JOB_ID', '-')}\n"
+                )
+                file.flush()
+                break
+            except (BlockingIOError, PermissionError):
+                holder = (folder / LOCK_FILE).read_text().strip()
+                if time.monotonic() > deadline:
+                    problem = ConfigError(
+                        f"{folder}: another process trains in this folder ({holder}); wait for it, choose "
+                        f"another --run_dir, or delete {folder / LOCK_FILE} if that process is gone for good"
+                    )
+                    break
+                log.warning("%s: waiting for another process that trains in this folder (%s)", folder, holder)
+                time.sleep(min(10, patience_s))
+            except OSError as error:
+                log.warning(
+                    "%s: this file system has no locks (%s); never run two jobs in it at once", folder, error
+                )
+                break
+    with file or nullcontext():  # closed, it is free again; as it is when this process dies
+        raise_together(problem)
+        yield
+
+
+def write_run_folder(run: ResolvedRun) -> None:
+    """Record the final configuration, before the first step. The configuration comes last: with it the folder
+    is a run."""
+    for name, text in (
+        (DEEPSPEED_FILE, json.dumps(run.deepspeed, indent=2) + "\n"),
+        (CONFIG_FILE, yaml.safe_dump(as_dict(run.config), sort_keys=False)),
+    ):
+        partial = run.run_dir / f"{name}.partial"
+        partial.write_text(text)
+        publish(partial, run.run_dir / name)
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The configuration a run was started with. Raises CheckpointError when the folder is no run."""
+    try:
+        return config_from_values(_stored_values(folder))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no run folder ({CONFIG_FILE} is missing) and no release folder"
+        ) from None
+
+
+def _stored_values(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / CONFIG_FILE).read_text())
+
+
+def _stored_deepspeed(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / DEEPSPEED_FILE).read_text())

@@ -1,0 +1,47 @@
+"""Building the model of a run: backbone, prompts, processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from agff.backbone import choose_trainable, load_backbone
+from agff.embedding_model import EmbeddingModel
+from agff.processor import ItemProcessor
+from agff.prompts import initial_vectors
+from launcher.run.config import ResolvedRun, RunConfig
+
+
+def build_processor(config: RunConfig) -> ItemProcessor:
+    """The processor of the backbone folder with the run's prompts and limits."""
+    return ItemProcessor.from_folder(
+        Path(config.backbone.path), prompts=config.prompts, limits=config.processor
+    )
+
+
+def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
+    """The model to train. Under ZeRO-3 it is partitioned while loading: a collective, after the process group
+    exists."""
+    partitioned = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    model = untrained_model(run.config, dtype=dtype)
+    del partitioned  # transformers looks at it for as long as it lives, and only loading needs it
+    embedding = model.prompted_embedding
+
+    def embed(ids: Any) -> Any:
+        return embedding.base.weight.detach()[ids.to(embedding.base.weight.device)]
+
+    with deepspeed.zero.GatheredParameters([embedding.base.weight], enabled=run.zero_stage == 3):
+        vectors = initial_vectors(run.config.prompts, processor.tokenize, embed)
+    embedding.vectors.data.copy_(vectors)
+    return model
+
+
+def untrained_model(config: RunConfig, *, dtype: torch.dtype) -> EmbeddingModel:
+    """Backbone weights of the folder, adapters and soft tokens as they are created."""
+    backbone = load_backbone(Path(config.backbone.path), dtype=dtype, attention=config.backbone.attention)
+    return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts)

@@ -1,0 +1,99 @@
+"""The table printed before the first step: what will run, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from agff.backbone import choose_trainable
+from agff.embedding_model import EmbeddingModel
+from agff.similarity import BLOCK_ELEMENTS
+from data_pipeline.collate import TokenBudget
+from data_pipeline.remote import open_folder
+from data_pipeline.storage import LocalFolder
+from launcher.run.config import DataConfig, ResolvedRun, RunConfig
+
+
+def startup_table(
+    run: ResolvedRun, num_samples: Mapping[str, int], num_trainable: int, num_parameters: int
+) -> str:
+    """Aligned lines `name  value`. num_samples: per source."""
+    config = run.config
+    num_pairs = config.batch.global_batch_size
+    lora = f"LoRA rank {config.backbone.lora.rank}" if config.backbone.lora else "full tuning"
+    total = sum(num_samples.values())
+    rows = {
+        "backbone": f"{config.backbone.path}, {num_parameters / 1e6:,.1f} M parameters",
+        "trainable": f"{num_trainable / 1e6:,.1f} M ({lora}), {run.precision}",
+        "embeddings per item": (
+            f"{config.prompts.num_vectors} = 1 global + {config.prompts.num_fine} fine-grained"
+        ),
+        "ranks": f"{run.world_size}, ZeRO stage {run.zero_stage}",
+        "batch": (
+            f"{_chunks(run)}local {run.local_batch_size}, x {run.world_size} ranks = global {num_pairs}; "
+        )
+        + ("one pass" if run.one_pass else "two passes (GradCache)"),
+        "negatives per query": f"{num_pairs - 1}, less those that share a target or a query"
+        f"{', and the explicit ones of the data' if config.data.with_negatives else ''}; "
+        "gradient accumulation would add none, so there is none",
+        "loss memory": f"about {_loss_bytes(run) / 2**20:,.0f} MiB a rank, whatever the backbone",
+        "parameter gathers": _parameter_gathers(run),
+        "data": (
+            f"{total:,} pairs of {len(num_samples)} sources; {config.data.sub_batch_size} pairs in turn from "
+            "one source"
+        ),
+        "shards": _shards(config.data),
+        "steps": f"{config.num_steps:,} = {config.num_steps * num_pairs:,} pairs = "
+        f"{config.num_steps * num_pairs / max(total, 1):.2f} x the data",
+        "run folder": str(run.run_dir),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def count_parameters(config: RunConfig) -> tuple[int, int]:
+    """(trainable, all) of the model as it will be built, counted without allocating it."""
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(
+            AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
+        )
+        model = EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def _loss_bytes(run: ResolvedRun) -> int:
+    """Upper estimate: about six (B, C) float32 matrices (similarity, logits, softmax, weights, gradient) and
+    two blocks."""
+    matrix = run.local_batch_size * run.config.batch.global_batch_size * 4
+    pairs = matrix * run.config.prompts.num_vectors**2
+    return 6 * matrix + 2 * min(4 * BLOCK_ELEMENTS, pairs)
+
+
+def _shards(config: DataConfig) -> str:
+    if isinstance(open_folder(config.shards, config.cache), LocalFolder):
+        return config.shards
+    return f"{config.shards}, through a cache of at most {config.cache.max_gib:g} GiB in {config.cache.dir}"
+
+
+def _chunks(run: ResolvedRun) -> str:
+    if isinstance(run.chunking, TokenBudget):
+        return f"chunks of {run.chunking.max_tokens:,} tokens, "
+    return f"chunk {run.chunking.rows} x {run.local_batch_size // run.chunking.rows} chunks = "
+
+
+def _parameter_gathers(run: ResolvedRun) -> str:
+    """ZeRO-3 gathers in each forward and each backward of a chunk what it has not kept; the other stages
+    once, updated."""
+    if run.zero_stage < 3:
+        return "1 per step: the updated parameters"
+    per_chunk = 2 if run.one_pass else 3
+    passes = "forward, backward" if run.one_pass else "forward, forward, backward"
+    if isinstance(run.chunking, TokenBudget):
+        return f"up to {per_chunk} per chunk ({passes})"
+    num_chunks = 2 * run.local_batch_size // run.chunking.rows
+    more = ", more with explicit negatives" if run.config.data.with_negatives else ""
+    return f"up to {per_chunk * num_chunks} per step: {num_chunks} chunks x ({passes}){more}"

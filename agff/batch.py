@@ -33,7 +33,7 @@ ModelInputs = Mapping[str, Tensor]
 """Keyword arguments of the backbone for one chunk of rows, plus `prompt_start_B` (agff/processor.py)."""
 
 
-class EncodeItems(Protocol):
+class ProcessItems(Protocol):
     """Items -> inputs of one chunk (`agff.processor.ItemProcessor`). Raises DataError for an item it cannot
     represent."""
 
@@ -63,14 +63,14 @@ class Batch:
     into chunks."""
 
     chunks: tuple[ModelInputs, ...]
-    order_R: Tensor
+    row_of_item_R: Tensor
     """int64: where item i stands among the rows of all chunks; items are the B queries, the B targets, the N
     negatives."""
     query_ids_B: Tensor
     """int64 content ids: equal ids mean equal text and image bytes."""
     target_ids_B: Tensor
     negative_ids_N: Tensor
-    """Of the explicit hard negatives, in the order of their pairs; NO_CONTENT where `leveled` padded."""
+    """Of the explicit hard negatives, in the order of their pairs; NO_CONTENT where `padded_to` padded."""
     addresses: tuple[str, ...]
     """One `shard.tar:key` a pair."""
     filler: ModelInputs
@@ -88,11 +88,11 @@ class Batch:
         if (
             self.target_ids_B.shape[0] != num_pairs
             or len(self.addresses) != num_pairs
-            or self.order_R.shape[0] != num_items
+            or self.row_of_item_R.shape[0] != num_items
         ):
             raise ValueError(
                 f"{num_pairs} query ids, {self.target_ids_B.shape[0]} target ids, {len(self.addresses)} "
-                f"addresses, {self.order_R.shape[0]} items; expected {num_items} items"
+                f"addresses, {self.row_of_item_R.shape[0]} items; expected {num_items} items"
             )
 
     @property
@@ -111,7 +111,7 @@ class Batch:
         own = self.chunks[: len(self.chunks) - self.num_fillers]
         return sum(int(chunk["attention_mask"].sum()) for chunk in own)
 
-    def leveled(self, *, num_chunks: int, num_negatives: int) -> Batch:
+    def padded_to(self, *, num_chunks: int, num_negatives: int) -> Batch:
         """The same batch with fillers up to that many chunks and negatives, so that all ranks have equally
         many."""
         missing_chunks, missing_negatives = num_chunks - len(self.chunks), num_negatives - self.num_negatives
@@ -124,8 +124,8 @@ class Batch:
             self,
             chunks=self.chunks + (self.filler,) * missing_chunks,
             num_fillers=self.num_fillers + missing_chunks,
-            order_R=functional.pad(
-                self.order_R, (0, missing_negatives)
+            row_of_item_R=functional.pad(
+                self.row_of_item_R, (0, missing_negatives)
             ),  # any row: its id keeps it out of the loss
             negative_ids_N=functional.pad(self.negative_ids_N, (0, missing_negatives), value=NO_CONTENT),
         )
@@ -133,7 +133,7 @@ class Batch:
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings of all chunks' rows (in a row) -> those of the queries, of the targets, of the
         negatives."""
-        query, target, negative = rows[self.order_R].split(
+        query, target, negative = rows[self.row_of_item_R].split(
             [self.num_pairs, self.num_pairs, self.num_negatives]
         )
         return query, target, negative
@@ -144,7 +144,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its ids and its order on `device`. Each chunk moves when it is encoded."""
-        small = ("order_R", "query_ids_B", "target_ids_B", "negative_ids_N")
+        small = ("row_of_item_R", "query_ids_B", "target_ids_B", "negative_ids_N")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in small})
 
     def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
@@ -157,7 +157,7 @@ class Batch:
             self,
             chunks=tuple(move_chunk(chunk) for chunk in self.chunks),
             filler=move_chunk(self.filler),
-            order_R=move(self.order_R),
+            row_of_item_R=move(self.row_of_item_R),
             query_ids_B=move(self.query_ids_B),
             target_ids_B=move(self.target_ids_B),
             negative_ids_N=move(self.negative_ids_N),

@@ -16,7 +16,7 @@ from agff.batch import IMAGE_FORMATS, IMAGE_PLACEHOLDER, Item
 from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError
 from agff.processor import ItemProcessor
-from agff.similarity import fused_similarity
+from agff.similarity import FusionConfig, fused_similarity
 
 AnyItem = Item | str | Image.Image | Path | Mapping[str, Any]
 """A text, an image (PIL or path), or {"text": ..., "image": PIL or path} with either or both."""
@@ -25,10 +25,10 @@ AnyItem = Item | str | Image.Image | Path | Mapping[str, Any]
 class Embedder:
     """A model and the processor it was trained with. `agff.load` makes one from a release folder."""
 
-    def __init__(self, model: EmbeddingModel, processor: ItemProcessor, *, beta: float) -> None:
+    def __init__(self, model: EmbeddingModel, processor: ItemProcessor, fusion: FusionConfig) -> None:
         self.model = model.eval()
         self.processor = processor
-        self.beta = beta
+        self.fusion = fusion
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +66,7 @@ class Embedder:
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
         """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training
         run."""
-        return fused_similarity(a_NMD, b_CMD, beta=self.beta)
+        return fused_similarity(a_NMD, b_CMD, beta=self.fusion.beta)
 
 
 def as_item(value: AnyItem) -> Item:

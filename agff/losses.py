@@ -12,7 +12,7 @@ from torch import Tensor
 
 def info_nce(
     similarity_BC: Tensor,
-    positive_B: Tensor,
+    positive_index_B: Tensor,
     *,
     temperature: float,
     negative_mask_BC: Tensor | None = None,
@@ -21,19 +21,19 @@ def info_nce(
     """Cross-entropy of the positive among the candidates: its mean over the local rows; (B,) of each with
     reduction "none".
 
-    positive_B: index of each row's positive among the C candidates. negative_mask_BC: True = may act as a
+    positive_index_B: of each row's positive among the C candidates. negative_mask_BC: True = may act as a
     negative; the positive is never masked. float32 or better inside.
     """
     logits_BC = masked_logits(
-        similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC
+        similarity_BC, positive_index_B, temperature=temperature, negative_mask_BC=negative_mask_BC
     )
-    loss_B = F.cross_entropy(logits_BC, positive_B, reduction="none")
+    loss_B = F.cross_entropy(logits_BC, positive_index_B, reduction="none")
     return loss_B if reduction == "none" else loss_B.mean()
 
 
 def ega_loss(
     similarity_BC: Tensor,
-    positive_B: Tensor,
+    positive_index_B: Tensor,
     *,
     temperature: float,
     amplification: float,
@@ -59,7 +59,7 @@ def ega_loss(
         raise ValueError(f"amplification={amplification} must be >= 0")
     loss_B = info_nce(
         similarity_BC,
-        positive_B,
+        positive_index_B,
         temperature=temperature,
         negative_mask_BC=negative_mask_BC,
         reduction="none",
@@ -67,14 +67,14 @@ def ega_loss(
     if amplification > 0:
         with torch.no_grad():
             logits_BC = masked_logits(
-                similarity_BC, positive_B, temperature=temperature, negative_mask_BC=negative_mask_BC
+                similarity_BC, positive_index_B, temperature=temperature, negative_mask_BC=negative_mask_BC
             )
-            weight_BC = ega_weights(similarity_BC, positive_B, amplification=amplification, width=width)
+            weight_BC = ega_weights(similarity_BC, positive_index_B, amplification=amplification, width=width)
             amplified_BC = logits_BC.softmax(dim=1) * weight_BC
             if renormalize:
                 amplified_BC /= amplified_BC.sum(dim=1, keepdim=True)
-            gradient_BC = amplified_BC.scatter(1, positive_B[:, None], 0.0)
-            gradient_BC.scatter_(1, positive_B[:, None], -gradient_BC.sum(dim=1, keepdim=True))
+            gradient_BC = amplified_BC.scatter(1, positive_index_B[:, None], 0.0)
+            gradient_BC.scatter_(1, positive_index_B[:, None], -gradient_BC.sum(dim=1, keepdim=True))
             gradient_BC /= temperature
         # zero in value: x - x, with the wanted gradient in x alone
         carrier_B = (gradient_BC * similarity_BC.to(gradient_BC.dtype)).sum(dim=1)
@@ -82,7 +82,9 @@ def ega_loss(
     return loss_B if reduction == "none" else loss_B.mean()
 
 
-def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: float, width: float) -> Tensor:
+def ega_weights(
+    similarity_BC: Tensor, positive_index_B: Tensor, *, amplification: float, width: float
+) -> Tensor:
     """(B, C) weights 1 + amplification * exp(-|s_ij - s_ii| / width); 1 at the positive. No gradient (ours).
 
     Hard is what comes close to the positive's own similarity, not what is similar in itself
@@ -92,25 +94,25 @@ def ega_weights(similarity_BC: Tensor, positive_B: Tensor, *, amplification: flo
         raise ValueError(f"width={width} must be > 0")
     with torch.no_grad():
         similarity_BC = similarity_BC.to(torch.promote_types(similarity_BC.dtype, torch.float32))
-        relative_BC = similarity_BC - similarity_BC.gather(1, positive_B[:, None])
+        relative_BC = similarity_BC - similarity_BC.gather(1, positive_index_B[:, None])
         weight_BC = 1 + amplification * torch.exp(-relative_BC.abs() / width)
-        return weight_BC.scatter(1, positive_B[:, None], 1.0)
+        return weight_BC.scatter(1, positive_index_B[:, None], 1.0)
 
 
 def masked_logits(
-    similarity_BC: Tensor, positive_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None
+    similarity_BC: Tensor, positive_index_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None
 ) -> Tensor:
     """(B, C) similarity / temperature, -inf where a candidate may not act as a negative; never at the
     positive."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be > 0")
-    if similarity_BC.ndim != 2 or positive_B.shape != similarity_BC.shape[:1]:
+    if similarity_BC.ndim != 2 or positive_index_B.shape != similarity_BC.shape[:1]:
         raise ValueError(
-            f"expected (B, C) and (B,), got {tuple(similarity_BC.shape)} and {tuple(positive_B.shape)}"
+            f"expected (B, C) and (B,), got {tuple(similarity_BC.shape)} and {tuple(positive_index_B.shape)}"
         )
     logits_BC = similarity_BC.to(torch.promote_types(similarity_BC.dtype, torch.float32)) / temperature
     if negative_mask_BC is None:
         return logits_BC
     if negative_mask_BC.shape != similarity_BC.shape:
         raise ValueError(f"mask {tuple(negative_mask_BC.shape)} does not fit {tuple(similarity_BC.shape)}")
-    return logits_BC.masked_fill(~negative_mask_BC.scatter(1, positive_B[:, None], True), -torch.inf)
+    return logits_BC.masked_fill(~negative_mask_BC.scatter(1, positive_index_B[:, None], True), -torch.inf)

@@ -43,7 +43,7 @@ class ProcessorConfig:
 
 
 class ItemProcessor:
-    """Callable: items -> ModelInputs (`agff.batch.EncodeItems`). Holds a tokenizer, an image processor, no
+    """Callable: items -> ModelInputs (`agff.batch.ProcessItems`). Holds a tokenizer, an image processor, no
     weights."""
 
     def __init__(

@@ -2,7 +2,7 @@
 
 <release>/backbone/            weights, configuration, tokenizer and image processor as Hugging Face has them
           prompts.safetensors  the soft tokens
-          agff_config.json     the contract: prompts, limits, beta, versions, where it came from
+          agff_config.json     the contract: prompts, limits, fusion, versions, where it came from
           golden.safetensors   embeddings of built-in items, checked at every load
           README.md            the model card
 """
@@ -28,9 +28,10 @@ from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
+from agff.similarity import FusionConfig
 
 CONTRACT_FILE = "agff_config.json"
-FORMAT = 1
+FORMAT = 2
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference of a vector's component: another machine's arithmetic stays below, another model does
 not."""
@@ -56,7 +57,7 @@ def save_release(embedder: Embedder, folder: Path, *, origin: Mapping[str, Any])
         "format": FORMAT,
         "prompts": dataclasses.asdict(processor.prompts),
         "processor": dataclasses.asdict(processor.limits),
-        "beta": embedder.beta,
+        "fusion": dataclasses.asdict(embedder.fusion),
         "pooling": "last soft token of each prompt block, L2-normalised",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -81,7 +82,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
     model = EmbeddingModel(load_backbone(folder / "backbone", dtype=dtype, attention="sdpa"), prompts)
     model.prompted_embedding.vectors.data.copy_(load_file(folder / "prompts.safetensors")["vectors"])
     processor = ItemProcessor.from_folder(folder / "backbone", prompts=prompts, limits=limits)
-    embedder = Embedder(model.to(device), processor, beta=contract["beta"])
+    embedder = Embedder(model.to(device), processor, FusionConfig(**contract["fusion"]))
     if check:
         check_golden(
             embedder, load_file(folder / "golden.safetensors")["embeddings"], contract["dtype"], folder
@@ -150,7 +151,7 @@ def _model_card(contract: Mapping[str, Any]) -> str:
     return f"""# A multimodal embedding model
 
 Trained with AGFF-Embed and EGA: one global and {num_fine} fine-grained vectors per item, compared by a
-log-sum-exp of four global/fine similarities (beta {contract["beta"]}).
+log-sum-exp of four global/fine similarities (beta {contract["fusion"]["beta"]}).
 
     import agff
     model = agff.load("this folder")

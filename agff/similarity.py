@@ -12,10 +12,26 @@ So the gradient is a softmax over M x M pairs, and both passes work on one block
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from agff.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """How the four patterns of two items become one similarity; part of the model, stored in a release."""
+
+    beta: float = 0.05
+    """Softness of the fusion, in units of cosine; 0.01 to 0.2. Towards 0 it becomes a maximum."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ConfigError(f"fusion.beta={self.beta} must be > 0")
+
 
 BLOCK_ELEMENTS = 2**22
 """Pairs of vectors compared at once (16 MB in float32): large enough for full matmul speed, small beside any

@@ -53,9 +53,9 @@ def train_step(engine: StepEngine, objective: Objective, batch: Batch) -> StepRe
     negatives may differ between ranks: the ranks agree on the largest numbers and fill up with blank ones.
     """
     num_chunks, num_negatives = max_over_ranks(
-        [len(batch.chunks), batch.num_negatives], device=batch.order_R.device
+        [len(batch.chunks), batch.num_negatives], device=batch.row_of_item_R.device
     )
-    batch = batch.leveled(num_chunks=num_chunks, num_negatives=num_negatives)
+    batch = batch.padded_to(num_chunks=num_chunks, num_negatives=num_negatives)
     accumulate = _one_pass if batch.one_pass else _two_passes
     metrics, pair_loss_B = accumulate(engine, objective, batch)
     return StepResult(metrics=metrics, pair_loss_B=pair_loss_B, applied=engine.step())

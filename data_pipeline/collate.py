@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from agff.batch import Batch, EncodeItems, Item, SkippedSample
+from agff.batch import Batch, Item, ProcessItems, SkippedSample
 from data_pipeline.decode import Example
 
 
@@ -18,7 +18,7 @@ class FixedRows:
     rows: int
     """Divides the local pairs, so that all ranks have equal chunks, the negatives' aside."""
 
-    def cut(self, items: Sequence[Item], encode_items: EncodeItems) -> list[list[int]]:
+    def cut(self, items: Sequence[Item], process: ProcessItems) -> list[list[int]]:
         """Indices of the items of each chunk."""
         return [
             list(range(start, min(start + self.rows, len(items))))
@@ -36,9 +36,9 @@ class TokenBudget:
 
     max_tokens: int
 
-    def cut(self, items: Sequence[Item], encode_items: EncodeItems) -> list[list[int]]:
+    def cut(self, items: Sequence[Item], process: ProcessItems) -> list[list[int]]:
         """Indices of the items of each chunk, the longest first."""
-        lengths = [encode_items.num_tokens(item) for item in items]
+        lengths = [process.num_tokens(item) for item in items]
         order = sorted(range(len(items)), key=lambda index: -lengths[index])
         chunks = []
         while order:
@@ -53,7 +53,7 @@ Chunking = FixedRows | TokenBudget
 
 def collate(
     examples: Sequence[Example],
-    encode_items: EncodeItems,
+    process: ProcessItems,
     *,
     chunking: Chunking,
     skipped: Sequence[SkippedSample] = (),
@@ -68,16 +68,16 @@ def collate(
         *(example.target for example in examples),
         *(item for item, _ in negatives),
     ]
-    chunks = chunking.cut(items, encode_items)
+    chunks = chunking.cut(items, process)
     position = {item: row for row, item in enumerate(index for chunk in chunks for index in chunk)}
     return Batch(
-        chunks=tuple(encode_items([items[index] for index in chunk]) for chunk in chunks),
-        order_R=torch.tensor([position[index] for index in range(len(items))]),
+        chunks=tuple(process([items[index] for index in chunk]) for chunk in chunks),
+        row_of_item_R=torch.tensor([position[index] for index in range(len(items))]),
         query_ids_B=torch.tensor([example.query_id for example in examples]),
         target_ids_B=torch.tensor([example.target_id for example in examples]),
         negative_ids_N=torch.tensor([content_id for _, content_id in negatives], dtype=torch.int64),
         addresses=tuple(example.address for example in examples),
-        filler=encode_items([Item(text="")]),
+        filler=process([Item(text="")]),
         one_pass=one_pass,
         skipped=tuple(skipped),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from agff.batch import Batch, EncodeItems, SkippedSample
+from agff.batch import Batch, ProcessItems, SkippedSample
 from agff.errors import AgffError, DataError
 from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
@@ -39,7 +39,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
 
     plan: Plan
     reader: ShardReader
-    encode_items: EncodeItems
+    process: ProcessItems
     rank: int
     world_size: int
     chunking: Chunking
@@ -105,7 +105,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             self._example(step, self.rank * len(rows) + row, int(source), int(sample), decode_sample, skipped)
             for row, (source, sample) in enumerate(rows)
         ]
-        return collate(examples, self.encode_items, chunking=self.chunking, skipped=skipped)
+        return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
     def _example(
         self,
@@ -141,7 +141,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         example = self._decode(raw)
         for item in example.items:
             try:
-                self.encode_items([item])
+                self.process([item])
             except DataError as error:
                 raise DataError(f"{raw.address}: {error}") from None
         return example

@@ -199,7 +199,7 @@ def _train_from(
     with observer, closing(batches), Watchdog(rank.rank, after_s=config.stalled_step_s) as watchdog:
         return train(
             engine,
-            partial(contrastive_loss, config=config.loss),
+            partial(contrastive_loss, config=config.loss, fusion=config.fusion),
             batches,
             start_step=start_step,
             num_steps=config.num_steps,

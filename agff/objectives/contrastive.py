@@ -12,17 +12,15 @@ from agff.collectives import all_gather_rows, rank
 from agff.errors import ConfigError
 from agff.losses import ega_loss, ega_weights
 from agff.negatives import negative_mask
-from agff.similarity import PATTERNS, fused_similarity, pattern_shares
+from agff.similarity import PATTERNS, FusionConfig, fused_similarity, pattern_shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Fused similarity and EGA (README, Method)."""
+    """InfoNCE on the fused similarity, and EGA (README, Method)."""
 
     temperature: float = 0.02
     """Divides the fused similarity; 0.01 to 0.1 in practice."""
-    beta: float = 0.05
-    """Softness of the fusion of the four patterns, in units of cosine; 0.01 to 0.2."""
     amplification: float = 1.0
     """EGA: the hardest negative's gradient weighs 1 + amplification; 0 is plain InfoNCE."""
     width: float = 0.1
@@ -34,7 +32,7 @@ class LossConfig:
     """Also score each target against all queries, and average the two losses."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "beta", "width"):
+        for name in ("temperature", "width"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be > 0")
         if self.amplification < 0:
@@ -53,7 +51,13 @@ METRICS = (
 
 
 def contrastive_loss(
-    query_BMD: Tensor, target_BMD: Tensor, negative_NMD: Tensor, batch: Batch, config: LossConfig
+    query_BMD: Tensor,
+    target_BMD: Tensor,
+    negative_NMD: Tensor,
+    batch: Batch,
+    *,
+    config: LossConfig,
+    fusion: FusionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, metrics, pair losses): the mean loss over this rank's rows against all candidates; METRICS; (B,)
     of each row.
@@ -65,13 +69,14 @@ def contrastive_loss(
     `all_gather_rows`).
     """
     no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
-    pair_loss_B, similarity_BC, mask_BC, positive_B = _one_direction(
+    pair_loss_B, similarity_BC, mask_BC, positive_index_B = _one_direction(
         query_BMD,
         torch.cat([target_BMD, negative_NMD]),
         batch.query_ids_B,
         candidate_ids=torch.cat([batch.target_ids_B, batch.negative_ids_N]),
         partner_ids=torch.cat([batch.query_ids_B, no_partner_N]),
         config=config,
+        fusion=fusion,
     )
     if config.bidirectional:
         backward_loss_B, *_ = _one_direction(
@@ -81,12 +86,13 @@ def contrastive_loss(
             candidate_ids=batch.query_ids_B,
             partner_ids=batch.target_ids_B,
             config=config,
+            fusion=fusion,
         )
         pair_loss_B = (pair_loss_B + backward_loss_B) / 2
     loss = pair_loss_B.mean()
     with torch.no_grad():
-        measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_B, config)]
-        shares = pattern_shares(query_BMD, target_BMD, beta=config.beta)
+        measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_index_B, config)]
+        shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
         return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares]), pair_loss_B.detach()
 
 
@@ -98,17 +104,18 @@ def _one_direction(
     candidate_ids: Tensor,
     partner_ids: Tensor,
     config: LossConfig,
+    fusion: FusionConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """candidates: this rank's, of which the first B are the rows' positives, in order."""
     candidate_CMD = all_gather_rows(candidates)
     ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
     num_rows = row_BMD.shape[0]
-    positive_B = torch.arange(num_rows, device=row_BMD.device) + rank() * candidates.shape[0]
+    positive_index_B = torch.arange(num_rows, device=row_BMD.device) + rank() * candidates.shape[0]
     mask_BC = negative_mask(row_ids_B, candidate_ids[:num_rows], ids_C, partner_ids_C)
-    similarity_BC = fused_similarity(row_BMD, candidate_CMD, beta=config.beta)
+    similarity_BC = fused_similarity(row_BMD, candidate_CMD, beta=fusion.beta)
     loss_B = ega_loss(
         similarity_BC,
-        positive_B,
+        positive_index_B,
         temperature=config.temperature,
         amplification=config.amplification,
         width=config.width,
@@ -116,16 +123,18 @@ def _one_direction(
         negative_mask_BC=mask_BC,
         reduction="none",
     )
-    return loss_B, similarity_BC, mask_BC, positive_B
+    return loss_B, similarity_BC, mask_BC, positive_index_B
 
 
 def _similarity_metrics(
-    similarity_BC: Tensor, mask_BC: Tensor, positive_B: Tensor, config: LossConfig
+    similarity_BC: Tensor, mask_BC: Tensor, positive_index_B: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    positive_similarity_B = similarity_BC.gather(1, positive_B[:, None])[:, 0]
+    positive_similarity_B = similarity_BC.gather(1, positive_index_B[:, None])[:, 0]
     # a row without any negative has its hardest one at the lowest similarity there is
     hardest_B = similarity_BC.masked_fill(~mask_BC, -1.0).max(dim=1).values
-    weight_BC = ega_weights(similarity_BC, positive_B, amplification=config.amplification, width=config.width)
+    weight_BC = ega_weights(
+        similarity_BC, positive_index_B, amplification=config.amplification, width=config.width
+    )
     mean_weight = (weight_BC * mask_BC).sum() / mask_BC.sum().clamp(min=1)
     accuracy = (positive_similarity_B > hardest_B).to(similarity_BC.dtype).mean()
     return positive_similarity_B.mean(), hardest_B.mean(), accuracy, mean_weight

@@ -17,6 +17,7 @@ from agff.objectives.contrastive import LossConfig
 from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
+from agff.similarity import FusionConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
 from data_pipeline.remote import CacheConfig
 from launcher.run.hardware import Hardware, Precision
@@ -127,6 +128,7 @@ class RunConfig:
     """Ranks started on a machine without an accelerator when the launcher asked for one."""
     backbone: BackboneConfig
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig

@@ -36,7 +36,7 @@ class RunData:
         batches = StepBatches(
             plan=self.plan,
             reader=ShardReader(self.folder, self.manifest),
-            encode_items=processor,
+            process=processor,
             rank=rank,
             world_size=run.world_size,
             chunking=run.chunking,

@@ -48,4 +48,4 @@ def load_run(run: Path) -> tuple[Embedder, int]:
             f"{run}: checkpoint of step {step} does not fit the model of its configuration: "
             f"missing {sorted(trainable & set(missing))[:3]}, unexpected {unexpected[:3]}"
         )
-    return Embedder(model, build_processor(config), beta=config.loss.beta), step
+    return Embedder(model, build_processor(config), config.fusion), step

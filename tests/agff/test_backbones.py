@@ -20,6 +20,7 @@ from agff.errors import ConfigError
 from agff.families import LlavaOneVision
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
+from agff.similarity import FusionConfig
 from tests.drawings import tiny_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def test_items_of_any_kind_and_image_shape_are_encoded_the_same_alone_and_togeth
         {"text": "what is it?", "image": Image.new("RGB", (90, 31), "green")},
         {"text": "and <|image_1|> this?", "image": Image.new("RGB", (28, 112), "blue")},
     ]
-    embedder = Embedder(model, processor, beta=0.05)
+    embedder = Embedder(model, processor, FusionConfig())
     together = embedder.encode(items)
     assert together.shape == (4, 3, 32)
     alone = torch.cat([embedder.encode([item]) for item in items])

@@ -16,6 +16,7 @@ from agff.checkpoint import _written_files, newest_intact_step, restore_checkpoi
 from agff.checkpoint_folder import complete_steps, remove_old_checkpoints, remove_unfinished
 from agff.errors import CheckpointError
 from agff.objectives.contrastive import LossConfig, contrastive_loss
+from agff.similarity import FusionConfig
 from agff.step import train_step
 from tests.agff.test_step import NO_IMAGE_ON_RANK_1, NUM_ROWS, OPTIMIZER, zero_config
 from tests.agff.tiny import batch_of, global_rows, tiny_model
@@ -48,7 +49,7 @@ def losses(stage: int, lora: bool, folder: Path, start_step: int, save_step: int
     )
     if start_step:
         restore_checkpoint(engine, folder, step=start_step, trainable_only=lora)
-    objective = partial(contrastive_loss, config=LossConfig(amplification=2.0))
+    objective = partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig())
     measured = []
     for step in range(start_step, NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)

@@ -11,6 +11,7 @@ from agff.embedder import Embedder, as_item
 from agff.errors import ConfigError, DataError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
+from agff.similarity import FusionConfig
 from tests.agff.tiny import tiny_model
 from tests.drawings import tiny_backbone
 
@@ -128,7 +129,7 @@ def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(folder: Path
     processor = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
     model = EmbeddingModel(load_backbone(folder, dtype=torch.float32, attention="sdpa"), PROMPTS)
     torch.nn.init.normal_(model.prompted_embedding.vectors)
-    embedder = Embedder(model, processor, beta=0.05)
+    embedder = Embedder(model, processor, FusionConfig())
     items = [
         "a heart",
         IMAGE,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agff.objectives.contrastive import LossConfig, contrastive_loss
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
+from agff.similarity import FusionConfig
 from agff.step import train_step
 from data_pipeline.collate import TokenBudget
 from tests.agff.tiny import batch_of, global_rows, tiny_model
@@ -67,7 +68,11 @@ def gradients(
     rows = global_rows(NUM_ROWS, num_fine, rows_without_image=NO_IMAGE_ON_RANK_1)
     local = rows[rank * NUM_ROWS // world_size : (rank + 1) * NUM_ROWS // world_size]
     engine = PlainEngine(tiny_model(num_fine))
-    result = train_step(engine, partial(contrastive_loss, config=loss), batch_of(local, chunking, num_fine))
+    result = train_step(
+        engine,
+        partial(contrastive_loss, config=loss, fusion=FusionConfig()),
+        batch_of(local, chunking, num_fine),
+    )
     assert result.pair_loss_B.mean().item() == pytest.approx(result.metrics[0].item(), abs=1e-12)
     zero = torch.zeros(())
     return result.metrics[0].item(), {
@@ -143,7 +148,7 @@ def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_tar
         return float(query[i] @ (target[j] if side == "target" else negative[place[j]]))
 
     loss = LossConfig(amplification=0, temperature=0.5)
-    result = train_step(engine, partial(contrastive_loss, config=loss), batch)
+    result = train_step(engine, partial(contrastive_loss, config=loss, fusion=FusionConfig()), batch)
     expected = slow_losses(similarity, rows, temperature=0.5)
     assert result.pair_loss_B.tolist() == pytest.approx(expected, abs=1e-12)
     assert result.metrics[0].item() == pytest.approx(sum(expected) / NUM_ROWS, abs=1e-12)
@@ -169,7 +174,9 @@ def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
 
     engine = Recorder(tiny_model(0))
     rows = global_rows(4, 0, rows_without_image=range(0))
-    train_step(engine, partial(contrastive_loss, config=LossConfig()), batch_of(rows, 2, 0))
+    train_step(
+        engine, partial(contrastive_loss, config=LossConfig(), fusion=FusionConfig()), batch_of(rows, 2, 0)
+    )
     assert len(engine.seen) == 2 * 6, "queries, targets and negatives in chunks of 2, twice"
     assert torch.equal(torch.stack(engine.seen[:6]), torch.stack(engine.seen[6:]))
 
@@ -218,7 +225,11 @@ def train_with_zero(stage: int, chunk_size: int) -> tuple[dict[str, Tensor], lis
     for step in range(NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
         batch = batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 4)
-        result = train_step(engine, partial(contrastive_loss, config=LossConfig(amplification=2.0)), batch)
+        result = train_step(
+            engine,
+            partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig()),
+            batch,
+        )
         log.append((result.applied, engine.gradient_norm))
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
         return {name: p.detach().clone() for name, p in engine.model.named_parameters()}, log
@@ -256,7 +267,7 @@ def reference_training() -> tuple[dict[str, Tensor], list[float]]:
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
         train_step(
             Engine(),
-            partial(contrastive_loss, config=LossConfig(amplification=2.0)),
+            partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig()),
             batch_of(rows, NUM_ROWS, 4),
         )
     return {name: p.detach() for name, p in model.named_parameters()}, norms
@@ -335,7 +346,11 @@ def train_with_poison(stage: int, precision: Any, clip: float, value: float) -> 
         if step == POISONED_STEP and rank == 1:
             batch.chunks[0]["pixel_values"][0, 0] = value
         before = state_of(engine) if step else []
-        result = train_step(engine, partial(contrastive_loss, config=LossConfig(amplification=2.0)), batch)
+        result = train_step(
+            engine,
+            partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig()),
+            batch,
+        )
         log.append((result.applied, step == 0 or not same(before, state_of(engine))))
     return log
 

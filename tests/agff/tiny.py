@@ -136,7 +136,7 @@ def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Ba
         chunks=tuple(
             chunk([items[i][0] for i in part], [items[i][1] for i in part], num_fine) for part in parts
         ),
-        order_R=torch.tensor([order.index(i) for i in range(len(items))]),
+        row_of_item_R=torch.tensor([order.index(i) for i in range(len(items))]),
         query_ids_B=torch.tensor([row["query_id"] for row in rows]),
         target_ids_B=torch.tensor([row["target_id"] for row in rows]),
         negative_ids_N=torch.tensor([row["negative_id"] for row in with_negative], dtype=torch.int64),

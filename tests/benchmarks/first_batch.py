@@ -128,7 +128,7 @@ def ours(
     batches = StepBatches(
         plan=Plan(manifest, mixture, seed=0, global_batch_size=size),
         reader=ShardReader(shards, manifest),
-        encode_items=processor,
+        process=processor,
         rank=arguments.ranks // 3,
         world_size=arguments.ranks,
         chunking=FixedRows(rows=arguments.local_batch),

@@ -224,7 +224,7 @@ def our_batches(pairs: Pairs) -> StepBatches:
     return StepBatches(
         plan=Plan(manifest, Mixture(sub_batch_size=pairs.batch), seed=0, global_batch_size=pairs.batch),
         reader=ShardReader(folder, manifest),
-        encode_items=pairs.processor,
+        process=pairs.processor,
         rank=0,
         world_size=1,
         chunking=pairs.chunking,

@@ -30,7 +30,7 @@ def batch_of(seed: int, num_chunks: int, num_negatives: int) -> Batch:
 
     return Batch(
         chunks=tuple(chunk(2 + index) for index in range(num_chunks)),
-        order_R=torch.arange(4 + num_negatives),
+        row_of_item_R=torch.arange(4 + num_negatives),
         query_ids_B=torch.tensor([1, 2]),
         target_ids_B=torch.tensor([3, 4]),
         negative_ids_N=torch.arange(num_negatives),

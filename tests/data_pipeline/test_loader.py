@@ -60,7 +60,7 @@ def batches_of(
     return StepBatches(
         plan=choices.pop("plan", None) or Plan(manifest, mixture, seed=0, global_batch_size=8),
         reader=ShardReader(LocalFolder(folder), manifest),
-        encode_items=choices.pop("encode_items", None) or Encoder(),
+        process=choices.pop("process", None) or Encoder(),
         rank=rank,
         world_size=world_size,
         chunking=choices.pop("chunking", FixedRows(rows=2)),
@@ -74,7 +74,10 @@ def flat(batch: Batch) -> list[Any]:
     return [
         batch.addresses,
         batch.skipped,
-        *(x.tolist() for x in (batch.query_ids_B, batch.target_ids_B, batch.negative_ids_N, batch.order_R)),
+        *(
+            x.tolist()
+            for x in (batch.query_ids_B, batch.target_ids_B, batch.negative_ids_N, batch.row_of_item_R)
+        ),
         chunks,
     ]
 
@@ -212,7 +215,7 @@ def test_items_stand_in_order_whatever_the_chunks(shards: tuple[Path, Manifest])
         batch = batches_of(shards, chunking=chunking)[3]
         assert isinstance(batch, Batch)
         assert batch.one_pass == (chunking == FixedRows(rows=8))
-        batch = batch.leveled(num_chunks=len(batch.chunks) + 2, num_negatives=batch.num_negatives + 1)
+        batch = batch.padded_to(num_chunks=len(batch.chunks) + 2, num_negatives=batch.num_negatives + 1)
         query, target, negative = batch.split(torch.cat([chunk["pixels"] for chunk in batch.chunks]))
         seen.append((query.tolist(), target.tolist(), negative[:-1].tolist()))
         assert batch.negative_ids_N[-1] == NO_CONTENT
@@ -338,7 +341,7 @@ def test_a_fault_of_the_program_is_an_error_of_its_own_step(
     """It must reach the rank as DataError, on which all ranks end together, and never cost a batch
     silently."""
     clean = [flat(batches_of(shards)[step]) for step in range(8)]
-    texts = [texts_of(batches_of(shards, encode_items=Texts())[step]) for step in range(8)]
+    texts = [texts_of(batches_of(shards, process=Texts())[step]) for step in range(8)]
     bad, text = next(
         (step, text)
         for step in range(3, 8)
@@ -348,7 +351,7 @@ def test_a_fault_of_the_program_is_an_error_of_its_own_step(
     found = []
 
     def run() -> None:
-        batches = batches_of(shards, encode_items=Failing(error, text))
+        batches = batches_of(shards, process=Failing(error, text))
         found.extend(
             flat(b) for b in load_batches(batches, start_step=0, num_steps=8, num_workers=num_workers)
         )

@@ -296,7 +296,7 @@ def test_unusable_sample_is_shown_with_the_one_drawn_instead(
     batches = StepBatches(
         plan=damaged.plan(),
         reader=damaged.reader,
-        encode_items=load_processor(backbone),
+        process=load_processor(backbone),
         rank=0,
         world_size=1,
         chunking=FixedRows(rows=16),

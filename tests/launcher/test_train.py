@@ -460,9 +460,9 @@ def test_a_run_folder_of_another_configuration(
     train_once: Callable[[int], tuple[Path, str]], project: Path
 ) -> None:
     stage, (run, _) = 3, train_once(3)
-    result = run_command(f"{train_command(stage)} --loss.beta 0.1", project)
+    result = run_command(f"{train_command(stage)} --fusion.beta 0.1", project)
     assert result.returncode == 2, result.stdout
-    assert f"runs/{run.name} belongs to another configuration: loss.beta: 0.05 -> 0.1" in result.stdout
+    assert f"runs/{run.name} belongs to another configuration: fusion.beta: 0.05 -> 0.1" in result.stdout
     assert "Traceback" not in result.stdout
 
 

@@ -52,7 +52,7 @@ def test_overrides_win_over_the_recipe_wherever_it_stands(order: int) -> None:
         (["--loss.temprature", "1"], "temprature.*--help"),
         (["--loss.temperature", "0"], r"loss.temperature=0.0 must be > 0"),
         (["--loss.temperature", "warm"], "loss.temperature.*float.*warm"),
-        (["--loss.beta", "-1"], r"loss.beta=-1.0 must be > 0"),
+        (["--fusion.beta", "-1"], r"fusion.beta=-1.0 must be > 0"),
         (["--loss.amplification", "-1"], "loss.amplification=-1.0 must be >= 0"),
         (["--prompts.num_fine", "-1"], "prompts.num_fine=-1 must be >= 0"),
         (["--prompts.tokens_per_prompt", "5"], "must be 1, 2, 3 or 4"),
@@ -167,8 +167,8 @@ def test_our_deepspeed_files_are_accepted(path: Path) -> None:
 
 def test_differences_name_what_changes_the_mathematics() -> None:
     old = quickstart()
-    new = dataclasses.replace(old, save_every=7, loss=dataclasses.replace(old.loss, beta=0.1))
-    assert differences(as_dict(old), as_dict(new)) == ["loss.beta: 0.05 -> 0.1"]
+    new = dataclasses.replace(old, save_every=7, fusion=dataclasses.replace(old.fusion, beta=0.1))
+    assert differences(as_dict(old), as_dict(new)) == ["fusion.beta: 0.05 -> 0.1"]
     lora = quickstart("--backbone.lora.rank", "4")
     assert differences(as_dict(old), as_dict(lora)) == [
         "backbone.lora: None -> {'rank': 4, 'alpha': 16, 'dropout': 0.0}"

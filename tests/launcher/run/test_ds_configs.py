@@ -75,7 +75,7 @@ def gradient_errors() -> dict[str, float]:
             deepspeed_config=run.deepspeed,
             optimizer=config.optimizer,
             num_steps=9,
-            precision=run.precision,
+            autocast_dtype=run.autocast_dtype,
             device=device,
         )
         for index in range(NUM_CHUNKS):

@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+from agff.files import sha256_of
 
 STATE_FILE = "state.json"
 
@@ -84,8 +85,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def file_fingerprint(path: Path) -> str:
     """Size and SHA-256 of a file, as state.json has them."""
-    with path.open("rb") as file:
-        return f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"{path.stat().st_size} bytes, sha256 {sha256_of(path)}"
 
 
 def read_state(run: Path, step: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -45,3 +46,16 @@ def publish(partial: Path, path: Path) -> None:
     new one."""
     sync(partial)
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, in one piece: a kill leaves the old file or the whole new one."""
+    partial = partial_path(path)
+    partial.write_text(text, encoding="utf-8")
+    publish(partial, path)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from agff.errors import ConfigError, DataError
-from agff.files import partial_path, publish
+from agff.files import sha256_of, write_text
 from data_pipeline.layouts.mmeb_train import count_rows, find_subsets, parquet_files, read_pairs
 from data_pipeline.manifest import (
     MANIFEST_FILE,
@@ -141,8 +141,7 @@ def _settings(root: Path, rows: dict[str, int], split: str, rows_per_shard: int)
     for subset in rows:
         digest = hashlib.sha256()
         for path in parquet_files(root, subset, split=split):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(path)))
         inputs[subset] = {"rows": rows[subset], "sha256": digest.hexdigest()}
     return {"split": split, "rows_per_shard": rows_per_shard, "subsets": inputs}
 
@@ -170,7 +169,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(marker, json.dumps(settings, indent=1) + "\n")
+    write_text(marker, json.dumps(settings, indent=1) + "\n")
 
 
 def _write_shards(tasks: Sequence[_Task], executor: Callable[[], AbstractContextManager[Any]] | None) -> None:
@@ -197,7 +196,7 @@ def _write_one(task: _Task) -> int:
     """Write a shard and, when it is on disk, its record; the number of rows dealt with."""
     pairs = read_pairs(task.root, task.subset, split=task.split, start=task.start, stop=task.stop)
     record = write_shard(task.path, pairs, first_row=task.start)
-    _write_text(task.record_path, json.dumps(asdict(record)))
+    write_text(task.record_path, json.dumps(asdict(record)))
     return task.stop - task.start
 
 
@@ -233,12 +232,5 @@ def _read_record(path: Path) -> ShardRecord:
 
 def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> int:
     rejected = [{"row": row, "reason": reason} for record in records for row, reason in record.rejected]
-    _write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
     return len(rejected)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """In one piece and on disk: a kill at any moment leaves the old file or the new one."""
-    partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
-    publish(partial, path)

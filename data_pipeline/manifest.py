@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
-from agff.files import partial_path, publish
+from agff.files import partial_path, publish, sha256_of, write_text
 from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile
 
 MANIFEST_FILE = "manifest.json"
@@ -123,9 +123,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "settings": dict(manifest.settings),
         "sources": {name: asdict(source) for name, source in sorted(manifest.sources.items())},
     }
-    partial = partial_path(folder / MANIFEST_FILE)
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    publish(partial, folder / MANIFEST_FILE)
+    write_text(folder / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequence[int]]]) -> StoredFile:
@@ -142,8 +140,7 @@ def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequen
             ]
             writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
     size_bytes = partial.stat().st_size
-    with partial.open("rb") as written:
-        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    sha256 = sha256_of(partial)
     publish(partial, path)
     return StoredFile(name=INDEX_FILE, size_bytes=size_bytes, sha256=sha256)
 
@@ -200,8 +197,7 @@ def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: 
             return f"{path}: {what} has {found:,} bytes, the manifest says {file.size_bytes:,}; {remedy}"
         if not hashes:
             return None
-        with path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256_of(path)
     except FileNotFoundError:
         return f"{path}: {what} is missing; {remedy}"
     except OSError as error:

@@ -8,7 +8,6 @@ fetching the same file.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from agff.errors import AgffError, ConfigError, StorageError
-from agff.files import locked, publish
+from agff.files import locked, publish, sha256_of
 from data_pipeline.retries import DamagedError, with_retries
 from data_pipeline.storage import LocalFolder, StoredFile
 
@@ -201,8 +200,7 @@ class CachedFolder:
             raise StorageError(f"{url}: the file is missing there, the manifest names it") from None
         if (size := partial.stat().st_size) != file.size_bytes:
             raise DamagedError(f"{size:,} bytes came, the manifest says {file.size_bytes:,}")
-        with partial.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = sha256_of(partial)
         if digest != file.sha256:
             raise DamagedError(
                 f"SHA-256 of what came is {digest[:12]}..., the manifest says {file.sha256[:12]}..."

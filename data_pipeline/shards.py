@@ -22,7 +22,7 @@ from PIL import Image
 
 from agff.batch import IMAGE_FORMATS
 from agff.errors import DataError
-from agff.files import partial_path, publish
+from agff.files import partial_path, publish, sha256_of
 from data_pipeline.decode import FORMATS, MAX_PIXELS
 from data_pipeline.layouts.mmeb_train import Pair, Side
 from data_pipeline.reader import MAX_IMAGE_BYTES
@@ -72,8 +72,7 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
                     stored[digest] = _Stored(name=header.name, offset=tar.offset + tarfile.BLOCKSIZE)
                 tar.addfile(header, io.BytesIO(content))
             samples.append((offset, tar.offset - offset))
-    with partial.open("rb") as written:
-        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    sha256 = sha256_of(partial)
     size_bytes = partial.stat().st_size
     publish(partial, path)
     return ShardRecord(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import tarfile
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from agff.errors import DataError
+from agff.files import sha256_of
 from data_pipeline.decode import decode
 from data_pipeline.manifest import (
     Manifest,
@@ -116,8 +116,7 @@ def indexed_samples(folder: LocalFolder, manifest: Manifest, source: str) -> lis
 
 
 def _identity(path: Path, name_of_hash: Mapping[str, str]) -> str:
-    with path.open("rb") as file:
-        name = name_of_hash.get(hashlib.file_digest(file, "sha256").hexdigest())
+    name = name_of_hash.get(sha256_of(path))
     return f" (these are the bytes of {name})" if name else ""
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agff.errors import AgffError, ConfigError, DataError
+from agff.files import write_text
 from agff.scoring import MmebReport, MmvpReport, mmeb_report
 from data_pipeline.layouts.mmeb_eval import EvalSet, find_eval_sets, read_eval_set
 from data_pipeline.layouts.mmvp import MmvpPair, read_mmvp
@@ -59,9 +60,7 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], EmbeddingModel]) -
 def write_scores(path: Path, values: Mapping[str, Any]) -> None:
     """Write the JSON file in one piece: an interrupted run leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_benchmarks(arguments: argparse.Namespace) -> tuple[list[EvalSet], tuple[MmvpPair, ...]]:

@@ -117,6 +117,24 @@ def test_data_pipeline_knows_little_of_agff() -> None:
     assert wrong == []
 
 
+ONE_ROAD = {
+    "hashlib.file_digest": "agff/files.py",
+    "os.fsync": "agff/files.py",
+    "fcntl.flock": "agff/files.py",
+}
+"""What is done in one file only, so that it is done alike everywhere."""
+
+
+def test_there_is_one_road_to_each_end() -> None:
+    calls = [
+        (ast.unparse(node.func), name_of(path))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    assert {(call, file) for call, file in calls if call in ONE_ROAD} == set(ONE_ROAD.items())
+
+
 MOST_LINES = 300
 
 

@@ -3,7 +3,6 @@ disk."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from agff.errors import ConfigError, DataError
+from agff.files import sha256_of
 
 MAX_MEMBER_BYTES = 128 * 1024**2
 """Larger than any JSON file in the packages; a bound on what a wrong archive can make us read."""
@@ -48,12 +48,12 @@ def fetch_package(package: Package, folder: Path) -> Path:
     Raises ConfigError when npm is absent or fails, DataError when the archive is not the pinned one.
     """
     archive = folder / package.file_name
-    if archive.exists() and _sha256(archive) == package.sha256:
+    if archive.exists() and sha256_of(archive) == package.sha256:
         return archive
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         downloaded = _npm_pack(package, Path(temporary))
-        found = _sha256(downloaded)
+        found = sha256_of(downloaded)
         if found != package.sha256:
             raise DataError(
                 f"{package.spec}: SHA-256 is {found}, expected {package.sha256}; the download is not the "
@@ -131,8 +131,3 @@ def _read_json(archive: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> An
         return json.loads(file.read())
     except ValueError as error:
         raise DataError(f"{archive.name}:{info.name}: not JSON: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ import yaml
 from agff.checkpoint_folder import read_state
 from agff.collectives import raise_together, rank
 from agff.errors import CheckpointError, ConfigError
-from agff.files import publish
+from agff.files import write_text
 from data_pipeline.plan import plan_changes
 from launcher.command_line import config_from_values
 from launcher.run.changes import differences
@@ -27,7 +27,7 @@ from launcher.run.config import ResolvedRun, RunConfig, as_dict
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.json"
 LOCK_FILE = ".lock"
-WRITTEN_FIRST = {LOCK_FILE, DEEPSPEED_FILE, f"{DEEPSPEED_FILE}.partial", f"{CONFIG_FILE}.partial"}
+WRITTEN_FIRST = (LOCK_FILE, DEEPSPEED_FILE, f"{DEEPSPEED_FILE}.*.partial", f"{CONFIG_FILE}.*.partial")
 """What a start that was killed may leave in a folder that is no run yet."""
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def check_run_folder(run: ResolvedRun) -> None:
     """Reads only. Raises ConfigError when the folder holds something else, or a run of another
     configuration."""
     folder = run.run_dir
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= WRITTEN_FIRST:
+    if not folder.exists() or all(any(map(path.match, WRITTEN_FIRST)) for path in folder.iterdir()):
         return
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(
@@ -133,9 +133,7 @@ def write_run_folder(run: ResolvedRun) -> None:
         (DEEPSPEED_FILE, json.dumps(run.deepspeed, indent=2) + "\n"),
         (CONFIG_FILE, yaml.safe_dump(as_dict(run.config), sort_keys=False)),
     ):
-        partial = run.run_dir / f"{name}.partial"
-        partial.write_text(text)
-        publish(partial, run.run_dir / name)
+        write_text(run.run_dir / name, text)
 
 
 def read_run_config(folder: Path) -> RunConfig:

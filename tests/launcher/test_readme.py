@@ -1,4 +1,4 @@
-"""Every command of the README is run: here, in test_train.py, or by the command that runs these tests."""
+"""Every command of every README is run: here, in test_train.py, or by the command that runs these tests."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from PIL import Image
 
 from tests.launcher.runs import REPOSITORY, run_command, train_command
 
-README = (REPOSITORY / "README.md").read_text()
-COMMANDS = re.findall(
+READMES = {path: path.read_text() for path in [REPOSITORY / "README.md", *REPOSITORY.glob("*/README.md")]}
+README = READMES[REPOSITORY / "README.md"]
+COMMAND = re.compile(
     r"^ {4,7}((?:make|python|mpirun|deepspeed|srun|sbatch|source|hf|agff|tensorboard) [^#\n]*[^#\s])",
-    README,
-    flags=re.MULTILINE,
+    re.MULTILINE,
 )
+COMMANDS = list(dict.fromkeys(command for text in READMES.values() for command in COMMAND.findall(text)))
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 ELSEWHERE = {
     "make test": "runs this test",
+    "make test-full": "this test is part of it",
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
@@ -43,16 +45,32 @@ ELSEWHERE = {
         )
     },
     "deepspeed --hostfile hosts launcher/train.py": "needs pdsh and sshd; run by hand",
-    "make demo": "needs the package registries; run by hand, its figures stand in the README",
+    "make demo": "needs the package registries; run by hand, its figures are in the README",
     "python launcher/quickstart_data.py": "needs the package registries; part of make demo",
     "tensorboard --logdir runs": "a server; test_train.py reads the events it shows",
     **{train_command(stage): "the fixture `trained` of test_train.py" for stage in (1, 2, 3)},
 }
 
 
-def test_readme_has_commands_and_those_run_elsewhere_are_still_in_it() -> None:
-    assert len(COMMANDS) > 8
+def test_readmes_have_commands_and_those_run_elsewhere_are_still_in_them() -> None:
+    assert len(COMMANDS) > 20
     assert set(ELSEWHERE) <= set(COMMANDS)
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180, "what belongs beside its code?"
+
+
+def test_files_that_a_readme_names_are_there() -> None:
+    named = {
+        (readme.relative_to(REPOSITORY).as_posix(), name)
+        for readme, text in READMES.items()
+        for name in re.findall(r"`((?:agff|data_pipeline|ds_configs|launcher|slurm|tests)/[\w./*-]*)`", text)
+    }
+    assert len(named) > 15
+    assert [
+        (readme, name) for readme, name in sorted(named) if not list(REPOSITORY.glob(name.rstrip("/")))
+    ] == []
 
 
 @pytest.mark.timeout(600)

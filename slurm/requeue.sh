@@ -3,7 +3,7 @@
 # Who asks: --signal=B:USR1@300 before the time limit, preemption, `scancel --batch --signal=USR1 JOB`.
 set -euo pipefail
 
-patiently() { # CMD... : again for two minutes when it fails, as while Slurm's controller restarts
+patiently() { # CMD... : retried for two minutes when it fails, for example while Slurm's controller restarts
   local attempt
   for attempt in {1..12}; do
     ! "$@" || return 0
@@ -16,7 +16,7 @@ STOPPED_ON_REQUEST=75 # launcher/train.py: a checkpoint is written, the same com
 
 run_and_requeue() { # CMD... : run it (an srun), exit with its code
   local asked=no interrupted=yes code=0 job
-  trap 'asked=yes interrupted=yes; echo "slurm: asked to stop, telling the ranks"; kill -USR1 "$srun_pid" || true' USR1 TERM
+  trap 'asked=yes interrupted=yes; echo "slurm: asked to stop, signalling the ranks"; kill -USR1 "$srun_pid" || true' USR1 TERM
   "$@" &
   srun_pid=$!
   while [[ $interrupted == yes ]]; do # a signal ends `wait` early, while srun and its ranks still save

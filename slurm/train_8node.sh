@@ -6,7 +6,7 @@
 #SBATCH --cpus-per-task=8        # for a rank and the processes that load its data
 #SBATCH --mem=0                  # all memory of each machine: loaders hold batches, whoever takes all GPUs takes it too
 #SBATCH --time=24:00:00          # of one turn in the queue; the run continues in the next
-#SBATCH --signal=B:USR1@300      # so many seconds before that limit: save and go back into the queue
+#SBATCH --signal=B:USR1@300      # seconds before that limit: save and requeue
 #SBATCH --requeue                # a lost machine brings the job back too
 #SBATCH --output=slurm-%x-%j.out # in the clone: slurm-agff-train-<job>.out
 #SBATCH --open-mode=append       # one log for all turns

@@ -4,7 +4,7 @@ of chunks."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -12,21 +12,47 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from agff.errors import DataError
+
 IMAGE_PLACEHOLDER = "<|image_1|>"
-"""Where the image stands in a text, whatever the backbone; MMEB's own spelling."""
-
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Image files that are opened at all: Pillow would hand others, such as EPS, to a program of the machine."""
+"""Marks the place of the image in a text, whatever the backbone; MMEB's own spelling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One thing to embed. `text` holds IMAGE_PLACEHOLDER exactly once when there is an image, never
-    otherwise."""
+    """One thing to embed. Raises DataError when text and image are not what a model can be given."""
 
     text: str
+    """Holds IMAGE_PLACEHOLDER exactly once when there is an image, never otherwise."""
     image: Image.Image | None = None
+    """As agff.images makes it: RGB, upright."""
+    address: str = field(default="", compare=False)
+    """Where it comes from, for errors; "" where nobody knows."""
+
+    def __post_init__(self) -> None:
+        if problem := text_problem(self.text, has_image=self.image is not None):
+            raise self.error(problem)
+
+    def error(self, problem: str) -> DataError:
+        """The problem as an error that names the item."""
+        return DataError(f"{self.address}: {problem}" if self.address else problem)
+
+
+def text_problem(text: object, *, has_image: bool) -> str | None:
+    """Why this cannot be an item's text; None when it can.
+
+    It must be a str that UTF-8 can write, with the placeholder once beside an image and never without one.
+    """
+    if not isinstance(text, str):
+        return f"a text must be a str, found {type(text).__name__} {text!r:.60}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"text {text[:60]!r} holds half a surrogate pair at character {error.start}"
+    if (found := text.count(IMAGE_PLACEHOLDER)) == int(has_image):
+        return None
+    rule = "beside an image it must appear once" if has_image else "without an image it must not appear"
+    return f"{IMAGE_PLACEHOLDER} appears {found} times in text {text[:60]!r}; {rule}"
 
 
 ModelInputs = Mapping[str, Tensor]
@@ -34,14 +60,14 @@ ModelInputs = Mapping[str, Tensor]
 
 
 class ProcessItems(Protocol):
-    """Items -> inputs of one chunk (`agff.processor.ItemProcessor`). Raises DataError for an item it cannot
+    """Items -> inputs of one chunk (`agff.processor.ItemProcessor`). Raises `Item.error` of an item it cannot
     represent."""
 
     def __call__(self, items: Sequence[Item]) -> ModelInputs:
         """Inputs of the items as the rows of one chunk."""
 
     def num_tokens(self, item: Item) -> int:
-        """Length of the item's row, known without encoding it."""
+        """Length of the item's row, known without processing it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +80,7 @@ class SkippedSample:
 
 
 NO_CONTENT = -1
-"""In place of a content id: nothing stands here. Real ids are not negative."""
+"""In place of a content id: there is nothing. Real ids are not negative."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +90,7 @@ class Batch:
 
     chunks: tuple[ModelInputs, ...]
     row_of_item_R: Tensor
-    """int64: where item i stands among the rows of all chunks; items are the B queries, the B targets, the N
+    """int64: where item i is among the rows of all chunks; items are the B queries, the B targets, the N
     negatives."""
     query_ids_B: Tensor
     """int64 content ids: equal ids mean equal text and image bytes."""
@@ -102,7 +128,7 @@ class Batch:
 
     @property
     def num_negatives(self) -> int:
-        """N, the explicit negatives of this rank and what stands for them."""
+        """N, the explicit negatives of this rank and their padding."""
         return self.negative_ids_N.shape[0]
 
     @property

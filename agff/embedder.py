@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +14,34 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.batch import IMAGE_FORMATS, IMAGE_PLACEHOLDER, Item
+from agff.batch import Item, text_problem
 from agff.embedding_model import EmbeddingModel
-from agff.errors import DataError
+from agff.errors import DataError, all_or_errors
+from agff.images import open_image
+from agff.item_text import MMEB_TEXTS, TextRule
 from agff.processor import ItemProcessor
 from agff.similarity import FusionConfig, fused_similarity
 
 AnyItem = Item | str | Image.Image | Path | Mapping[str, Any]
 """A text, an image (PIL or path), or {"text": ..., "image": PIL or path} with either or both."""
+ITEM_KINDS = "str (a text), Path or PIL image, or dict of text and image"
 
 
 class Embedder:
     """A model and the processor it was trained with. `agff.load` makes one from a release folder."""
 
-    def __init__(self, model: EmbeddingModel, processor: ItemProcessor, fusion: FusionConfig) -> None:
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        processor: ItemProcessor,
+        fusion: FusionConfig,
+        *,
+        texts: TextRule = MMEB_TEXTS,
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.fusion = fusion
+        self.texts = texts
 
     @property
     def device(self) -> torch.device:
@@ -44,24 +57,41 @@ class Embedder:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def encode(self, items: Sequence[AnyItem], *, batch_size: int = 32, progress: bool = False) -> Tensor:
+    def encode(
+        self, items: AnyItem | Iterable[AnyItem], *, batch_size: int = 32, progress: bool = False
+    ) -> Tensor:
         """(N, 1 + K, D) float32 unit embeddings on the CPU; index 0 is the global one.
 
-        An image whose text does not say where it belongs (`<|image_1|>`) stands before the text, as in MMEB.
-        Raises DataError for an item that is none of AnyItem or an image that cannot be read.
+        items: a list, tuple, generator, array or column of items. One item is taken as a list of one: N is 1.
+        A text alone is taken as it is, an image gets the text that `self.texts` says (agff/item_text.py). By
+        MMEB's rule that is `<|image_1|>`, a line break, the text or else "Represent the given image.", a line
+        break; a text that holds `<|image_1|>` is complete. Beyond `max_tokens` a text loses its end.
+
+        Raises DataError with a line for each item of a batch that cannot be used, as `items[3]: ...`.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be >= 1")
+        numbered = enumerate(_items(items))
         chunks = []
-        starts = range(0, len(items), batch_size)
-        for start in tqdm(starts, desc="encode", unit="batch", disable=not progress):
-            inputs = self.processor([as_item(item) for item in items[start : start + batch_size]])
-            with torch.inference_mode():
-                moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-                chunks.append(self.model(moved).cpu())
+        total = math.ceil(len(items) / batch_size) if isinstance(items, list | tuple) else None
+        with tqdm(total=total, desc="encode", unit="batch", disable=not progress) as bar:
+            while batch := list(itertools.islice(numbered, batch_size)):
+                chunks.append(self._encode_batch(batch))
+                bar.update()
         if not chunks:
             return torch.empty(
                 0, self.model.prompts.num_vectors, self.model.prompted_embedding.vectors.shape[1]
             )
         return torch.cat(chunks)
+
+    def _encode_batch(self, batch: Sequence[tuple[int, AnyItem]]) -> Tensor:
+        def item(numbered: tuple[int, AnyItem]) -> Item:
+            number, value = numbered
+            return as_item(value, self.texts, address=f"items[{number}]")
+
+        inputs = self.processor(all_or_errors(item, batch))
+        with torch.inference_mode():
+            return self.model({name: tensor.to(self.device) for name, tensor in inputs.items()}).cpu()
 
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
         """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training
@@ -69,33 +99,51 @@ class Embedder:
         return fused_similarity(a_NMD, b_CMD, beta=self.fusion.beta)
 
 
-def as_item(value: AnyItem) -> Item:
-    """What `encode` accepts, as an Item with an open RGB image and the placeholder in place."""
+def as_item(value: AnyItem, texts: TextRule = MMEB_TEXTS, *, address: str = "") -> Item:
+    """What `encode` accepts, as an Item: its image opened, its text complete by the rule. Raises DataError
+    that starts with the address."""
     if isinstance(value, Item):
-        return value
+        address = value.address or address
+        opened = value.image and open_image(value.image, address)
+        return Item(text=value.text, image=opened, address=address)
+    text: Any
+    image: Any
     if isinstance(value, Mapping):
-        unknown = set(value) - {"text", "image"}
-        if unknown:
-            raise DataError(f"an item has the keys {sorted(unknown)}; known are text and image")
-        text, image = value.get("text") or "", value.get("image")
+        if unknown := [key for key in value if key not in ("text", "image")]:
+            raise _error(address, f"unknown keys {unknown}; an item has text, image or both")
+        text, image = value.get("text"), value.get("image")
+    elif isinstance(value, str):
+        text, image = value, None
+    elif isinstance(value, Path | Image.Image):
+        text, image = None, value
     else:
-        text, image = (value, None) if isinstance(value, str) else ("", value)
+        raise _error(address, f"an item is a {ITEM_KINDS}, found {type(value).__name__} {value!r:.60}")
+    if not isinstance(text, str | None):
+        raise _error(address, text_problem(text, has_image=False) or "")
+    if not isinstance(image, str | Path | Image.Image | None):
+        raise _error(address, f"image must be a path or a PIL image, found {type(image).__name__}")
     if image is None:
         if not text:
-            raise DataError("an item has neither text nor image")
-        return Item(text=text)
-    if IMAGE_PLACEHOLDER not in text:
-        text = f"{IMAGE_PLACEHOLDER}\n{text}"
-    return Item(text=text, image=_open(image))
+            raise _error(address, "neither text nor image")
+        return Item(text=str(text), address=address)
+    if not isinstance(image, Image.Image):
+        address = f"{address}: {image}" if address else str(image)
+    return Item(text=texts.beside_image(text or ""), image=open_image(image, address), address=address)
 
 
-def _open(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if not isinstance(image, str | Path):
-        raise DataError(f"an image is a path or a PIL image, found a {type(image).__name__}")
+def _items(items: Any) -> Iterator[Any]:
+    """The items one by one, whatever holds them."""
+    if isinstance(items, str | Path | Image.Image | Mapping | Item):
+        return iter([items])
+    is_table = hasattr(items, "columns")  # iterating over one gives its columns or their names
     try:
-        with Image.open(image, formats=IMAGE_FORMATS) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{image}: cannot read the image: {error}") from None
+        if not is_table and not isinstance(items, bytes | bytearray):
+            return iter(items)
+    except TypeError:
+        pass
+    remedy = "; a table becomes a list by .to_dict('records')" if is_table else ""
+    raise DataError(f"give a list of items, each a {ITEM_KINDS}; found {type(items).__name__}{remedy}")
+
+
+def _error(address: str, problem: str) -> DataError:
+    return DataError(f"{address}: {problem}" if address else problem)

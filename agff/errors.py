@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Self, TypeVar
+
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
 class AgffError(Exception):
-    """Something the person can mend; its text stands alone, without a traceback."""
+    """Something the person can fix; its text is printed alone, without a traceback."""
 
     on_all_ranks = False
     """True when every rank raises the same error, so that one of them says it for all."""
@@ -37,3 +41,16 @@ class TrainingError(AgffError):
 
 class CheckpointError(AgffError):
     """A run folder, checkpoint or release is missing, half written or belongs to something else."""
+
+
+def all_or_errors(make: Callable[[Value], Result], values: Iterable[Value]) -> list[Result]:
+    """`make(value)` of each value. Raises one DataError, with a line for each value whose `make` raised."""
+    results, problems = [], []
+    for value in values:
+        try:
+            results.append(make(value))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return results

@@ -6,8 +6,7 @@ others. It always uses the PIL image processors: with torchvision present or abs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import torch
 from PIL import Image
 
 from agff.batch import IMAGE_PLACEHOLDER, Item, ModelInputs
-from agff.errors import ConfigError, DataError
+from agff.errors import ConfigError, DataError, all_or_errors
 from agff.families import family_of
+from agff.images import is_as_model_sees
 from agff.prompts import PromptConfig
 
 
@@ -96,21 +96,22 @@ class ItemProcessor:
     def __call__(self, items: Sequence[Item]) -> ModelInputs:
         """Inputs of one chunk of rows.
 
-        input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token
-        stands; and the image processor's own tensors. There is always at least one image: a chunk of texts
+        input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token is;
+        and the image processor's own tensors. There is always at least one image: a chunk of texts
         carries a small blank one behind its shortest row, outside the attention, so that every rank calls the
         same modules under ZeRO-3 (exact: its gradient is zero).
 
-        Raises DataError for a text that holds the image placeholder or the backbone's own image token
-        wrongly, or an image that needs more than `max_tokens` or that the image processor refuses, as one
-        thinner than 1:200.
+        Raises DataError, with a line for each item and its address, for a text that holds the backbone's own
+        image token, an image that needs more than `max_tokens` or that the image processor refuses, as one
+        thinner than 1:200, or one that agff.images has not opened.
         """
-        images = [item.image for item in items if item.image is not None]
-        with _refusals_as_data_errors():
-            pixels = dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
+        images = all_or_errors(_image_as_model_sees, (item for item in items if item.image is not None))
+        pixels = self._pixels(items, images)
         num_image_tokens = self.family.num_image_tokens(pixels)
         per_item = iter(num_image_tokens)
-        rows = [self._row(item, next(per_item) if item.image is not None else 0) for item in items]
+        rows = all_or_errors(
+            lambda item: self._row(item, next(per_item) if item.image is not None else 0), items
+        )
         prompt_start_B = torch.tensor([len(row) - self.prompts.num_tokens for row in rows])
         lengths = [len(row) for row in rows]
         if not images:
@@ -141,12 +142,22 @@ class ItemProcessor:
     def tokenize(self, text: str) -> list[int]:
         """Ids of a plain text. Special tokens spelled out in it are text too: content cannot steer the
         model."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        # verbose: transformers would warn of a long text, which is cut afterwards
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+
+    def _pixels(self, items: Sequence[Item], images: Sequence[Image.Image]) -> dict[str, Any]:
+        """The image processor's tensors of the items' images, or of a blank one."""
+        try:
+            return dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
+        except ValueError as error:  # it cannot resize one of them and does not say which
+            all_or_errors(self._num_image_tokens, items)
+            raise DataError(f"the backbone's image processor refuses {len(images)} images: {error}") from None
 
     def _row(self, item: Item, num_image_tokens: int) -> list[int]:
-        check_placeholder(item)
         if self.family.image_token in item.text:
-            raise DataError(
+            raise item.error(
                 f"text {item.text[:60]!r} holds the backbone's own image token {self.family.image_token}; "
                 f"write {IMAGE_PLACEHOLDER} where the image belongs"
             )
@@ -156,7 +167,7 @@ class ItemProcessor:
         image_ids = self._image_ids(num_image_tokens) if item.image is not None else []
         room = self.limits.max_tokens - len(image_ids) - self.prompts.num_tokens
         if room < 0:
-            raise DataError(
+            raise item.error(
                 f"image of {item.image.size if item.image else None} pixels needs {len(image_ids)} tokens "
                 f"and the prompts {self.prompts.num_tokens}, more than "
                 f"processor.max_tokens={self.limits.max_tokens}; "
@@ -170,8 +181,10 @@ class ItemProcessor:
     def _num_image_tokens(self, item: Item) -> int:
         if item.image is None:
             return 0
-        with _refusals_as_data_errors():
+        try:
             return self.family.num_tokens_of_size(item.image.height, item.image.width, self.image_processor)
+        except ValueError as error:
+            raise item.error(f"the backbone's image processor refuses the image: {error}") from None
 
     def _image_ids(self, num_image_tokens: int) -> list[int]:
         return self._before_image + [self._image_token_id] * num_image_tokens + self._after_image
@@ -188,22 +201,12 @@ class ItemProcessor:
         return Image.new("RGB", (self.family.blank_image_size, self.family.blank_image_size))
 
 
-@contextmanager
-def _refusals_as_data_errors() -> Iterator[None]:
-    """Image processors raise ValueError for an image that they cannot resize."""
-    try:
-        yield
-    except ValueError as error:
-        raise DataError(f"the backbone's image processor refuses the image: {error}") from None
-
-
-def check_placeholder(item: Item) -> None:
-    """Raise DataError unless IMAGE_PLACEHOLDER stands exactly once in the text of an item with an image, else
-    nowhere."""
-    found, expected = item.text.count(IMAGE_PLACEHOLDER), int(item.image is not None)
-    if found != expected:
-        what = "an image" if expected else "no image"
-        raise DataError(
-            f"text {item.text[:60]!r} holds {IMAGE_PLACEHOLDER} {found} times, the item has {what}; "
-            f"it must stand there exactly {expected} time(s)"
+def _image_as_model_sees(item: Item) -> Image.Image:
+    image = item.image
+    assert image is not None
+    if not is_as_model_sees(image):
+        raise item.error(
+            f"the image has mode {image.mode} or an orientation to apply; it must be RGB and upright, as "
+            "agff.images.open_image makes it"
         )
+    return image

@@ -26,12 +26,13 @@ from agff.batch import IMAGE_PLACEHOLDER, Item
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
+from agff.item_text import TextRule
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig
 
 CONTRACT_FILE = "agff_config.json"
-FORMAT = 2
+FORMAT = 3
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference of a vector's component: another machine's arithmetic stays below, another model does
 not."""
@@ -58,6 +59,7 @@ def save_release(embedder: Embedder, folder: Path, *, origin: Mapping[str, Any])
         "prompts": dataclasses.asdict(processor.prompts),
         "processor": dataclasses.asdict(processor.limits),
         "fusion": dataclasses.asdict(embedder.fusion),
+        "texts": dataclasses.asdict(embedder.texts),
         "pooling": "last soft token of each prompt block, L2-normalised",
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -82,7 +84,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
     model = EmbeddingModel(load_backbone(folder / "backbone", dtype=dtype, attention="sdpa"), prompts)
     model.prompted_embedding.vectors.data.copy_(load_file(folder / "prompts.safetensors")["vectors"])
     processor = ItemProcessor.from_folder(folder / "backbone", prompts=prompts, limits=limits)
-    embedder = Embedder(model.to(device), processor, FusionConfig(**contract["fusion"]))
+    fusion, texts = FusionConfig(**contract["fusion"]), TextRule(**contract["texts"])
+    embedder = Embedder(model.to(device), processor, fusion, texts=texts)
     if check:
         check_golden(
             embedder, load_file(folder / "golden.safetensors")["embeddings"], contract["dtype"], folder

@@ -96,7 +96,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         except (
             DataError
         ):  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
-            return self._assemble(step, self._decode_and_encode)
+            return self._assemble(step, self._decode_and_process)
 
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
@@ -137,13 +137,10 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     def _decode(self, raw: RawSample) -> Example:
         return decode(raw, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)
 
-    def _decode_and_encode(self, raw: RawSample) -> Example:
+    def _decode_and_process(self, raw: RawSample) -> Example:
         example = self._decode(raw)
         for item in example.items:
-            try:
-                self.process([item])
-            except DataError as error:
-                raise DataError(f"{raw.address}: {error}") from None
+            self.process([item])
         return example
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from agff.errors import DataError, StorageError
+from agff.images import MAX_IMAGE_BYTES
 from data_pipeline.manifest import Manifest, Shard, read_index
 from data_pipeline.storage import Folder
 
 ROLES = ("query", "target", "negative")
-MAX_IMAGE_BYTES = 64 * 2**20
 NOT_A_RECORD = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 """What Python raises on JSON of another shape, too large a number, too deep a nesting."""
 

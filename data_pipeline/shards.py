@@ -2,13 +2,12 @@
 
 Members of a sample: `<key>.json`, and the original bytes of its images as `<key>.query.jpg`,
 `<key>.target.png`, ... An image that several rows of a shard use is stored with the first of them; the
-others' JSON names that member, and where its bytes stand in the file: {"image": "000000012.query.jpg", "at":
+others' JSON names that member, and where its bytes are in the file: {"image": "000000012.query.jpg", "at":
 [offset, size]}.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -18,20 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from agff.batch import IMAGE_FORMATS
 from agff.errors import DataError
 from agff.files import partial_path, publish, sha256_of
-from data_pipeline.decode import FORMATS, MAX_PIXELS
+from agff.images import SHARD_FORMATS, read_header, read_image_file
 from data_pipeline.layouts.mmeb_train import Pair, Side
-from data_pipeline.reader import MAX_IMAGE_BYTES
 
-SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""By Pillow's name of the format; MPO is a JPEG with further pictures behind the first, as cameras write
-it."""
-NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""What is wrong with a name in the row; any other error of the system may be gone the next time."""
+SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Of an image's member, by its format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +79,7 @@ def content_id(text: str, image: bytes | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """Where the bytes of an image stand in the shard."""
+    """Where the bytes of an image are in the shard."""
 
     name: str
     offset: int
@@ -128,30 +120,13 @@ def _sha256(content: bytes) -> bytes:
 
 
 def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
-    """(original bytes, suffix of their format); the header is read, the pixels are not.
+    """(original bytes, suffix of their format) of an image that is whole as far as its header and end say.
 
     Raises DataError for a row that cannot be used, OSError when the file system fails: the row must not be
     lost by that.
     """
     if side.image is None:
         return None, ""
-    try:
-        if side.image.stat().st_size > MAX_IMAGE_BYTES:
-            raise DataError(f"{role}: {side.image} is larger than {MAX_IMAGE_BYTES:,} bytes")
-        content = side.image.read_bytes()
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{role}: {side.image} has {image.size} pixels, more than {MAX_PIXELS:,}")
-            return content, SUFFIX[image.format or ""]
-    except FileNotFoundError:
-        raise DataError(f"{role}: image {side.image} is missing") from None
-    except OSError as error:
-        if error.errno is not None and error.errno not in NO_SUCH_FILE:  # Pillow's own errors have no number
-            raise
-        raise DataError(f"{role}: {side.image}: cannot read the image: {error}") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{role}: {side.image}: cannot read the image: {error}") from None
-    except KeyError as error:
-        raise DataError(
-            f"{role}: {side.image}: image format {error} is none of {', '.join(FORMATS)}"
-        ) from None
+    address = f"{role}: image {side.image}"
+    content = read_image_file(side.image, address)
+    return content, SUFFIX[read_header(content, address, formats=SHARD_FORMATS).format]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agff.errors import DataError
-from data_pipeline.decode import decode_image
+from agff.images import SHARD_FORMATS, decode_image, read_header, read_image_file
 from data_pipeline.layouts.mmeb_train import Pair, count_rows, find_subsets, read_pairs
 from data_pipeline.verify import in_parallel
 
@@ -25,7 +25,8 @@ class SubsetCheck:
 
 
 def check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bool) -> SubsetCheck:
-    """Which images are absent, which rows cannot be used. deep: decode every image too."""
+    """Which images are absent or, by their header and end, no whole images; which rows cannot be used. deep:
+    decode every image too."""
     rows_of_image: Counter[str] = Counter()
     problems = []
     for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
@@ -44,8 +45,8 @@ def check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bo
             names_in[parent] = _names_in(root / parent)
         if name not in names_in[parent]:
             missing.setdefault(parent, []).append(image)
-        elif deep:
-            problems += _image_problem(root, subset, image)
+        else:
+            problems += _image_problem(root, subset, image, deep=deep)
     for parent, images in sorted(missing.items()):
         if len(images) == wanted[parent] > 1:
             problems.append(
@@ -66,9 +67,13 @@ def _names_in(folder: Path) -> set[str]:
         return set()
 
 
-def _image_problem(root: Path, subset: str, image: str) -> list[str]:
+def _image_problem(root: Path, subset: str, image: str, *, deep: bool) -> list[str]:
+    path, address = root / image, f"{subset}: {image}"
     try:
-        decode_image((root / image).read_bytes(), f"{subset}: {image}")
+        if deep:
+            decode_image(read_image_file(path, address), address, formats=SHARD_FORMATS)
+        else:
+            read_header(path, address, formats=SHARD_FORMATS)
     except DataError as error:
         return [str(error)]
     except OSError as error:

@@ -25,8 +25,8 @@ Check a folder of shards, or an MMEB-train download before it is converted; whic
 
 Shards: presence, size and SHA-256 of every file, counts, keys, and whether the index points at the samples.
 Of a changed shard each changed sample is named. --deep decodes every image as well.
-Download: columns, rows that cannot be used, and each image that a row names and the folder lacks. --deep
-decodes them.
+Download: columns, rows that cannot be used, and each image that a row names and that is missing or, by its
+header and end, no whole image. --deep decodes them.
 
 Each finding is one line. Exit code 0: all is well; 1: something is missing or damaged; 2: the check could not
 be made.

@@ -44,8 +44,9 @@ COMMANDS = {
     if "def main(" in path.read_text() and path.stem != "command_line"
 }
 """What a person types; command_line is what they share."""
-KNOWN_OF_AGFF = ("batch", "errors", "files", "images")
-"""What the data pipeline may know of the learning core."""
+KNOWN_OF_AGFF = ("batch", "errors", "files", "images", "item_text")
+"""What the data pipeline may know of the learning core; `item_text`, because what it converts must get the
+texts that evaluation and `encode` give."""
 
 
 def floor(module: str) -> int:
@@ -121,6 +122,8 @@ ONE_ROAD = {
     "hashlib.file_digest": "agff/files.py",
     "os.fsync": "agff/files.py",
     "fcntl.flock": "agff/files.py",
+    "Image.open": "agff/images.py",
+    "ImageOps.exif_transpose": "agff/images.py",
 }
 """What is done in one file only, so that it is done alike everywhere."""
 

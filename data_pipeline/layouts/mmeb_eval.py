@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agff.batch import IMAGE_PLACEHOLDER
+from agff.batch import text_problem
 from agff.errors import DataError
-from data_pipeline.layouts.mmeb_train import IMAGE_TARGET_TEXT, instructed_text
+from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
 
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 _INSTRUCTION_COLUMNS = ("qry_inst", "tgt_inst")
@@ -254,17 +254,13 @@ def _column(name: str, value: Any, size: int, address: str) -> list[str | None]:
 def _checked_text(text: str, address: str, *, has_image: bool) -> str:
     """The text with the placeholder exactly once beside an image and never without one."""
     if not has_image:
-        # WebQA's query texts carry a placeholder though the rows have no image
-        text = text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "")
+        text = without_placeholder(text)
         if not text.strip():
             raise DataError(f"{address} is empty and there is no image")
         return text
-    text = text or IMAGE_TARGET_TEXT
-    if (count := text.count(IMAGE_PLACEHOLDER)) != 1:
-        raise DataError(
-            f"{address} {text[:60]!r} holds {IMAGE_PLACEHOLDER} {count} times; one image needs it exactly "
-            "once"
-        )
+    text = text or MMEB_TEXTS.image_alone
+    if problem := text_problem(text, has_image=True):
+        raise DataError(f"{address}: {problem}")
     return text
 
 

@@ -19,16 +19,15 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agff.batch import IMAGE_PLACEHOLDER
+from agff.batch import IMAGE_PLACEHOLDER, text_problem
 from agff.errors import DataError
+from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
 
 REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
 READ_BUFFER_BYTES = 2**20
 """Of each column; without it a whole row group, which may be a whole subset, would be held in memory."""
 SPLITS = ("original", "diverse_instruction")
-IMAGE_TARGET_TEXT = f"{IMAGE_PLACEHOLDER}\nRepresent the given image.\n"
-"""What stands beside an image that is a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,18 +140,6 @@ def _pair(root: Path, values: dict[str, str]) -> Pair:
     )
 
 
-def instructed_text(instruction: str, text: str, *, is_query: bool, has_image: bool) -> str:
-    """Instruction and content as one text, as MMEB's own complete texts have it; a text target stands
-    bare."""
-    if not is_query and not has_image:
-        return text
-    parts = (part.replace(IMAGE_PLACEHOLDER, "").strip() for part in (instruction, text))
-    body = " ".join(part for part in parts if part)
-    if not has_image:
-        return f"{body}\n" if body else ""
-    return f"{IMAGE_PLACEHOLDER}\n{body}\n" if body else IMAGE_TARGET_TEXT
-
-
 def _side(root: Path, values: dict[str, str], column: str, text_column: str, image_column: str) -> Side:
     text, image_path = values[text_column] or "", values[image_column]
     instruction = ""
@@ -160,15 +147,13 @@ def _side(root: Path, values: dict[str, str], column: str, text_column: str, ima
         instruction = given.replace(IMAGE_PLACEHOLDER, "").strip()
         text = instructed_text(given, text, is_query=column == "qry", has_image=bool(image_path))
     if not image_path:
-        # WebQA's queries carry a placeholder though the row has no image
-        stripped = text.replace(IMAGE_PLACEHOLDER, "").strip("\n") if IMAGE_PLACEHOLDER in text else text
+        stripped = without_placeholder(text)
         if not stripped.strip():
             raise DataError(f"{column}: neither text nor image")
         return Side(text=stripped, image=None, instruction=instruction if instruction in stripped else "")
-    if (found := text.count(IMAGE_PLACEHOLDER)) != 1:
-        raise DataError(
-            f"{column}: {IMAGE_PLACEHOLDER} stands {found} times in the text of an image, it must stand once"
-        )
+    text = text or MMEB_TEXTS.image_alone
+    if problem := text_problem(text, has_image=True):
+        raise DataError(f"{column}: {problem}")
     relative = PurePosixPath(image_path)
     if relative.is_absolute() or ".." in relative.parts:
         raise DataError(f"{column}: image path {image_path!r} leaves the MMEB folder")

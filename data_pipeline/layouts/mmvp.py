@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from agff.errors import DataError
-from data_pipeline.layouts.mmeb_eval import IMAGE_TARGET_TEXT, EvalItem
+from agff.item_text import MMEB_TEXTS
+from data_pipeline.layouts.mmeb_eval import EvalItem
 
 TEXT_PREFIX = "a photo of "
 """Stands before each statement, as in the published evaluation."""
@@ -105,5 +106,5 @@ def _image(root: Path, row: _Row) -> EvalItem:
     for suffix in (".jpg", ".png"):
         path = root / "MLLM_VLM Images" / row.pattern / f"{row.question_id}{suffix}"
         if path.is_file():
-            return EvalItem(IMAGE_TARGET_TEXT, path)
+            return EvalItem(MMEB_TEXTS.image_alone, path)
     raise DataError(f"{row.address}: image {path.with_suffix('.jpg')} not found")

@@ -186,10 +186,7 @@ class SampleView:
     def _items(self, raw: RawSample) -> dict[str, ShownItem]:
         seen_pixels = self.text_view.processor.max_image_pixels if self.text_view else None
         example = decode(raw, seen_pixels=seen_pixels)
-        try:
-            return {role: self._item(item) for role, item in zip(ROLES, example.items, strict=False)}
-        except DataError as error:
-            raise DataError(f"{raw.address}: {error}") from None
+        return {role: self._item(item) for role, item in zip(ROLES, example.items, strict=False)}
 
     def _item(self, item: Item) -> ShownItem:
         return ShownItem(

@@ -17,18 +17,19 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from agff.batch import IMAGE_PLACEHOLDER
+from agff.item_text import MMEB_TEXTS
 
-IMAGE_TARGET = f"{IMAGE_PLACEHOLDER}\nRepresent the given image.\n"
+IMAGE_TARGET = MMEB_TEXTS.image_alone
+"""The text of every target that is an image."""
 BARE_IMAGE = f"{IMAGE_PLACEHOLDER}\n"
 """An image without an instruction: a small model trained for minutes learns several times faster from it."""
-"""The text of every target that is an image."""
 
 MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
 
 
 def image_query(instruction: str) -> str:
     """The text of a query that has an image."""
-    return f"{IMAGE_PLACEHOLDER}\n{instruction}\n"
+    return MMEB_TEXTS.beside_image(instruction)
 
 
 @dataclass(frozen=True, kw_only=True)

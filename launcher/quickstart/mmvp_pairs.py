@@ -3,13 +3,11 @@ saw."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from agff.images import decode_image
 from launcher.quickstart.layouts import MinimalPair, write_mmvp
 from launcher.quickstart.render import Drawing
 
@@ -55,5 +53,8 @@ def _pair(pattern: str, first: Drawing, second: Drawing) -> MinimalPair:
     return MinimalPair(
         pattern=pattern,
         statements=(first.concept.text, second.concept.text),
-        images=(Image.open(io.BytesIO(first.png)), Image.open(io.BytesIO(second.png))),
+        images=(
+            decode_image(first.png, first.concept.text, formats=("PNG",)),
+            decode_image(second.png, second.concept.text, formats=("PNG",)),
+        ),
     )

@@ -11,6 +11,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
+from agff.images import decode_image
 from launcher.quickstart.concepts import Concept
 
 TWIN_DIFFERENCE = 1.0
@@ -51,7 +52,7 @@ def svg_of(icons: Mapping[str, Any], name: str) -> str:
 def render_svg(svg: str, *, size_px: int) -> Image.Image:
     """A square RGB image: the drawing centred on white, its aspect ratio kept."""
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size_px, background="#ffffff", skip_system_fonts=True)
-    image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    image = decode_image(bytes(png), "drawing", formats=("PNG",))
     if image.size == (size_px, size_px):
         return image
     image.thumbnail((size_px, size_px))

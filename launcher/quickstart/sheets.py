@@ -3,7 +3,6 @@ pixel."""
 
 from __future__ import annotations
 
-import io
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from agff.images import decode_image
 from launcher.quickstart.render import Drawing, png_bytes
 
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
@@ -37,7 +37,7 @@ class Sheet:
 
     def png(self) -> bytes:
         """The sheet: two by two, each cell as large as a drawing."""
-        images = [Image.open(io.BytesIO(cell.png)) for cell in self.cells]
+        images = [decode_image(cell.png, cell.concept.text, formats=("PNG",)) for cell in self.cells]
         width, height = images[0].size
         sheet = Image.new("RGB", (2 * width, 2 * height), "white")
         for index, image in enumerate(images):

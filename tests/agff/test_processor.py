@@ -7,11 +7,9 @@ import torch
 from PIL import Image
 
 from agff.batch import Item
-from agff.embedder import Embedder, as_item
 from agff.errors import ConfigError, DataError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.similarity import FusionConfig
 from tests.agff.tiny import tiny_model
 from tests.drawings import tiny_backbone
 
@@ -29,7 +27,7 @@ def processor(folder: Path) -> ItemProcessor:
     return ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig(max_tokens=40))
 
 
-def test_image_stands_where_the_placeholder_stood_and_prompts_follow_the_content(
+def test_image_is_where_the_placeholder_was_and_prompts_follow_the_content(
     processor: ItemProcessor,
 ) -> None:
     inputs = processor([Item(text="see <|image_1|>\na heart", image=IMAGE), Item(text="a heart")])
@@ -95,77 +93,36 @@ def tiny_config(processor: ItemProcessor) -> object:
     return AutoConfig.from_pretrained(processor.tokenizer.name_or_path)
 
 
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        (
-            Item(text="no placeholder", image=IMAGE),
-            "0 times, the item has an image; it must stand there exactly 1",
+def test_each_item_that_the_backbone_cannot_take_is_named(processor: ItemProcessor) -> None:
+    turned = IMAGE.copy()
+    turned.getexif()[0x0112] = 6
+    cases = {
+        "a": (
+            Item(text="<|image_pad|>", address="a"),
+            r"holds the backbone's own image token <\|image_pad\|>",
         ),
-        (
-            Item(text="<|image_1|> <|image_1|>", image=IMAGE),
-            "2 times, the item has an image; it must stand there exactly 1",
+        "b": (
+            Item(text="<|image_1|>", image=Image.new("RGB", (2000, 4)), address="b"),
+            "refuses the image: absolute aspect ratio must be smaller than 200",
         ),
-        (Item(text="<|image_1|> alone"), "1 times, the item has no image; it must stand there exactly 0"),
-        (Item(text="<|image_pad|>"), r"backbone's own image token <\|image_pad\|>; write <\|image_1\|>"),
-    ],
-)
-def test_image_token_missing_duplicated_or_foreign(
-    processor: ItemProcessor, item: Item, message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        processor([item])
+        "c": (
+            Item(text="<|image_1|>", image=IMAGE.convert("RGBA"), address="c"),
+            r"mode RGBA .* as agff.images.open_image makes it",
+        ),
+        "d": (Item(text="<|image_1|>", image=turned, address="d"), "an orientation to apply"),
+    }
+    fine = Item(text="a heart", address="fine")
+    for address, (item, message) in cases.items():
+        with pytest.raises(DataError, match=f"^{address}: .*{message}"):
+            processor([fine, item])
+    with pytest.raises(DataError, match=r"^c: ") as caught:
+        processor([cases["c"][0], fine, cases["d"][0]])
+    assert [line[:3] for line in str(caught.value).splitlines()] == ["c: ", "d: "]
 
 
 def test_not_a_backbone_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a backbone folder"):
         ItemProcessor.from_folder(tmp_path, prompts=PROMPTS, limits=ProcessorConfig())
-
-
-def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(folder: Path) -> None:
-    from agff.backbone import load_backbone
-    from agff.embedding_model import EmbeddingModel
-
-    processor = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
-    model = EmbeddingModel(load_backbone(folder, dtype=torch.float32, attention="sdpa"), PROMPTS)
-    torch.nn.init.normal_(model.prompted_embedding.vectors)
-    embedder = Embedder(model, processor, FusionConfig())
-    items = [
-        "a heart",
-        IMAGE,
-        {"text": "what is it?", "image": IMAGE},
-        {"text": "<|image_1|>\nx", "image": IMAGE},
-    ]
-    together = embedder.encode(items, batch_size=4)
-    assert together.shape == (4, 3, 32)
-    torch.testing.assert_close(together.norm(dim=-1), torch.ones(4, 3))
-    alone = torch.cat([embedder.encode([item]) for item in items])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-    assert embedder.similarity(together, together).shape == (4, 4)
-    assert embedder.encode([]).shape == (0, 3, 32)
-    before = embedder.weights_sha256
-    torch.nn.init.zeros_(model.prompted_embedding.vectors)
-    assert embedder.weights_sha256 != before
-
-
-def test_what_encode_accepts(tmp_path: Path) -> None:
-    path = tmp_path / "red.png"
-    IMAGE.save(path)
-    assert as_item("text") == Item(text="text")
-    for image in (path, IMAGE, {"image": str(path)}, {"image": IMAGE.convert("RGBA"), "text": ""}):
-        item = as_item(image)
-        assert item.text == "<|image_1|>\n"
-        assert item.image is not None
-        assert item.image.mode == "RGB"
-        assert item.image.getpixel((3, 3)) == (255, 0, 0)
-    with pytest.raises(DataError, match="neither text nor image"):
-        as_item({})
-    with pytest.raises(DataError, match=r"keys \['picture'\]; known are text and image"):
-        as_item({"picture": path})
-    with pytest.raises(DataError, match="cannot read the image"):
-        as_item(Path(__file__))
-    with pytest.raises(DataError, match="found a int"):
-        as_item({"image": 3})
 
 
 def test_text_only_chunks_give_the_vision_tower_an_exactly_zero_gradient() -> None:

@@ -446,11 +446,11 @@ def test_every_row_is_written_or_listed_with_its_reason(tmp_path: Path) -> None:
     assert (source.num_rows, source.num_samples, source.num_rejected) == (10, 2, 8)
     rejected = [json.loads(line) for line in (out / "Sub/rejected.jsonl").read_text().splitlines()]
     expected = [
-        (1, "image .*absent.png is missing"),
-        (2, "text.jpg: cannot read the image"),
-        (3, "image format 'GIF' is none of JPEG, PNG, WEBP"),
-        (4, "stands 0 times in the text of an image, it must stand once"),
-        (5, "stands 2 times in the text of an image"),
+        (1, "image .*absent.png: is missing"),
+        (2, r"text.jpg: is text \('not an image'\), not one of JPEG, PNG, WEBP"),
+        (3, "a.gif: is GIF, not one of JPEG, PNG, WEBP"),
+        (4, "appears 0 times in text 'no placeholder'; beside an image it must appear once"),
+        (5, "appears 2 times in text"),
         (6, "image path '../outside.png' leaves the MMEB folder"),
         (7, "image path '/etc/passwd' leaves the MMEB folder"),
         (9, "pos: neither text nor image"),
@@ -479,7 +479,7 @@ def test_images_that_pillow_trips_over_are_rejected_and_the_rest_written(tmp_pat
     ]
     assert [
         re.search(p, r) is not None
-        for p, r in zip(["too large", "null byte", "cannot identify"], reasons, strict=True)
+        for p, r in zip(["too large", "null byte", "is EPS, not one of"], reasons, strict=True)
     ]
 
 

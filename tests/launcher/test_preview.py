@@ -276,7 +276,7 @@ def test_text_that_no_utf_8_file_can_hold_is_shown_spelled_out(tmp_path: Path) -
     tar.write_bytes(tar.read_bytes().replace(b"HALF__", rb"\ud800"))
     page = preview(shards.folder, tmp_path / "page.html", "--batch_size", "4", "--steps", "1")
     assert {text.text for text in page.all("p", "text")} == {r"half: \ud800", "p"}
-    assert "surrogates not allowed" in (tmp_path / "page.html").read_text()
+    assert "half a surrogate pair at character 6" in (tmp_path / "page.html").read_text()
 
 
 def test_unusable_sample_is_shown_with_the_one_drawn_instead(
@@ -308,7 +308,7 @@ def test_unusable_sample_is_shown_with_the_one_drawn_instead(
     assert skipped
     bad = page.all("tr", "unusable")
     assert [row.one("p", "reason").text for row in bad] == skipped
-    assert all(reason.endswith("bytes that are no image") for reason in skipped)
+    assert all(reason.endswith(".png: is a damaged PNG: its header cannot be read") for reason in skipped)
     assert [address for pair in page.all("tr", "pair") for address in addresses(pair)] == [
         address for batch in loaded for address in batch.addresses
     ]
@@ -407,7 +407,8 @@ def test_image_that_does_not_fit_the_backbone_is_shown_as_unusable(backbone: Pat
     reasons = [row.one("p", "reason").text for row in page.all("tr", "unusable")]
     assert reasons
     assert all(
-        reason.startswith("Sub-00000.tar:000000003: image of (560, 560) pixels needs") for reason in reasons
+        reason.startswith("Sub-00000.tar:000000003: query: image of (560, 560) pixels needs")
+        for reason in reasons
     )
     fitting = preview(shards.folder, tmp_path / "page.html", *options, "--max_pixels", "12544")
     assert fitting.all("tr", "unusable") == []

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from agff.errors import DataError
-from data_pipeline.layouts.mmeb_eval import IMAGE_TARGET_TEXT, EvalItem
+from agff.item_text import MMEB_TEXTS
+from data_pipeline.layouts.mmeb_eval import EvalItem
 from data_pipeline.layouts.mmvp import read_mmvp
 
 HEADER = "Question ID,Type,Statement\n"
@@ -31,8 +32,8 @@ def test_rows_become_pairs_of_texts_and_images(tmp_path: Path) -> None:
     assert (first.pattern, second.pattern) == ("Colour", "Texts")
     assert first.texts == (EvalItem("a photo of a red, round ball"), EvalItem("a photo of a blue ball"))
     assert first.images == (
-        EvalItem(IMAGE_TARGET_TEXT, folder / "Colour/1.jpg"),
-        EvalItem(IMAGE_TARGET_TEXT, folder / "Colour/2.jpg"),
+        EvalItem(MMEB_TEXTS.image_alone, folder / "Colour/1.jpg"),
+        EvalItem(MMEB_TEXTS.image_alone, folder / "Colour/2.jpg"),
     )
     assert second.images[1].image_path == folder / "Texts/4.png"
 

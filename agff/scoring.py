@@ -24,8 +24,12 @@ class SetScore:
     meta_task: str
     in_distribution: bool
     num_queries: int
+    """Scored ones."""
     score: float
     chance: float
+    num_queries_left_out: int = 0
+    num_candidates_left_out: int = 0
+    """Of the lists of the queries that are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +63,11 @@ class PatternScore:
 
     name: str
     num_pairs: int
+    """Scored ones."""
     score: float
     standard_error: float
     chance: float = MMVP_CHANCE
+    num_pairs_left_out: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,14 @@ def precision_at_1_hits(similarity_BC: Tensor, candidates: Sequence[Sequence[int
 
 
 def set_score(
-    name: str, *, meta_task: str, in_distribution: bool, hits: Sequence[bool], num_candidates: Sequence[int]
+    name: str,
+    *,
+    meta_task: str,
+    in_distribution: bool,
+    hits: Sequence[bool],
+    num_candidates: Sequence[int],
+    num_queries_left_out: int = 0,
+    num_candidates_left_out: int = 0,
 ) -> SetScore:
     """The score of one set from its hits and the number of candidates of each query."""
     if not hits or len(hits) != len(num_candidates):
@@ -108,6 +121,8 @@ def set_score(
         num_queries=len(hits),
         score=100 * sum(hits) / len(hits),
         chance=100 * _mean([1 / count for count in num_candidates]),
+        num_queries_left_out=num_queries_left_out,
+        num_candidates_left_out=num_candidates_left_out,
     )
 
 
@@ -142,13 +157,21 @@ def mmvp_pair_hits(similarity_P22: Tensor) -> Tensor:
     return first_P & second_P
 
 
-def mmvp_report(patterns: Sequence[str], hits: Sequence[bool]) -> MmvpReport:
+def mmvp_report(patterns: Sequence[str], hits: Sequence[bool], *, left_out: Sequence[str] = ()) -> MmvpReport:
     """Scores per pattern, in order of first appearance, and their mean. One pattern name and one hit per
-    pair."""
+    pair.
+
+    left_out: the pattern of each pair that could not be scored; a pattern of which no pair remains is counted
+    in the average's only.
+    """
     if not hits or len(patterns) != len(hits):
         raise ValueError(f"{len(patterns)} patterns, {len(hits)} hits")
     scores = tuple(
-        _pattern_score(name, [hit for pattern, hit in zip(patterns, hits, strict=True) if pattern == name])
+        _pattern_score(
+            name,
+            [hit for pattern, hit in zip(patterns, hits, strict=True) if pattern == name],
+            num_pairs_left_out=list(left_out).count(name),
+        )
         for name in dict.fromkeys(patterns)
     )
     average = PatternScore(
@@ -156,17 +179,19 @@ def mmvp_report(patterns: Sequence[str], hits: Sequence[bool]) -> MmvpReport:
         num_pairs=len(hits),
         score=_mean([score.score for score in scores]),
         standard_error=math.sqrt(sum(score.standard_error**2 for score in scores)) / len(scores),
+        num_pairs_left_out=len(left_out),
     )
     return MmvpReport(patterns=scores, average=average)
 
 
-def _pattern_score(name: str, hits: Sequence[bool]) -> PatternScore:
+def _pattern_score(name: str, hits: Sequence[bool], *, num_pairs_left_out: int) -> PatternScore:
     share = sum(hits) / len(hits)
     return PatternScore(
         name=name,
         num_pairs=len(hits),
         score=100 * share,
         standard_error=100 * math.sqrt(share * (1 - share) / len(hits)),
+        num_pairs_left_out=num_pairs_left_out,
     )
 
 

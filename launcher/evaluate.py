@@ -1,106 +1,154 @@
 """`python launcher/evaluate.py RUN_OR_RELEASE --mmeb_eval DIR --mmvp DIR`: scores with the fused similarity.
 
-Prints a table and writes scores.json. Images are opened batch by batch, and each item of a set is encoded
-once.
+Tables and images are looked at before the model is loaded. Each set's scores are written to scores.json when
+they are there, beside those of other sets; then a table is printed. Images are opened batch by batch, and
+each item of a set is encoded once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from torch import Tensor
+
+from agff.embedder import Embedder
 from agff.errors import AgffError, ConfigError, DataError
-from agff.files import write_text
-from agff.scoring import MmebReport, MmvpReport, mmeb_report
-from data_pipeline.layouts.mmeb_eval import EvalSet, find_eval_sets, read_eval_set
-from data_pipeline.layouts.mmvp import MmvpPair, read_mmvp
+from data_pipeline.layouts.eval_items import refuse_all
+from data_pipeline.layouts.mmeb_eval import EvalSet
 from launcher.command_line import report
-from launcher.evaluation.examples import free_text_example, is_text_to_image, retrieval_example
-from launcher.evaluation.scores import EmbeddingModel, encode_items, score_mmvp, score_set
-from launcher.evaluation.tables import mmeb_table, mmvp_table, report_values
+from launcher.evaluation.benchmarks import Benchmark, read_benchmarks, text_to_image_set
+from launcher.evaluation.examples import free_text_example, retrieval_example
+from launcher.evaluation.scores import encode_used, score_mmvp, score_set
+from launcher.evaluation.scores_file import ScoresFile, check_place, settings_of
+from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines
+from launcher.evaluation.usable import (
+    REMEDY,
+    keep_usable,
+    look_at_images,
+    refused,
+    report_left_out,
+    unreadable,
+)
 from launcher.run.trained_model import load_model
 
 
-def run(arguments: argparse.Namespace, load: Callable[[Path], EmbeddingModel]) -> str:
-    """Read everything, load the model, score, write the JSON; the text to print."""
-    sets, pairs = _read_benchmarks(arguments)
-    example_set = next(filter(is_text_to_image, sets), None)
+def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tuple[str, list[str]]:
+    """Look at everything, load the model, score and write set by set.
+
+    Returns (the text to print, the addresses of items that turned out unusable while their set was encoded;
+    their sets have no score).
+    """
+    benchmarks, notes, model = _prepare(arguments, load)
+    example_set = text_to_image_set(benchmarks)
+    if arguments.example is not None and example_set is not None:
+        return free_text_example(model, example_set, arguments.example, batch_size=arguments.batch_size), []
+    settings = settings_of(model, max_queries=arguments.max_queries)
+    file = ScoresFile(
+        _out(arguments),
+        model=str(arguments.model),
+        weights_sha256=model.weights_sha256,
+        settings=settings,
+    )
+    scored, examples, failures = [], [], []
+    for benchmark in benchmarks:
+        items_NMD, late = encode_used(model, benchmark, batch_size=arguments.batch_size)
+        lines = benchmark.lines(late)
+        if late and not arguments.allow_missing:
+            failures += lines
+            continue
+        report_left_out(lines)
+        usable = benchmark.without(late) if late else benchmark
+        if not usable.used:
+            notes.append(f"{usable.name} is not scored: nothing remains of it without the unusable items.")
+            continue
+        _score(model, usable, items_NMD, file)
+        scored.append(usable.name)
+        if isinstance(usable, EvalSet) and benchmark is example_set:
+            examples = _examples(model, usable, items_NMD, arguments.show)
+    return "\n\n".join([*_report(file, scored, notes), *examples]), failures
+
+
+def _prepare(
+    arguments: argparse.Namespace, load: Callable[[Path], Embedder]
+) -> tuple[list[Benchmark], list[str], Embedder]:
+    """(the sets without what cannot be used, notes on sets left out whole, the model).
+
+    Raises AgffError with all findings: of the place of the scores, of tables, of images, of the processor.
+    """
+    if arguments.mmeb_eval is None and arguments.mmvp is None:
+        raise ConfigError("nothing to score: name --mmeb_eval DIR, --mmvp DIR or both")
+    if arguments.mmeb_eval is None and (arguments.mmeb_images or arguments.max_queries):
+        raise ConfigError("--mmeb_images and --max_queries are about MMEB's sets: name --mmeb_eval DIR too")
+    if arguments.example is None:
+        if arguments.out is None and not arguments.model.is_dir():
+            raise ConfigError(f"{arguments.model}: no such folder; name a run or a release")
+        check_place(_out(arguments))
+    benchmarks = read_benchmarks(
+        mmeb_eval=arguments.mmeb_eval,
+        mmeb_images=arguments.mmeb_images,
+        mmvp=arguments.mmvp,
+        max_queries=arguments.max_queries,
+    )
+    example_set = text_to_image_set(benchmarks)
     if example_set is None and (arguments.show or arguments.example is not None):
         raise DataError("--show and --example need a set of texts with images as candidates (--mmeb_eval)")
+    if example_set is not None and arguments.example is not None:
+        benchmarks = [example_set]
+    allow_missing = arguments.allow_missing
+    looks = look_at_images(benchmarks)
+    findings = [unreadable(benchmark, looks) for benchmark in benchmarks]
+    benchmarks, notes = keep_usable(benchmarks, findings, allow_missing=allow_missing)
     model = load(arguments.model)
-    if arguments.example is not None and example_set is not None:
-        return free_text_example(model, example_set, arguments.example, batch_size=arguments.batch_size)
-    mmeb, examples = _score_sets(model, sets, example_set, arguments)
-    mmvp = score_mmvp(model, pairs, batch_size=arguments.batch_size) if pairs else None
-    notes = _notes(sets, arguments.max_queries)
-    out = arguments.out or arguments.model / "scores.json"
-    write_scores(
-        out,
-        {
-            "model": str(arguments.model),
-            "weights_sha256": getattr(model, "weights_sha256", None),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "num_mmeb_queries": mmeb.overall.num_queries if mmeb else 0,
-            "num_mmvp_pairs": len(pairs),
-            "max_queries": arguments.max_queries,
-            "notes": notes,
-            **report_values(mmeb, mmvp),
-        },
-    )
-    return "\n\n".join(
-        [*_tables(mmeb, mmvp), *(f"Note: {note}" for note in notes), *examples, f"written: {out}"]
-    )
+    findings = refused(model, benchmarks, looks)
+    benchmarks, more_notes = keep_usable(benchmarks, findings, allow_missing=allow_missing)
+    notes += more_notes
+    if not benchmarks:
+        raise DataError("\n  ".join(["nothing to score", *notes]))
+    return benchmarks, notes, model
 
 
-def write_scores(path: Path, values: Mapping[str, Any]) -> None:
-    """Write the JSON file in one piece: an interrupted run leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def _score(model: Embedder, benchmark: Benchmark, items_NMD: Tensor, file: ScoresFile) -> None:
+    """Score one set and write it."""
+    if isinstance(benchmark, EvalSet):
+        file.add_set(score_set(model, benchmark, items_NMD), note=benchmark.info.note)
+    else:
+        file.add_mmvp(score_mmvp(model, benchmark, items_NMD))
 
 
-def _read_benchmarks(arguments: argparse.Namespace) -> tuple[list[EvalSet], tuple[MmvpPair, ...]]:
-    """Everything to be scored, checked before anything is encoded."""
-    root: Path | None = arguments.mmeb_eval
-    if root is None and arguments.mmvp is None:
-        raise ConfigError("nothing to score: name --mmeb_eval DIR, --mmvp DIR or both")
-    sets = [
-        read_eval_set(root, name, info, images_root=arguments.mmeb_images, max_queries=arguments.max_queries)
-        for name, info in (find_eval_sets(root) if root is not None else {}).items()
-        if root is not None
-    ]
-    return sets, read_mmvp(arguments.mmvp) if arguments.mmvp is not None else ()
+def _examples(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, num_shown: int) -> list[str]:
+    num_queries = len(eval_set.queries)
+    count = min(num_shown, num_queries)
+    rows = [index * num_queries // count for index in range(count)]
+    return [retrieval_example(model, eval_set, items_NMD, row) for row in rows]
 
 
-def _score_sets(
-    model: EmbeddingModel, sets: Sequence[EvalSet], example_set: EvalSet | None, arguments: argparse.Namespace
-) -> tuple[MmebReport | None, list[str]]:
-    """The report and the examples asked for; one set's embeddings are held at a time."""
-    scores, examples = [], []
-    for eval_set in sets:
-        items_NMD = encode_items(model, eval_set.items, batch_size=arguments.batch_size, label=eval_set.name)
-        scores.append(score_set(model, eval_set, items_NMD))
-        if eval_set is example_set:
-            num_queries = len(eval_set.queries)
-            count = min(arguments.show, num_queries)
-            rows = [index * num_queries // count for index in range(count)]
-            examples = [retrieval_example(model, eval_set, items_NMD, row) for row in rows]
-    return (mmeb_report(scores) if scores else None), examples
+def _report(file: ScoresFile, scored: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """Tables and notes of all scores of these weights, also those of earlier runs."""
+    if not scored:
+        return list(map(note_lines, notes))
+    results, num_others = file.results()
+    tables = []
+    if (mmeb := results.mmeb) is not None:
+        tables.append(mmeb_table(mmeb))
+    if results.mmvp is not None:
+        tables.append(mmvp_table(results.mmvp))
+    there = [*results.sets, *(["MMVP"] if results.mmvp is not None else [])]
+    earlier = [name for name in there if name not in scored]
+    notes = [*results.notes, *notes]
+    if earlier:
+        notes.append(f"from earlier runs of the same weights and settings: {', '.join(earlier)}.")
+    if num_others:
+        notes.append(
+            f'{file.path} also keeps the scores of {num_others} other weights or settings, under "other".'
+        )
+    return [*tables, *map(note_lines, notes), f"written: {file.path}"]
 
 
-def _tables(mmeb: MmebReport | None, mmvp: MmvpReport | None) -> list[str]:
-    return [*([mmeb_table(mmeb)] if mmeb else []), *([mmvp_table(mmvp)] if mmvp else [])]
-
-
-def _notes(sets: Sequence[EvalSet], max_queries: int | None) -> list[str]:
-    notes = list(dict.fromkeys(eval_set.info.note for eval_set in sets if eval_set.info.note))
-    if max_queries is not None:
-        notes.append(f"only the first {max_queries} queries of each MMEB set were scored.")
-    return notes
+def _out(arguments: argparse.Namespace) -> Path:
+    return arguments.out or arguments.model / "scores.json"
 
 
 def _count(minimum: int) -> Callable[[str], int]:
@@ -130,6 +178,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max_queries", type=_count(1), metavar="N", help="only the first N queries of each MMEB set"
     )
     parser.add_argument(
+        "--allow_missing",
+        action="store_true",
+        help="go on without items that are missing, unreadable or refused: queries without their own item or "
+        "truth are left out, other candidates from the lists; both are counted",
+    )
+    parser.add_argument(
         "--show", type=_count(0), default=0, metavar="N", help="print N queries of a text-to-image set"
     )
     parser.add_argument(
@@ -138,14 +192,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], EmbeddingModel] = load_model) -> int:
+def main(argv: Sequence[str] | None = None, *, load: Callable[[Path], Embedder] = load_model) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        text = run(arguments, load)
+        text, failures = run(arguments, load)
+        sys.stdout.write(f"{text}\n" if text else "")
+        refuse_all(failures, remedy=f"{REMEDY} The other sets are scored and written.")
     except AgffError as error:
         return report(error)
-    sys.stdout.write(text + "\n")
     return 0
 
 

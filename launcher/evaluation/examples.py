@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
-from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet
-from launcher.evaluation.scores import EmbeddingModel, encode_items
+from agff.embedder import Embedder
+from agff.errors import DataError
+from data_pipeline.layouts.eval_items import EvalItem
+from data_pipeline.layouts.mmeb_eval import EvalSet
+from launcher.evaluation.scores import encode_items
 
 
-def is_text_to_image(eval_set: EvalSet) -> bool:
-    """No query has an image, every candidate has one."""
-    return all(eval_set.items[query].image_path is None for query in eval_set.queries) and all(
-        eval_set.items[item].image_path is not None for row in eval_set.candidates for item in row
-    )
-
-
-def retrieval_example(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tensor, row: int) -> str:
+def retrieval_example(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, row: int) -> str:
     """One query of a text-to-image set and its five best candidates, the truth marked."""
     candidates = eval_set.candidates[row]
     query = eval_set.queries[row]
@@ -28,13 +25,15 @@ def retrieval_example(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tenso
     return f'{eval_set.name}: "{text}": truth at rank {rank} of {len(candidates)}\n{best}'
 
 
-def free_text_example(model: EmbeddingModel, eval_set: EvalSet, text: str, *, batch_size: int) -> str:
-    """The five best images of a text-to-image set for a text of one's own, phrased like the set's queries."""
+def free_text_example(model: Embedder, eval_set: EvalSet, text: str, *, batch_size: int) -> str:
+    """The five best images of a text-to-image set for your own text, phrased like the set's queries."""
     candidates = list(dict.fromkeys(item for row in eval_set.candidates for item in row))
     before, after = phrasing([eval_set.items[query].text for query in eval_set.queries])
     query = EvalItem(before + text + after)
     items = [query, *(eval_set.items[item] for item in candidates)]
-    items_NMD = encode_items(model, items, batch_size=batch_size, label=eval_set.name)
+    items_NMD, refused = encode_items(model, items, batch_size=batch_size, label=eval_set.name)
+    if refused:
+        raise DataError("\n  ".join([f"{eval_set.name}: items that cannot be used", *refused.values()]))
     scores = model.similarity(items_NMD[:1], items_NMD[1:])[0]
     best = _top_lines(eval_set, candidates, scores, truth=None)
     return f'{eval_set.name}, {len(candidates)} candidates: "{query.text.strip()}"\n{best}'
@@ -73,6 +72,8 @@ def _names(eval_set: EvalSet) -> dict[int, str]:
     }
     names = {}
     for index, item in enumerate(eval_set.items):
-        name = item.image_path.stem if item.image_path else item.text
+        name = item.text
+        if item.image is not None:
+            name = Path(item.image.name).stem
         names[index] = f"{name} ({asked[index]})" if index in asked else name
     return names

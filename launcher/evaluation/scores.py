@@ -3,53 +3,71 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.errors import CheckpointError
+from agff.embedder import Embedder
+from agff.errors import CheckpointError, DataError
 from agff.scoring import MmvpReport, SetScore, mmvp_pair_hits, mmvp_report, precision_at_1_hits, set_score
-from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet
-from data_pipeline.layouts.mmvp import MmvpPair
+from data_pipeline.layouts.eval_items import EmbeddedImage, EvalItem, ItemTable
+from data_pipeline.layouts.mmeb_eval import EvalSet
+from data_pipeline.layouts.mmvp import MmvpSet
+from launcher.evaluation.image_files import open_embedded
 
 QUERY_BLOCK_SIZE = 64
 """Most queries compared at once; the result does not depend on it."""
 
 
-class EmbeddingModel(Protocol):
-    """What is evaluated: agff.embedder.Embedder, or anything that encodes and compares as it does."""
+def encode_used(model: Embedder, table: ItemTable, *, batch_size: int) -> tuple[Tensor, dict[int, str]]:
+    """((N, M, D) embeddings of a set's items, {item: why it has none}).
 
-    @property
-    def device(self) -> torch.device:
-        """Where similarities are computed."""
+    The row of an item that is not used or has none is zero.
+    """
+    used = table.used
+    vectors_UMD, refused = encode_items(
+        model, [table.items[index] for index in used], batch_size=batch_size, label=table.name
+    )
+    items_NMD = vectors_UMD.new_zeros(len(table.items), *vectors_UMD.shape[1:])
+    items_NMD[list(used)] = vectors_UMD
+    return items_NMD, {used[position]: reason for position, reason in refused.items()}
 
-    def encode(self, items: Sequence[Mapping[str, Any]], *, batch_size: int, progress: bool) -> Tensor:
-        """(N, M, D) embeddings of {"text": str, "image": Path} items; "image" may be absent."""
 
-    def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
-        """(N, C) fused similarity."""
+def encode_items(
+    model: Embedder, items: Sequence[EvalItem], *, batch_size: int, label: str
+) -> tuple[Tensor, dict[int, str]]:
+    """((N, M, D) embeddings in order, {position: why an item has none}); the row of such an item is zero.
 
-
-def encode_items(model: EmbeddingModel, items: Sequence[EvalItem], *, batch_size: int, label: str) -> Tensor:
-    """(N, M, D) embeddings of the items, in order; at most `batch_size` images are open at a time."""
-    embeddings = []
+    At most `batch_size` images are open at a time. Raises CheckpointError for embeddings that are not finite.
+    """
+    rows: list[Tensor | None] = []
+    refused: dict[int, str] = {}
     with tqdm(total=len(items), desc=label, unit="item", file=sys.stderr) as bar:
         for start in range(0, len(items), batch_size):
-            batch = [_model_item(item) for item in items[start : start + batch_size]]
-            embeddings.append(model.encode(batch, batch_size=batch_size, progress=False))
+            batch = items[start : start + batch_size]
+            try:
+                rows += model.encode([_model_item(item) for item in batch], batch_size=batch_size)
+            except DataError:
+                for position, item in enumerate(batch, start=start):
+                    try:
+                        rows += model.encode([_model_item(item)], batch_size=1)
+                    except DataError as error:
+                        rows.append(None)
+                        refused[position] = str(error)
             bar.update(len(batch))
-    items_NMD = torch.cat(embeddings)
+    blank_MD = torch.zeros_like(next((row for row in rows if row is not None), torch.zeros(1, 1)))
+    items_NMD = torch.stack([blank_MD if row is None else row for row in rows])
     if not bool(items_NMD.isfinite().all()):
         raise CheckpointError(
             f"{label}: the model gives embeddings that are not finite; its scores would mean nothing"
         )
-    return items_NMD.to(model.device)
+    return items_NMD.to(model.device), refused
 
 
-def score_set(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tensor) -> SetScore:
+def score_set(model: Embedder, eval_set: EvalSet, items_NMD: Tensor) -> SetScore:
     """Precision@1 of one set from the embeddings of its items."""
     hits: list[bool] = []
     for rows, columns in query_blocks(eval_set.candidates, max_rows=QUERY_BLOCK_SIZE):
@@ -65,6 +83,8 @@ def score_set(model: EmbeddingModel, eval_set: EvalSet, items_NMD: Tensor) -> Se
         in_distribution=eval_set.info.in_distribution,
         hits=hits,
         num_candidates=[len(candidates) for candidates in eval_set.candidates],
+        num_queries_left_out=eval_set.num_queries_left_out,
+        num_candidates_left_out=eval_set.num_candidates_left_out,
     )
 
 
@@ -85,22 +105,20 @@ def query_blocks(candidates: Sequence[Sequence[int]], *, max_rows: int) -> Itera
         yield slice(start, len(candidates)), list(together)
 
 
-def score_mmvp(model: EmbeddingModel, pairs: Sequence[MmvpPair], *, batch_size: int) -> MmvpReport:
-    """Pair accuracy per pattern."""
-    items = list(dict.fromkeys(item for pair in pairs for item in (*pair.texts, *pair.images)))
-    position = {item: index for index, item in enumerate(items)}
-    items_NMD = encode_items(model, items, batch_size=batch_size, label="MMVP")
+def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:
+    """Pair accuracy per pattern from the embeddings of the items."""
     similarity_P22 = torch.stack(
-        [
-            model.similarity(
-                items_NMD[[position[text] for text in pair.texts]],
-                items_NMD[[position[image] for image in pair.images]],
-            )
-            for pair in pairs
-        ]
+        [model.similarity(items_NMD[list(pair.texts)], items_NMD[list(pair.images)]) for pair in mmvp.pairs]
     )
-    return mmvp_report([pair.pattern for pair in pairs], mmvp_pair_hits(similarity_P22).tolist())
+    return mmvp_report(
+        [pair.pattern for pair in mmvp.pairs],
+        mmvp_pair_hits(similarity_P22).tolist(),
+        left_out=[pair.pattern for pair in mmvp.left_out],
+    )
 
 
 def _model_item(item: EvalItem) -> dict[str, Any]:
-    return {"text": item.text} if item.image_path is None else {"text": item.text, "image": item.image_path}
+    if item.image is None:
+        return {"text": item.text}
+    image = open_embedded(item.image) if isinstance(item.image, EmbeddedImage) else item.image
+    return {"text": item.text, "image": image}

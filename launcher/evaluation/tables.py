@@ -1,77 +1,111 @@
-"""Scores as a plain, aligned table and as JSON values."""
+"""Scores as plain, aligned tables of at most 100 columns."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
-from agff.scoring import MeanScore, MmebReport, MmvpReport, SetScore
+from agff.scoring import MeanScore, MmebReport, MmvpReport, PatternScore, SetScore
+
+WIDTH = 100
+"""Columns of a table; longer names are cut."""
 
 
 def mmeb_table(report: MmebReport) -> str:
     """Precision@1 per set, then the means."""
-    header = ("MMEB layout, Precision@1", "meta-task", "in-dist.", "queries", "score %", "chance %")
+    sentence = (
+        "MMEB layout: the score is the share of queries for which the right candidate scores above all\n"
+        "others (Precision@1), chance is what guessing gets, and the last column is score / chance."
+    )
+    some_left_out = any(score.num_queries_left_out or score.num_candidates_left_out for score in report.sets)
+    header = ["set", "meta-task", "in-dist.", "queries", "score %", "chance %", "x chance"]
     sets = [_set_row(score) for score in report.sets]
     means = [_mean_row(score) for score in (*report.meta_tasks, *report.distributions, report.overall)]
-    return _aligned([header, None, *sets, None, *means], num_text_columns=3)
+    if some_left_out:
+        sentence += "\nLeft out: queries + candidates (see the notes below)."
+        header.append("left out")
+        for row, score in zip(sets, report.sets, strict=True):
+            row.append(f"{score.num_queries_left_out:,} + {score.num_candidates_left_out:,}")
+        for row in means:
+            row.append("")
+    return f"{sentence}\n\n{_aligned([header, None, *sets, None, *means], num_text_columns=3)}"
 
 
 def mmvp_table(report: MmvpReport) -> str:
     """Pair accuracy per pattern with its standard error, then the average."""
-    header = ("MMVP-VLM layout, pair accuracy", "pairs", "score %", "std. error", "chance %")
-    rows = [
-        (
-            score.name,
-            f"{score.num_pairs:,}",
-            f"{score.score:.1f}",
-            f"{score.standard_error:.1f}",
-            f"{score.chance:.1f}",
-        )
-        for score in (*report.patterns, report.average)
-    ]
-    return _aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)
+    sentence = (
+        "MMVP-VLM layout: the score is the share of pairs in which both texts pick their own image of the\n"
+        "two, chance is what guessing gets, and the last column is score / chance."
+    )
+    header = ["pattern", "pairs", "score %", "std. error", "chance %", "x chance"]
+    rows = [_pattern_row(score) for score in (*report.patterns, report.average)]
+    if report.average.num_pairs_left_out:
+        header.append("left out")
+        for row, score in zip(rows, (*report.patterns, report.average), strict=True):
+            row.append(f"{score.num_pairs_left_out:,}")
+    return f"{sentence}\n\n{_aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)}"
 
 
-def report_values(mmeb: MmebReport | None, mmvp: MmvpReport | None) -> dict[str, Any]:
-    """Both reports as plain values for JSON; an absent one is null."""
-    return {
-        "mmeb": asdict(mmeb) if mmeb is not None else None,
-        "mmvp": asdict(mmvp) if mmvp is not None else None,
-    }
+def note_lines(note: str) -> str:
+    """A sentence that must appear beside the scores."""
+    return textwrap.fill(f"Note: {note}", WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def _set_row(score: SetScore) -> tuple[str, ...]:
+def _set_row(score: SetScore) -> list[str]:
     in_distribution = "yes" if score.in_distribution else "no"
-    return (
+    return [
         score.name,
         score.meta_task,
         in_distribution,
         *_numbers(score.num_queries, score.score, score.chance),
-    )
+    ]
 
 
-def _mean_row(score: MeanScore) -> tuple[str, ...]:
+def _mean_row(score: MeanScore) -> list[str]:
     sets = "1 set" if score.num_sets == 1 else f"{score.num_sets} sets"
-    return (f"mean {score.name}", sets, "", *_numbers(score.num_queries, score.score, score.chance))
+    return [f"mean {score.name}", sets, "", *_numbers(score.num_queries, score.score, score.chance)]
+
+
+def _pattern_row(score: PatternScore) -> list[str]:
+    return [
+        score.name,
+        f"{score.num_pairs:,}",
+        f"{score.score:.1f}",
+        f"{score.standard_error:.1f}",
+        f"{score.chance:.1f}",
+        f"{score.score / score.chance:.1f}",
+    ]
 
 
 def _numbers(num_queries: int, score: float, chance: float) -> tuple[str, ...]:
-    return (f"{num_queries:,}", f"{score:.1f}", f"{chance:.2f}")
+    return (f"{num_queries:,}", f"{score:.1f}", f"{chance:.2f}", f"{score / chance:.1f}")
 
 
 def _aligned(rows: Sequence[Sequence[str] | None], *, num_text_columns: int) -> str:
-    """Rows as lines, text left and numbers right; None is a rule."""
+    """Rows as lines, text left and numbers right; None is a rule. Text columns are cut to fit into WIDTH, the
+    longest first."""
     cells = [row for row in rows if row is not None]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    while (too_long := sum(widths) + 2 * (len(widths) - 1) - WIDTH) > 0:
+        longest = max(range(num_text_columns), key=widths.__getitem__)
+        others = [widths[column] for column in range(num_text_columns) if column != longest]
+        widths[longest] -= min(too_long, max(1, widths[longest] - max(others, default=0)))
     lines = []
     for row in rows:
         if row is None:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
             continue
         parts = (
-            cell.ljust(width) if column < num_text_columns else cell.rjust(width)
+            _cut(cell, width).ljust(width) if column < num_text_columns else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    """The beginning and the end of a text that is too long."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 3
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"

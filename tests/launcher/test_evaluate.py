@@ -3,92 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from agff.errors import CheckpointError
-from data_pipeline.layouts.mmeb_eval import EvalItem, EvalSet, SetInfo
+from data_pipeline.layouts.eval_items import EvalItem
+from data_pipeline.layouts.mmeb_eval import EvalSet
+from data_pipeline.layouts.mmeb_sets import SetInfo
 from launcher.evaluate import main
 from launcher.evaluation.examples import phrasing
 from launcher.evaluation.scores import query_blocks, score_set
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-NOTE = "these sets imitate the format, not the difficulty."
-
-
-class ColourModel:
-    """Embeds an image as its colour and a text as the colour it names; `confused` maps one colour name to
-    another."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, confused: Mapping[str, str] | None = None) -> None:
-        self.confused = confused or {}
-        self.encoded: list[tuple[str, str]] = []
-        self.batch_sizes: list[int] = []
-
-    def encode(self, items: Sequence[Mapping[str, Any]], *, batch_size: int, progress: bool) -> Tensor:
-        self.batch_sizes.append(len(items))
-        self.encoded += [(item["text"], str(item.get("image", ""))) for item in items]
-        return torch.stack([self._vector(item) for item in items])[:, None, :]
-
-    def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
-        return a_NMD[:, 0] @ b_CMD[:, 0].T
-
-    def _vector(self, item: Mapping[str, Any]) -> Tensor:
-        if "image" in item:
-            with Image.open(item["image"]) as image:
-                return torch.tensor(image.convert("RGB").getpixel((0, 0))) / 255
-        name = next(word for word in COLOURS if word in item["text"])
-        return torch.tensor(COLOURS[self.confused.get(name, name)]) / 255
+from tests.launcher.colours import NOTE, ColourModel, write_benchmarks
 
 
 @pytest.fixture
 def benchmarks(tmp_path: Path) -> Path:
-    """`mmeb/` with one text-to-image and one image-to-text set of three colours, `mmvp/` with two pairs,
-    `run/`."""
-    mmeb, mmvp = tmp_path / "mmeb", tmp_path / "mmvp"
-    names = list(COLOURS)
-    for folder in (
-        mmeb / "images/T2I",
-        mmvp / "MLLM_VLM Images/Colour",
-        mmeb / "T2I",
-        mmeb / "I2T",
-        tmp_path / "run",
-    ):
-        folder.mkdir(parents=True)
-    for name, colour in COLOURS.items():
-        Image.new("RGB", (2, 2), colour).save(mmeb / f"images/T2I/{name}.png")
-    t2i, i2t = [], []
-    for name in names:
-        order = [name, *(other for other in names if other != name)]
-        images = [f"T2I/{other}.png" for other in order]
-        t2i.append({"qry_text": f"Find {name}\n", "qry_img_path": "", "tgt_text": "", "tgt_img_path": images})
-        query = "<|image_1|>\nName it.\n"
-        i2t.append(
-            {"qry_text": query, "qry_img_path": images[0], "tgt_text": order, "tgt_img_path": [""] * 3}
-        )
-    pq.write_table(pa.Table.from_pylist(t2i), mmeb / "T2I/test.parquet")
-    pq.write_table(pa.Table.from_pylist(i2t), mmeb / "I2T/test.parquet")
-    sets = {
-        "I2T": {"meta_task": "classification", "in_distribution": True, "note": NOTE},
-        "T2I": {"meta_task": "retrieval", "in_distribution": False, "note": NOTE},
-    }
-    (mmeb / "sets.json").write_text(json.dumps(sets))
-    lines = ["Question ID,Type,Statement"]
-    for number, name in enumerate(["red", "green", "green", "blue"], start=1):
-        lines.append(f"{number},Colour,a {name} thing")
-        Image.new("RGB", (2, 2), COLOURS[name]).save(mmvp / f"MLLM_VLM Images/Colour/{number}.png")
-    (mmvp / "Questions.csv").write_text("\n".join(lines) + "\n")
-    return tmp_path
+    return write_benchmarks(tmp_path)
 
 
 def evaluate(benchmarks: Path, *options: str, model: ColourModel, mmvp: bool = True) -> int:
@@ -121,24 +56,6 @@ def test_known_confusion_gives_the_known_scores(benchmarks: Path) -> None:
     assert scores["mmvp"]["average"]["score"] == 0
 
 
-def test_table_is_aligned_and_complete(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(benchmarks, model=ColourModel())
-    lines = capsys.readouterr().out.splitlines()
-    table = lines[: lines.index("")]
-    assert [line.split("  ")[0] for line in table if not line.startswith("-")] == [
-        "MMEB layout, Precision@1",
-        "I2T",
-        "T2I",
-        "mean classification",
-        "mean retrieval",
-        "mean in distribution",
-        "mean out of distribution",
-        "mean overall",
-    ]
-    assert len({len(line) for line in table}) == 1
-    assert table[2].split() == ["I2T", "classification", "yes", "3", "100.0", "33.33"]
-
-
 def test_each_item_is_encoded_once_and_in_small_batches(benchmarks: Path) -> None:
     model = ColourModel()
     evaluate(benchmarks, "--batch_size", "2", model=model, mmvp=False)
@@ -151,6 +68,43 @@ def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.Ca
     assert json.loads((benchmarks / "part/s.json").read_text())["num_mmeb_queries"] == 2
     assert "only the first 1 queries" in capsys.readouterr().out
     assert not (benchmarks / "run/scores.json").exists()
+
+
+def test_sets_scored_in_another_run_are_kept_and_shown(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, mmvp = str(benchmarks / "run"), str(benchmarks / "mmvp")
+    assert evaluate(benchmarks, model=ColourModel(), mmvp=False) == 0
+    assert main([run, "--mmvp", mmvp], load=lambda path: ColourModel()) == 0
+    scores = json.loads((benchmarks / "run/scores.json").read_text())
+    assert (scores["mmeb"]["overall"]["score"], scores["mmvp"]["average"]["score"]) == (100, 100)
+    out = capsys.readouterr().out
+    assert "Note: from earlier runs of the same weights and settings: I2T, T2I." in out
+    assert out.count("\nT2I  ") == 2
+
+    assert evaluate(benchmarks, "--max_queries", "2", model=ColourModel(), mmvp=False) == 0
+    scores = json.loads((benchmarks / "run/scores.json").read_text())
+    assert (scores["num_mmeb_queries"], scores["mmvp"]) == (4, None)
+    assert [other["num_mmeb_queries"] for other in scores["other"]] == [6]
+    note = 'scores.json also keeps the scores of 1 other weights or settings, under "other".'
+    assert note in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_place_of_the_scores_is_tried_before_anything_is_read(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_load(path: Path) -> ColourModel:
+        raise AssertionError("loaded")
+
+    (benchmarks / "a_file").touch()
+    out = benchmarks / "a_file" / "scores.json"
+    gone, nowhere = benchmarks / "gone", str(benchmarks / "nowhere")
+    assert main([str(benchmarks / "run"), "--mmeb_eval", nowhere, "--out", str(out)], load=no_load) == 2
+    assert main([str(gone), "--mmeb_eval", nowhere], load=no_load) == 2
+    assert not gone.exists()
+    errors = errors_of(capsys)
+    assert errors[0].startswith(f"error: {out}: scores cannot be written there: ")
+    assert errors[1] == f"error: {gone}: no such folder; name a run or a release"
 
 
 def test_shown_example_ranks_candidates_and_marks_the_truth(
@@ -204,6 +158,8 @@ def test_score_does_not_depend_on_blocks() -> None:
         name="S",
         info=SetInfo(meta_task="vqa", in_distribution=True),
         items=tuple(EvalItem(str(index)) for index in range(40)),
+        addresses=tuple(f"S/test.parquet:row {index}" for index in range(40)),
+        findings={},
         queries=tuple(range(30)),
         candidates=candidates,
     )
@@ -212,6 +168,11 @@ def test_score_does_not_depend_on_blocks() -> None:
         best = float(items_NMD[query, 0] @ items_NMD[truth, 0])
         hits += all(best > float(items_NMD[query, 0] @ items_NMD[other, 0]) for other in others)
     assert score_set(ColourModel(), eval_set, items_NMD).score == pytest.approx(100 * hits / 30)
+
+
+def errors_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was printed beside the progress bars."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "  "))]
 
 
 def test_errors_are_one_line_and_exit_code_2(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,12 +184,17 @@ def test_errors_are_one_line_and_exit_code_2(benchmarks: Path, capsys: pytest.Ca
     assert main([run, "--mmeb_eval", mmeb], load=no_model) == 2
     assert main([run, "--mmeb_eval", run], load=no_model) == 2
     assert main([run, "--mmvp", str(benchmarks / "mmvp"), "--show", "1"], load=no_model) == 2
-    errors = capsys.readouterr().err.splitlines()
+    assert main([run, "--mmvp", str(benchmarks / "mmvp"), "--max_queries", "1"], load=no_model) == 2
+    assert main([run, "--mmeb_eval", mmeb, "--mmeb_images", f"{run}/none"], load=no_model) == 2
+    errors = errors_of(capsys)
+    assert errors[4:] == [
+        "error: --mmeb_images and --max_queries are about MMEB's sets: name --mmeb_eval DIR too",
+        f"error: {run}/none: no such folder (--mmeb_images)",
+    ]
     assert errors[0] == "error: nothing to score: name --mmeb_eval DIR, --mmvp DIR or both"
     assert errors[1] == f"error: {run}: no checkpoint"
     assert errors[2] == f"error: {run}: found no <SET>/*.parquet"
     assert errors[3].startswith("error: --show and --example need a set of texts with images")
-    assert len(errors) == 4
 
 
 def test_embeddings_that_are_not_finite_are_refused(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from agff.errors import DataError
-from data_pipeline.layouts.mmeb_eval import (
-    MMEB_SETS,
-    EvalItem,
-    EvalSet,
-    SetInfo,
-    find_eval_sets,
-    read_eval_set,
-)
+from data_pipeline.layouts.eval_items import EmbeddedImage, EvalItem
+from data_pipeline.layouts.mmeb_eval import EvalSet, read_eval_set
+from data_pipeline.layouts.mmeb_sets import SetInfo
 
 INFO = SetInfo(meta_task="retrieval", in_distribution=False)
 
@@ -125,15 +120,15 @@ def test_images_are_found_in_images_then_root_or_only_where_told(tmp_path: Path)
     rows = [text_row(qry_text="<|image_1|>\n?\n", qry_img_path="S/1.jpg")]
     write_set(tmp_path, "S", rows)
     in_root = touch(tmp_path / "S/1.jpg")
-    assert read(tmp_path).items[0].image_path == in_root
+    assert read(tmp_path).items[0].image == in_root
     in_images = touch(tmp_path / "images/S/1.jpg")
-    assert read(tmp_path).items[0].image_path == in_images
+    assert read(tmp_path).items[0].image == in_images
     elsewhere = touch(tmp_path / "else/S/1.jpg")
-    assert read(tmp_path, images_root=tmp_path / "else").items[0].image_path == elsewhere
-    with pytest.raises(
-        DataError, match=r"'S/1.jpg' not found under .*empty; name the images' folder \(--mmeb_images\)"
-    ):
-        read(tmp_path, images_root=tmp_path / "empty")
+    assert read(tmp_path, images_root=tmp_path / "else").items[0].image == elsewhere
+    eval_set = read(tmp_path, images_root=tmp_path / "empty")
+    assert eval_set.lines(eval_set.findings) == [
+        f"S/test-00000-of-00001.parquet:row 0: image 'S/1.jpg' not found under {tmp_path / 'empty'}"
+    ]
 
 
 def test_max_queries_leaves_out_the_items_of_the_rest(tmp_path: Path) -> None:
@@ -148,31 +143,212 @@ def test_max_queries_leaves_out_the_items_of_the_rest(tmp_path: Path) -> None:
     [
         (
             {"qry_img_path": "gone.jpg", "qry_text": "<|image_1|>\n"},
-            r"S/test-.*:row 0: image 'gone.jpg' not found",
+            "S/test-00000-of-00001.parquet:row 0: image 'gone.jpg' not found under",
         ),
-        ({"qry_img_path": "../up.jpg", "qry_text": "<|image_1|>\n"}, r"row 0: image path '../up.jpg' leaves"),
+        ({"qry_img_path": "../up.jpg", "qry_text": "<|image_1|>\n"}, "row 0: image path '../up.jpg' leaves"),
         (
-            {"qry_img_path": "/etc/up.jpg", "qry_text": "<|image_1|>\n"},
-            r"row 0: image path '/etc/up.jpg' leaves",
+            {"qry_img_path": "/etc/a.jpg", "qry_text": "<|image_1|>\n"},
+            "row 0: image path '/etc/a.jpg' leaves",
         ),
-        (
-            {"qry_img_path": "here.jpg", "qry_text": "no place"},
-            r"row 0: qry_text: .* appears 0 times in text 'no place'",
-        ),
-        (
-            {"qry_img_path": "here.jpg", "qry_text": "<|image_1|><|image_1|>"},
-            r"row 0: qry_text: .* appears 2 times",
-        ),
-        ({"qry_text": "<|image_1|>\n"}, r"row 0: qry_text is empty and there is no image"),
-        ({"tgt_text": ["a"], "tgt_img_path": [""]}, r"row 0: no candidates beside the truth"),
-        ({"tgt_text": ["a", "a"]}, r"row 0: no candidates beside the truth"),
-        ({"tgt_text": ["a", "b", "c"]}, r"row 0: tgt_img_path has 2 entries for 3 candidates"),
+        ({"qry_img_path": "here.jpg", "qry_text": "no place"}, "row 0: qry_text 'no place' holds"),
+        ({"qry_img_path": "here.jpg", "qry_text": "<|image_1|><|image_1|>"}, "<|image_1|> 2 times"),
+        ({"qry_text": "<|image_1|>\n"}, "row 0: qry_text is empty and there is no image"),
+        ({"tgt_text": ["a", ""]}, "row 0: tgt_text is empty and there is no image"),
+        ({"tgt_text": ["", "a"]}, "row 0: tgt_text is empty and there is no image"),
     ],
 )
-def test_bad_row_is_refused_with_its_address(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_unusable_item_is_named_with_set_file_and_row(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     touch(tmp_path / "here.jpg")
-    write_set(tmp_path, "S", [text_row(**changes)])
-    with pytest.raises(DataError, match=message):
+    write_set(tmp_path, "S", [text_row(**changes), text_row(**changes)])
+    eval_set = read(tmp_path)
+    (line,) = eval_set.lines(eval_set.findings)
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tgt_text": ["a"], "tgt_img_path": [""]}, "no candidates beside the truth"),
+        ({"tgt_text": ["a", "a"]}, "no candidates beside the truth"),
+        ({"tgt_text": [], "tgt_img_path": []}, "no candidates beside the truth"),
+        ({"tgt_text": None, "tgt_img_path": None}, "no candidates beside the truth"),
+        ({"tgt_text": ["a", "b", "c"]}, "tgt_img_path has 2 entries for 3 candidates"),
+    ],
+)
+def test_all_bad_rows_are_refused_with_their_addresses(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write_set(tmp_path, "S", [text_row(), text_row(**changes), text_row(), text_row(**changes)])
+    with pytest.raises(DataError) as raised:
+        read(tmp_path)
+    rows = [line for line in str(raised.value).splitlines() if message in line]
+    assert [line.split(": ")[0].strip() for line in rows] == [
+        f"S/test-00000-of-00001.parquet:row {number}" for number in (1, 3)
+    ]
+
+
+def test_missing_image_is_one_finding_however_many_texts_are_beside_it(tmp_path: Path) -> None:
+    rows = [text_row(qry_img_path="gone.jpg", qry_text=f"<|image_1|>\n{number}\n") for number in range(3)]
+    write_set(tmp_path, "S", rows)
+    eval_set = read(tmp_path)
+    (line,) = eval_set.lines(eval_set.findings)
+    assert "row 0: image 'gone.jpg' not found" in line
+    assert line.endswith("(and 2 more items)")
+
+
+def test_without_leaves_out_queries_and_candidates_and_counts_them(tmp_path: Path) -> None:
+    rows = [
+        text_row(qry_text="q0", tgt_text=["a", "b", "c"], tgt_img_path=None),
+        text_row(qry_text="q1", tgt_text=["b", "a", "c"], tgt_img_path=None),
+        text_row(qry_text="q2", tgt_text=["a", "c"], tgt_img_path=None),
+        text_row(qry_text="q3", tgt_text=["c", "b"], tgt_img_path=None),
+    ]
+    write_set(tmp_path, "S", rows)
+    whole = read(tmp_path)
+    position = {item.text: index for index, item in enumerate(whole.items)}
+
+    left = whole.without({position["b"]})  # a truth, the only other candidate, one candidate of two
+    assert [whole.items[query].text for query in left.queries] == ["q0", "q2"]
+    assert [[whole.items[item].text for item in row] for row in left.candidates] == [["a", "c"], ["a", "c"]]
+    assert (left.num_queries_left_out, left.num_candidates_left_out) == (2, 1)
+
+    left = left.without({position["q0"]})
+    assert [whole.items[query].text for query in left.queries] == ["q2"]
+    assert (left.num_queries_left_out, left.num_candidates_left_out) == (3, 1)
+    assert {whole.items[index].text for index in left.used} == {"q2", "a", "c"}
+    assert whole.without({position["a"], position["c"]}).used == ()
+
+
+def test_missing_part_of_a_set_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, "S", [text_row()])
+    (tmp_path / "S/test-00000-of-00001.parquet").rename(tmp_path / "S/test-00000-of-00002.parquet")
+    with pytest.raises(DataError, match=r"S/test: 1 of 2 parts missing: -00001-of-00002"):
+        read(tmp_path)
+
+
+def test_empty_set_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, "S", [text_row()])
+    path = tmp_path / "S/test-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(DataError, match=r"S: no rows"):
+        read(tmp_path)
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+TEXTS = {
+    "string": pa.string(),
+    "large_string": pa.large_string(),
+    "string_view": pa.string_view(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+    "dictionary of large_string": pa.dictionary(pa.int8(), pa.large_string()),
+}
+LISTS = {"list": pa.list_, "large_list": pa.large_list, "fixed": lambda kind: pa.list_(kind, 2)}
+
+
+def write_typed(root: Path, **columns: pa.Array) -> None:
+    row = text_row()
+    arrays = {name: columns.get(name, pa.array([row[name]])) for name in row}
+    (root / "S").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(arrays), root / "S/test.parquet")
+
+
+@pytest.mark.parametrize("kind", TEXTS.values(), ids=TEXTS)
+def test_text_columns_of_every_kind_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    write_typed(tmp_path, qry_text=pa.array(["q"]).cast(kind), qry_img_path=pa.array([None]).cast(kind))
+    assert read(tmp_path).items == (EvalItem("q"), EvalItem("a"), EvalItem("b"))
+
+
+@pytest.mark.parametrize("make_list", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("name", ["string", "large_string", "dictionary"])
+def test_lists_of_texts_of_every_kind_are_read(
+    tmp_path: Path, make_list: Callable[[pa.DataType], pa.DataType], name: str
+) -> None:
+    texts = _list_of(make_list, pa.array(["a", "b"]).cast(TEXTS[name]))
+    write_typed(tmp_path, tgt_text=texts)
+    assert read(tmp_path).items == (EvalItem("q"), EvalItem("a"), EvalItem("b"))
+
+
+def _list_of(make_list: Callable[[pa.DataType], pa.DataType], values: pa.Array) -> pa.Array:
+    kind = make_list(values.type)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(values, 2)
+    maker = pa.LargeListArray if pa.types.is_large_list(kind) else pa.ListArray
+    return maker.from_arrays([0, len(values)], values)
+
+
+def test_image_structs_are_read_from_their_bytes_and_else_by_their_path(tmp_path: Path) -> None:
+    by_path = touch(tmp_path / "images/b.png")
+    targets = [{"bytes": b"one", "path": "x.png"}, {"bytes": None, "path": "b.png"}]
+    write_typed(
+        tmp_path,
+        qry_text=pa.array(["<|image_1|>\n"]),
+        qry_img_path=pa.array([{"bytes": b"one", "path": None}], IMAGE),
+        tgt_text=pa.array([None], pa.string()),
+        tgt_img_path=pa.array([targets], pa.list_(IMAGE)),
+    )
+    eval_set = read(tmp_path)
+    query, first, second = eval_set.items
+    assert query == EvalItem("<|image_1|>\n", EmbeddedImage(b"one", name="bytes in the table"))
+    assert isinstance(first.image, EmbeddedImage)
+    assert (first.image, first.image.name) == (query.image, "x.png")  # equal bytes are one image
+    assert second.image == by_path
+    assert eval_set.findings == {}
+
+
+def test_struct_without_bytes_and_path_is_no_image(tmp_path: Path) -> None:
+    nothing = [{"bytes": None, "path": None}, None]
+    for value in nothing:
+        write_typed(tmp_path, qry_img_path=pa.array([value], IMAGE))
+        assert read(tmp_path).items[0] == EvalItem("q")
+
+
+WRONG = {
+    "number as text": ("qry_text", pa.array([5]), "int64"),
+    "fraction as text": ("qry_text", pa.array([0.5]), "double"),
+    "truth value as text": ("qry_text", pa.array([True]), "bool"),
+    "bytes as text": ("qry_text", pa.array([b"q"]), "binary"),
+    "list as query": ("qry_text", pa.array([["a"]]), "list"),
+    "image struct as text": ("qry_text", pa.array([{"bytes": b"", "path": ""}], IMAGE), "struct"),
+    "categorical of numbers": ("qry_text", pa.array([5]).dictionary_encode(), "int64"),
+    "whole numbers as targets": ("tgt_text", pa.array([[3, 7]]), "list<element: int64>"),
+    "lists in a list": ("tgt_text", pa.array([[["a"], ["b"]]]), "list"),
+    "number as image": ("qry_img_path", pa.array([5]), "int64"),
+    "list as query image": ("qry_img_path", pa.array([["a.png"]]), "list"),
+    "bare bytes as image": ("qry_img_path", pa.array([b"x"]), "binary"),
+    "other struct as image": ("qry_img_path", pa.array([{"path": "a.png"}]), "struct"),
+    "other structs as images": ("tgt_img_path", pa.array([[{"url": "a"}, {"url": "b"}]]), "list"),
+}
+
+
+@pytest.mark.parametrize(("column", "values", "found"), WRONG.values(), ids=WRONG)
+def test_other_column_types_are_refused_with_file_column_and_row(
+    tmp_path: Path, column: str, values: pa.Array, found: str
+) -> None:
+    write_typed(tmp_path, **{column: values})
+    with pytest.raises(
+        DataError, match=rf"S/test.parquet:row 0: column {column} holds .* \({found}"
+    ) as raised:
+        read(tmp_path)
+    assert "it must be " in str(raised.value)
+
+
+def test_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    row = text_row()
+    names = [*row, "qry_text"]
+    (tmp_path / "S").mkdir()
+    pq.write_table(pa.table([pa.array([row[name]]) for name in names], names=names), tmp_path / "S/t.parquet")
+    with pytest.raises(DataError, match=r"S/t.parquet: column qry_text is there twice"):
+        read(tmp_path)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    )
+    write_typed(tmp_path, qry_text=broken)
+    with pytest.raises(DataError, match=r"S/test.parquet: not a readable parquet file: 'utf-8'"):
         read(tmp_path)
 
 
@@ -189,47 +365,3 @@ def test_missing_columns_and_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "B/x.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"B/x.parquet: not a readable parquet file"):
         read(tmp_path, "B")
-
-
-def test_built_in_table_is_mmeb_s() -> None:
-    assert len(MMEB_SETS) == 36
-    assert sum(info.in_distribution for info in MMEB_SETS.values()) == 20
-    counts = {
-        task: sum(info.meta_task == task for info in MMEB_SETS.values()) for task in ("classification", "vqa")
-    }
-    assert counts == {"classification": 10, "vqa": 10}
-    assert MMEB_SETS["RefCOCO"] == SetInfo(meta_task="grounding", in_distribution=False)
-
-
-def test_sets_json_describes_sets_of_one_s_own(tmp_path: Path) -> None:
-    for name in ("Zebra", "Mine", "GQA"):
-        write_set(tmp_path, name, [text_row()])
-    sets = {
-        "note": "imitates the format",
-        "Zebra": {"meta_task": "retrieval", "in_distribution": True, "about": "ignored"},
-        "Mine": {"meta_task": "vqa", "in_distribution": False, "note": "its own"},
-    }
-    (tmp_path / "sets.json").write_text(json.dumps(sets))
-    assert find_eval_sets(tmp_path) == {
-        "Zebra": SetInfo(meta_task="retrieval", in_distribution=True, note="imitates the format"),
-        "Mine": SetInfo(meta_task="vqa", in_distribution=False, note="its own"),
-        "GQA": MMEB_SETS["GQA"],
-    }
-    assert list(find_eval_sets(tmp_path)) == ["Zebra", "Mine", "GQA"]
-
-
-def test_unknown_sets_and_empty_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no such folder"):
-        find_eval_sets(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"found no <SET>/\*.parquet"):
-        find_eval_sets(tmp_path)
-    write_set(tmp_path, "Mine", [text_row()])
-    with pytest.raises(DataError, match=r"Mine: not one of MMEB's 36 sets; describe it in"):
-        find_eval_sets(tmp_path)
-    (tmp_path / "sets.json").write_text('{"Gone": {"meta_task": "vqa", "in_distribution": true}}')
-    with pytest.raises(DataError, match=r"sets.json lists Gone, but there is no Gone/"):
-        find_eval_sets(tmp_path)
-    for content in ("[1]", "{", '{"Mine": {"meta_task": "vqa"}}', '{"Mine": 3}'):
-        (tmp_path / "sets.json").write_text(content)
-        with pytest.raises(DataError, match=r"sets.json: expected"):
-            find_eval_sets(tmp_path)

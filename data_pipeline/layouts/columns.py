@@ -1,0 +1,127 @@
+"""Which parquet columns hold texts and images. Types are checked; a value is never converted into another
+type."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agff.errors import DataError
+from data_pipeline.layouts.eval_items import EmbeddedImage
+
+IMAGE_FIELDS = {"bytes", "path"}
+"""Of the struct as which Hugging Face `datasets` writes an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnKind:
+    """What a column must hold."""
+
+    is_image: bool
+    """A path, or {bytes, path}; else a text."""
+    many: bool
+    """One value, or a list of them; else one value."""
+
+    def accepts(self, data_type: pa.DataType) -> bool:
+        """Whether values of this type can be read as they are."""
+        if self.many and is_list(data_type):
+            data_type = data_type.value_type
+        return is_text(data_type) or (self.is_image and is_image_struct(data_type))
+
+    def __str__(self) -> str:
+        one = "an image path or a struct {bytes, path}" if self.is_image else "text"
+        return f"{one}, or a list of such" if self.many else one
+
+
+def is_text(data_type: pa.DataType) -> bool:
+    """Strings of every kind, a categorical of strings, or a column without any value."""
+    if pa.types.is_dictionary(data_type):
+        data_type = data_type.value_type
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(is_kind(data_type) for is_kind in kinds)
+
+
+def is_image_struct(data_type: pa.DataType) -> bool:
+    """{bytes, path} as Hugging Face `datasets` writes it."""
+    if not pa.types.is_struct(data_type) or {part.name for part in data_type} != IMAGE_FIELDS:
+        return False
+    content = data_type.field("bytes").type
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
+    return any(is_kind(content) for is_kind in kinds) and is_text(data_type.field("path").type)
+
+
+def is_list(data_type: pa.DataType) -> bool:
+    """Lists of every kind."""
+    kinds = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return any(is_kind(data_type) for is_kind in kinds)
+
+
+def image_cell(value: str | dict[str, Any] | None) -> str | EmbeddedImage:
+    """A path, the image itself where the table holds its bytes, or "" without either."""
+    if isinstance(value, dict):
+        if value["bytes"] is not None:
+            return EmbeddedImage(value["bytes"], name=value["path"] or "bytes in the table")
+        return value["path"] or ""
+    return value or ""
+
+
+def read_rows(path: Path, columns: Mapping[str, ColumnKind]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of a table; rows are read in small batches, as one may hold a thousand candidates.
+
+    Raises DataError, with file, column and row, when a column is missing, there twice or of another type.
+    """
+    try:
+        with pq.ParquetFile(path) as table:
+            _check_schema(table, columns, path)
+            number = 0
+            for batch in table.iter_batches(batch_size=64, columns=list(columns)):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of a table's columns. Raises DataError."""
+    try:
+        return list(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _check_schema(table: pq.ParquetFile, columns: Mapping[str, ColumnKind], path: Path) -> None:
+    schema = table.schema_arrow
+    if missing := [name for name in columns if name not in schema.names]:
+        raise DataError(f"{path}: missing columns {', '.join(missing)}; found {', '.join(schema.names)}")
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1 and name in columns]:
+        raise DataError(f"{path}: column {twice[0]} is there twice; which one counts cannot be known")
+    wrong = [
+        f"{path}:{_first_value(table, name)} ({schema.field(name).type}); it must be {kind}"
+        for name, kind in columns.items()
+        if not kind.accepts(schema.field(name).type)
+    ]
+    if wrong:
+        raise DataError("\n  ".join(wrong))
+
+
+def _first_value(table: pq.ParquetFile, name: str) -> str:
+    number = 0
+    for batch in table.iter_batches(batch_size=64, columns=[name]):
+        for value in batch.column(0):
+            if value.is_valid:
+                return f"row {number}: column {name} holds {str(value.as_py())[:40]}"
+            number += 1
+    return f"row {number}: column {name} holds no value"

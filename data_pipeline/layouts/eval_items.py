@@ -1,0 +1,163 @@
+"""The items of an evaluation set: each once, with the row that names it first and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from agff.batch import IMAGE_PLACEHOLDER
+from agff.errors import DataError
+from data_pipeline.layouts.mmeb_train import IMAGE_TARGET_TEXT, instructed_text
+
+MOST_LINES = 100
+"""Findings that are printed; a wrong folder makes hundreds of thousands of them."""
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image whose bytes are in the table. Equal bytes are one image, whatever their names."""
+
+    content: bytes = field(repr=False)
+    name: str = field(compare=False)
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One thing to embed, its image not opened yet. Equal items are encoded once."""
+
+    text: str
+    image: Path | EmbeddedImage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemTable:
+    """Items by number."""
+
+    name: str
+    items: tuple[EvalItem, ...]
+    addresses: tuple[str, ...]
+    """Per item the row that names it first, `SET/FILE:row N`."""
+    findings: Mapping[int, str]
+    """{item: why it cannot be used}, found without opening its image."""
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The items that the scores need, in order."""
+        raise NotImplementedError
+
+    def lines(self, findings: Mapping[int, str]) -> list[str]:
+        """One line a reason, with the address of the item that has it first: a missing image is one, however
+        many texts are beside it."""
+        items_of: dict[str, list[int]] = {}
+        for item, reason in sorted(findings.items()):
+            items_of.setdefault(reason, []).append(item)
+        return [
+            f"{self.addresses[items[0]]}: {reason}"
+            + (f" (and {len(items) - 1:,} more items)" if len(items) > 1 else "")
+            for reason, items in items_of.items()
+        ]
+
+
+class UniqueItems:
+    """The items of a set so far. A table may name each of them a thousand times; it is checked the first time
+    only."""
+
+    def __init__(self, image_roots: tuple[Path, ...]) -> None:
+        self._image_roots = image_roots
+        self._index: dict[EvalItem, int] = {}
+        self._index_of_cell: dict[tuple[str, str | None, str | None, str | EmbeddedImage | None], int] = {}
+        self._images: dict[str, tuple[Path, str | None]] = {}
+        self._addresses: list[str] = []
+        self._findings: dict[int, str] = {}
+
+    @property
+    def items(self) -> tuple[EvalItem, ...]:
+        """In order of appearance."""
+        return tuple(self._index)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of each item."""
+        return tuple(self._addresses)
+
+    @property
+    def findings(self) -> Mapping[int, str]:
+        """{index: reason} of the items that cannot be used."""
+        return self._findings
+
+    def add(
+        self,
+        role: str,
+        instruction: str | None,
+        text: str | None,
+        image: str | EmbeddedImage | None,
+        address: str,
+    ) -> int:
+        """Index of the item that these cells of a row describe.
+
+        role: "qry" or "tgt"; instruction None: the text is complete.
+        """
+        cell = (role, instruction, text, image)
+        if cell not in self._index_of_cell:
+            self._index_of_cell[cell] = self._add(role, instruction, text or "", image or "", address)
+        return self._index_of_cell[cell]
+
+    def _add(
+        self, role: str, instruction: str | None, text: str, image: str | EmbeddedImage, address: str
+    ) -> int:
+        has_image = bool(image)
+        if instruction is not None:
+            text = instructed_text(instruction, text, is_query=role == "qry", has_image=has_image)
+        text, text_problem = fitting_text(text, has_image=has_image)
+        file, problem = self._find(image) if isinstance(image, str) and image else (image or None, None)
+        index = self._index.setdefault(EvalItem(text, file), len(self._index))
+        if index == len(self._addresses):
+            self._addresses.append(address)
+            if problem:
+                self._findings[index] = problem
+            elif text_problem:
+                self._findings[index] = f"{role}_text {text_problem}"
+        return index
+
+    def _find(self, image: str) -> tuple[Path, str | None]:
+        if image not in self._images:
+            self._images[image] = find_image(image, self._image_roots)
+        return self._images[image]
+
+
+def fitting_text(text: str, *, has_image: bool) -> tuple[str, str | None]:
+    """(text, None) with the placeholder once beside an image and never without one, or the reason why it
+    cannot."""
+    if not has_image:
+        # WebQA's query texts carry a placeholder though the rows have no image
+        text = text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "")
+        return text, None if text.strip() else "is empty and there is no image"
+    text = text or IMAGE_TARGET_TEXT
+    if (count := text.count(IMAGE_PLACEHOLDER)) == 1:
+        return text, None
+    return text, f"{text[:60]!r} holds {IMAGE_PLACEHOLDER} {count} times; one image needs it exactly once"
+
+
+def find_image(image: str, roots: tuple[Path, ...]) -> tuple[Path, str | None]:
+    """(file, None), or (where it should be, the reason why there is none)."""
+    relative = PurePosixPath(image)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in image:
+        reason = f"image path {image!r} leaves the images folder; paths must be relative and inside it"
+        return Path(image), reason
+    for root in roots:
+        if (path := root / relative).is_file():
+            return path, None
+    tried = " and ".join(str(root) for root in roots)
+    return roots[0] / relative, f"image {image!r} not found under {tried}"
+
+
+def refuse_all(findings: Collection[str], *, remedy: str) -> None:
+    """Raise one DataError for all findings, a line each; nothing when there are none."""
+    if not findings:
+        return
+    lines = list(findings)[:MOST_LINES]
+    if len(findings) > MOST_LINES:
+        lines.append(f"and {len(findings) - MOST_LINES:,} more")
+    head = [] if len(findings) == 1 else [f"{len(findings):,} findings"]
+    raise DataError("\n  ".join([*head, *lines]) + (f"\n{remedy}" if remedy else ""))

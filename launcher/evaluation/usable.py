@@ -1,0 +1,116 @@
+"""Which items of the sets can be used: everything is looked at before the scoring, all findings are
+listed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from PIL import Image
+from tqdm import tqdm
+
+from agff.batch import Item
+from agff.embedder import Embedder
+from agff.errors import DataError
+from data_pipeline.layouts.eval_items import MOST_LINES, EmbeddedImage, refuse_all
+from launcher.evaluation.benchmarks import Benchmark
+from launcher.evaluation.image_files import checked_size
+
+Size: TypeAlias = tuple[int, int]
+
+REMEDY = (
+    "Name the images' folder (--mmeb_images), put these items right, or leave them out and count them "
+    "(--allow_missing)."
+)
+
+
+def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage, Size | str]:
+    """{image: its size, or why it cannot be read} of all images that are not missing."""
+    images = list(
+        dict.fromkeys(
+            image
+            for benchmark in benchmarks
+            for index in benchmark.used
+            if index not in benchmark.findings and (image := benchmark.items[index].image) is not None
+        )
+    )
+    return {
+        image: _look(image) for image in tqdm(images, desc="look at images", unit="image", file=sys.stderr)
+    }
+
+
+def unreadable(benchmark: Benchmark, looks: Mapping[Path | EmbeddedImage, Size | str]) -> dict[int, str]:
+    """{item: why it cannot be used}: what the tables said already, and images that cannot be read."""
+    findings = dict(benchmark.findings)
+    for index in benchmark.used:
+        image = benchmark.items[index].image
+        if index not in findings and image is not None and isinstance(look := looks[image], str):
+            findings[index] = look
+    return {index: findings[index] for index in benchmark.used if index in findings}
+
+
+def refused(
+    model: Embedder, benchmarks: Sequence[Benchmark], looks: Mapping[Path | EmbeddedImage, Size | str]
+) -> list[dict[int, str]]:
+    """Per set {item: why the model's processor refuses it}, asked with the image's size alone."""
+    findings: list[dict[int, str]] = []
+    num_items = sum(len(benchmark.used) for benchmark in benchmarks)
+    with tqdm(total=num_items, desc="check items", unit="item", file=sys.stderr) as bar:
+        for benchmark in benchmarks:
+            findings.append({})
+            for index in benchmark.used:
+                item = benchmark.items[index]
+                size = looks[item.image] if item.image is not None else None
+                blank = Image.new("1", size) if isinstance(size, tuple) else None
+                try:
+                    model.processor.num_tokens(Item(text=item.text, image=blank))
+                except DataError as error:
+                    findings[-1][index] = f"{_name(item.image)}{error}"
+                bar.update()
+    return findings
+
+
+def keep_usable(
+    benchmarks: Sequence[Benchmark], findings: Iterable[Mapping[int, str]], *, allow_missing: bool
+) -> tuple[list[Benchmark], list[str]]:
+    """(the sets without these items, a sentence for each set of which nothing remains).
+
+    Raises DataError with all findings unless `allow_missing`.
+    """
+    kept: list[Benchmark] = []
+    lines, notes = [], []
+    for benchmark, gone in zip(benchmarks, findings, strict=True):
+        lines += benchmark.lines(gone)
+        remaining = benchmark.without(gone) if gone else benchmark
+        if remaining.used:
+            kept.append(remaining)
+        else:
+            notes.append(f"{benchmark.name} is not scored: nothing remains of it without the unusable items.")
+    if not allow_missing:
+        refuse_all(lines, remedy=REMEDY)
+    report_left_out(lines)
+    return kept, notes
+
+
+def report_left_out(lines: Sequence[str]) -> None:
+    """Print the findings that --allow_missing passes over."""
+    for line in lines[:MOST_LINES]:
+        sys.stderr.write(f"left out: {line}\n")
+    if len(lines) > MOST_LINES:
+        sys.stderr.write(f"left out: {len(lines) - MOST_LINES:,} more\n")
+
+
+def _look(image: Path | EmbeddedImage) -> Size | str:
+    try:
+        return checked_size(image)
+    except DataError as error:
+        return str(error)
+
+
+def _name(image: Path | EmbeddedImage | None) -> str:
+    """What an error of the processor, which sees only pixels, must be preceded by."""
+    if image is None:
+        return ""
+    return f"{image.name if isinstance(image, EmbeddedImage) else image}: "

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from agff.batch import IMAGE_PLACEHOLDER
+from agff.batch import text_problem
 from agff.errors import DataError
-from data_pipeline.layouts.mmeb_train import IMAGE_TARGET_TEXT, instructed_text
+from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
 
 MOST_LINES = 100
 """Findings that are printed; a wrong folder makes hundreds of thousands of them."""
@@ -28,6 +28,13 @@ class EvalItem:
 
     text: str
     image: Path | EmbeddedImage | None = None
+
+    @property
+    def name(self) -> str:
+        """What errors call it, beside the row: its image's file, else "text"."""
+        if self.image is None:
+            return "text"
+        return self.image.name if isinstance(self.image, EmbeddedImage) else str(self.image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +116,15 @@ class UniqueItems:
         has_image = bool(image)
         if instruction is not None:
             text = instructed_text(instruction, text, is_query=role == "qry", has_image=has_image)
-        text, text_problem = fitting_text(text, has_image=has_image)
+        text, problem_of_text = fitting_text(text, has_image=has_image)
         file, problem = self._find(image) if isinstance(image, str) and image else (image or None, None)
         index = self._index.setdefault(EvalItem(text, file), len(self._index))
         if index == len(self._addresses):
             self._addresses.append(address)
             if problem:
                 self._findings[index] = problem
-            elif text_problem:
-                self._findings[index] = f"{role}_text {text_problem}"
+            elif problem_of_text:
+                self._findings[index] = f"{role}_text: {problem_of_text}"
         return index
 
     def _find(self, image: str) -> tuple[Path, str | None]:
@@ -130,13 +137,10 @@ def fitting_text(text: str, *, has_image: bool) -> tuple[str, str | None]:
     """(text, None) with the placeholder once beside an image and never without one, or the reason why it
     cannot."""
     if not has_image:
-        # WebQA's query texts carry a placeholder though the rows have no image
-        text = text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "")
-        return text, None if text.strip() else "is empty and there is no image"
-    text = text or IMAGE_TARGET_TEXT
-    if (count := text.count(IMAGE_PLACEHOLDER)) == 1:
-        return text, None
-    return text, f"{text[:60]!r} holds {IMAGE_PLACEHOLDER} {count} times; one image needs it exactly once"
+        text = without_placeholder(text)
+        return text, None if text.strip() else "it is empty and there is no image"
+    text = text or MMEB_TEXTS.image_alone
+    return text, text_problem(text, has_image=True)
 
 
 def find_image(image: str, roots: tuple[Path, ...]) -> tuple[Path, str | None]:

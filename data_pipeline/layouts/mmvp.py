@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from agff.errors import DataError
+from agff.item_text import MMEB_TEXTS
 from data_pipeline.layouts.eval_items import ItemTable, UniqueItems, refuse_all
-from data_pipeline.layouts.mmeb_train import IMAGE_TARGET_TEXT
 
 TEXT_PREFIX = "a photo of "
 """Before each statement, as in the published evaluation."""
@@ -158,7 +158,7 @@ def _pair(items: UniqueItems, root: Path, first: _Row, second: _Row) -> MmvpPair
     rows = (first, second)
     text_1, text_2 = (items.add("tgt", None, TEXT_PREFIX + row.statement, "", row.address) for row in rows)
     image_1, image_2 = (
-        items.add("tgt", None, IMAGE_TARGET_TEXT, _image(root, row), row.address) for row in rows
+        items.add("tgt", None, MMEB_TEXTS.image_alone, _image(root, row), row.address) for row in rows
     )
     return MmvpPair(pattern=first.pattern, texts=(text_1, text_2), images=(image_1, image_2))
 

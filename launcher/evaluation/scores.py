@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from agff.batch import Item
 from agff.embedder import Embedder
 from agff.errors import CheckpointError, DataError
+from agff.images import FORMATS, decode_image, open_image
 from agff.scoring import MmvpReport, SetScore, mmvp_pair_hits, mmvp_report, precision_at_1_hits, set_score
 from data_pipeline.layouts.eval_items import EmbeddedImage, EvalItem, ItemTable
 from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmvp import MmvpSet
-from launcher.evaluation.image_files import open_embedded
 
 QUERY_BLOCK_SIZE = 64
 """Most queries compared at once; the result does not depend on it."""
@@ -117,8 +117,11 @@ def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:
     )
 
 
-def _model_item(item: EvalItem) -> dict[str, Any]:
-    if item.image is None:
-        return {"text": item.text}
-    image = open_embedded(item.image) if isinstance(item.image, EmbeddedImage) else item.image
-    return {"text": item.text, "image": image}
+def _model_item(item: EvalItem) -> Item:
+    """The item with its image decoded, and its name as the address of errors."""
+    image = None
+    if isinstance(item.image, EmbeddedImage):
+        image = decode_image(item.image.content, item.name, formats=FORMATS)
+    elif item.image is not None:
+        image = open_image(item.image, item.name)
+    return Item(text=item.text, image=image, address=item.name)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from agff.batch import Item
 from agff.embedder import Embedder
 from agff.errors import DataError
+from agff.images import FORMATS, read_header
 from data_pipeline.layouts.eval_items import MOST_LINES, EmbeddedImage, refuse_all
 from launcher.evaluation.benchmarks import Benchmark
-from launcher.evaluation.image_files import checked_size
 
 Size: TypeAlias = tuple[int, int]
 
@@ -65,9 +65,9 @@ def refused(
                 size = looks[item.image] if item.image is not None else None
                 blank = Image.new("1", size) if isinstance(size, tuple) else None
                 try:
-                    model.processor.num_tokens(Item(text=item.text, image=blank))
+                    model.processor.num_tokens(Item(text=item.text, image=blank, address=item.name))
                 except DataError as error:
-                    findings[-1][index] = f"{_name(item.image)}{error}"
+                    findings[-1][index] = str(error)
                 bar.update()
     return findings
 
@@ -103,14 +103,10 @@ def report_left_out(lines: Sequence[str]) -> None:
 
 
 def _look(image: Path | EmbeddedImage) -> Size | str:
+    content, name = (image.content, image.name) if isinstance(image, EmbeddedImage) else (image, str(image))
     try:
-        return checked_size(image)
+        return read_header(content, name, formats=FORMATS).size
     except DataError as error:
         return str(error)
-
-
-def _name(image: Path | EmbeddedImage | None) -> str:
-    """What an error of the processor, which sees only pixels, must be preceded by."""
-    if image is None:
-        return ""
-    return f"{image.name if isinstance(image, EmbeddedImage) else image}: "
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror or error}"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from agff.batch import Item
-from agff.embedder import Embedder, as_item
+from agff.embedder import Embedder
 from agff.errors import DataError
 from agff.processor import ProcessorConfig
 from agff.similarity import FusionConfig
@@ -51,18 +51,18 @@ class ColourModel(Embedder):
         self.encoded: list[tuple[str, str]] = []
         self.batch_sizes: list[int] = []
 
-    def encode(self, items: Sequence[Any], *, batch_size: int = 32, progress: bool = False) -> Tensor:
+    def encode(self, items: Sequence[Item], *, batch_size: int = 32, progress: bool = False) -> Tensor:
         self.batch_sizes.append(len(items))
-        self.encoded += [(item["text"], str(item.get("image", ""))) for item in items]
+        self.encoded += [(item.text, item.address if item.image else "") for item in items]
         return torch.stack([self._vector(item) for item in items])[:, None, :]
 
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
         return a_NMD[:, 0] @ b_CMD[:, 0].T
 
-    def _vector(self, item: Mapping[str, Any]) -> Tensor:
-        if "image" in item:
-            return torch.tensor(as_item(item).image.getpixel((0, 0))) / 255
-        name = next(word for word in COLOURS if word in item["text"])
+    def _vector(self, item: Item) -> Tensor:
+        if item.image is not None:
+            return torch.tensor(item.image.getpixel((0, 0))) / 255
+        name = next(word for word in COLOURS if word in item.text)
         return torch.tensor(COLOURS[self.confused.get(name, name)]) / 255
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from agff.batch import Item
 from agff.errors import CheckpointError
 from data_pipeline.layouts.eval_items import EvalItem
 from data_pipeline.layouts.mmeb_eval import EvalSet
@@ -201,7 +200,7 @@ def test_embeddings_that_are_not_finite_are_refused(
     benchmarks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Broken(ColourModel):
-        def _vector(self, item: Mapping[str, Any]) -> Tensor:
+        def _vector(self, item: Item) -> Tensor:
             return torch.full((3,), torch.nan)
 
     assert evaluate(benchmarks, model=Broken()) == 2

@@ -150,11 +150,14 @@ def test_max_queries_leaves_out_the_items_of_the_rest(tmp_path: Path) -> None:
             {"qry_img_path": "/etc/a.jpg", "qry_text": "<|image_1|>\n"},
             "row 0: image path '/etc/a.jpg' leaves",
         ),
-        ({"qry_img_path": "here.jpg", "qry_text": "no place"}, "row 0: qry_text 'no place' holds"),
-        ({"qry_img_path": "here.jpg", "qry_text": "<|image_1|><|image_1|>"}, "<|image_1|> 2 times"),
-        ({"qry_text": "<|image_1|>\n"}, "row 0: qry_text is empty and there is no image"),
-        ({"tgt_text": ["a", ""]}, "row 0: tgt_text is empty and there is no image"),
-        ({"tgt_text": ["", "a"]}, "row 0: tgt_text is empty and there is no image"),
+        (
+            {"qry_img_path": "here.jpg", "qry_text": "no place"},
+            "row 0: qry_text: <|image_1|> appears 0 times",
+        ),
+        ({"qry_img_path": "here.jpg", "qry_text": "<|image_1|><|image_1|>"}, "<|image_1|> appears 2 times"),
+        ({"qry_text": "<|image_1|>\n"}, "row 0: qry_text: it is empty and there is no image"),
+        ({"tgt_text": ["a", ""]}, "row 0: tgt_text: it is empty and there is no image"),
+        ({"tgt_text": ["", "a"]}, "row 0: tgt_text: it is empty and there is no image"),
     ],
 )
 def test_unusable_item_is_named_with_set_file_and_row(

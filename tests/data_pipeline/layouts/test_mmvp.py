@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from agff.errors import DataError
+from agff.item_text import MMEB_TEXTS
 from data_pipeline.layouts.eval_items import EvalItem
-from data_pipeline.layouts.mmeb_train import IMAGE_TARGET_TEXT
 from data_pipeline.layouts.mmvp import read_mmvp
 
 HEADER = "Question ID,Type,Statement\n"
@@ -36,8 +36,8 @@ def test_rows_become_pairs_of_texts_and_images(tmp_path: Path) -> None:
         EvalItem("a photo of a blue ball"),
     ]
     assert [mmvp.items[index] for index in first.images] == [
-        EvalItem(IMAGE_TARGET_TEXT, folder / "Colour/1.jpg"),
-        EvalItem(IMAGE_TARGET_TEXT, folder / "Colour/2.jpg"),
+        EvalItem(MMEB_TEXTS.image_alone, folder / "Colour/1.jpg"),
+        EvalItem(MMEB_TEXTS.image_alone, folder / "Colour/2.jpg"),
     ]
     assert mmvp.items[second.images[1]].image == folder / "Texts/4.png"
     assert mmvp.findings == {}

@@ -22,7 +22,7 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's
     device.
 
-    A collective that takes longer than `timeout_s` fails: the other ranks are gone or stand still. A rank
+    A collective that takes longer than `timeout_s` fails: the other ranks are gone or hang. A rank
     that sees one device alone takes it, and writes 0 into LOCAL_RANK.
 
     Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its
@@ -71,7 +71,7 @@ class Engine:
         self._autocast_dtype = autocast_dtype
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_adamw(trainable, optimizer, fused=device.type == "cuda"),
+            optimizer=build_adamw(trainable, optimizer),
             model_parameters=trainable,
             config=deepspeed_config,
             lr_scheduler=lambda wrapped: build_schedule(wrapped, optimizer, num_steps=num_steps),

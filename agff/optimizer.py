@@ -34,17 +34,15 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.warmup_steps={self.warmup_steps} must be >= 0")
 
 
-def build_adamw(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool
-) -> torch.optim.AdamW:
-    """torch's AdamW; `fused` on a GPU."""
+def build_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's AdamW, fused: one kernel for each tensor, on a GPU and on a CPU."""
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        fused=fused,
+        fused=True,
     )
 
 

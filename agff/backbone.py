@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from agff.errors import ConfigError
+from agff.families import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class BackboneConfig:
     lora: LoraConfig | None = None
     """Null: full tuning."""
     freeze_vision: bool = False
-    """Leave the vision tower as it is (with full tuning; with lora it always is)."""
+    """Leave the vision tower as it is (with full tuning; with lora it always is). LLaVA-OneVision's projector
+    is no part of it and trains; the merger of the Qwen families is."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: one more forward for far less memory."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -45,7 +49,7 @@ class BackboneConfig:
 
 
 def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
-    """The model of a Hugging Face folder without its language-model head.
+    """The model of a Hugging Face folder without its language-model head, in evaluation mode.
 
     With an active ZeRO-3 configuration of transformers the parameters are partitioned while loading; then a
     collective. Raises ConfigError when the folder holds no model, or not all of its weights.
@@ -65,40 +69,83 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
             f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
-            "they would begin at random: download the folder anew"
+            "they would start at random: download the folder again"
         )
     return model
 
 
 def choose_trainable(backbone: Any, config: BackboneConfig) -> Any:
-    """The backbone with adapters or frozen parts as configured; the soft tokens are added later and always
-    train."""
+    """The backbone in training mode with adapters or frozen parts as configured; the soft tokens are added
+    later and always train.
+
+    A frozen vision tower stays in evaluation mode: no dropout, so that its output is the same in both passes,
+    and nothing is recomputed. With `lora` everything but the adapters is frozen. Raises ConfigError for a
+    family that is not known and for a model without its family's vision tower.
+    """
+    family = family_of(backbone.config)
+    model = backbone.train()
     if config.lora is not None:
         import peft
 
-        vision_free = r"(?!.*(visual|vision)).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
         lora = peft.LoraConfig(
             r=config.lora.rank,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=vision_free,
+            target_modules=family.lora_targets,
         )
         # in the backbone's own precision: ZeRO-3 wants one for all
-        backbone = peft.get_peft_model(backbone, lora, autocast_adapter_dtype=False)
-    elif config.freeze_vision:
-        for name, parameter in backbone.named_parameters():
-            if name.startswith(("visual.", "vision_tower.")):
-                parameter.requires_grad_(False)
+        backbone = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if config.lora is not None or config.freeze_vision:
+        _freeze(model, family.vision_tower)
     if config.gradient_checkpointing:
-        _enable_checkpointing(backbone)
+        _enable_checkpointing(model)
     return backbone
 
 
-def _enable_checkpointing(backbone: Any) -> None:
-    """Non-reentrant: the reentrant form fails when two forwards precede one backward (ZeRO-3, one chunk)."""
-    arguments = {"use_reentrant": False}
-    model = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(arguments)
-    else:  # transformers before 5.23
-        model.gradient_checkpointing_enable(arguments)
+def check_attention(name: str, *, precision: str) -> None:
+    """Raises ConfigError when this machine, or the precision, cannot run the attention implementation.
+
+    transformers would find out only while it loads the model, when the other ranks already wait.
+    """
+    if name != "flash_attention_2":
+        return
+    from transformers.utils import is_flash_attn_2_available
+
+    setting = f"backbone.attention={name}"
+    try:
+        found = version("flash-attn")
+    except PackageNotFoundError:
+        raise ConfigError(
+            f"{setting}, but the package flash-attn is not installed; "
+            "pip install flash-attn --no-build-isolation, or use backbone.attention=sdpa"
+        ) from None
+    if not is_flash_attn_2_available():
+        raise ConfigError(
+            f"{setting}, but flash-attn {found} cannot be used here: it needs version 2.3.3 or later and a "
+            "GPU that torch sees; use backbone.attention=sdpa"
+        )
+    if precision == "fp32":
+        raise ConfigError(
+            f"{setting} computes in bf16 only, but the precision is fp32; use precision=bf16 or "
+            "backbone.attention=sdpa"
+        )
+
+
+def _freeze(model: nn.Module, tower: str) -> None:
+    frozen = getattr(model, tower, None)
+    if frozen is None or next(frozen.parameters(), None) is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no vision tower {tower!r}, so nothing of it would be frozen; name "
+            "the right one in agff/families.py, or set backbone.lora null and backbone.freeze_vision false"
+        )
+    frozen.requires_grad_(False).eval()
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Non-reentrant: the reentrant form fails when two forwards precede one backward (ZeRO-3, one chunk).
+
+    It needs no input that requires a gradient, so transformers' hooks, which put one on the output of every
+    inner model's first layer, are taken off: a frozen vision tower would keep activations and run backward.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()

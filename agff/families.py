@@ -1,4 +1,4 @@
-"""The backbone families: how each spells an image in tokens, and what its configuration's numbers mean.
+"""The backbone families: how each spells an image in tokens, where its parts are, what its numbers mean.
 
 A new family is one class here and one row of FAMILIES.
 """
@@ -27,13 +27,30 @@ class Family(ABC):
     """Side in pixels of the blank image that a chunk of texts carries."""
 
     image_token: ClassVar[str]
-    """Stands in the text once for each embedding of an image."""
+    """Is in the text once for each embedding of an image."""
     around_image: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
     """Special tokens before and behind an image."""
     image_inputs: ClassVar[tuple[str, ...]]
     """Tensors of the image processor that the backbone takes."""
     has_pixel_limits: ClassVar[bool]
     """Whether processor.min_pixels and processor.max_pixels mean something."""
+    vision_tower: ClassVar[str]
+    """The backbone's module that backbone.freeze_vision leaves as it is, and that gets no adapters."""
+    lora_layers: ClassVar[tuple[str, ...]] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Names of the linear layers of the language model that get adapters."""
+
+    @property
+    def lora_targets(self) -> str:
+        """PEFT's `target_modules`: a pattern for `lora_layers` outside of the vision tower."""
+        return rf"(?!{self.vision_tower}\.).*\.({'|'.join(self.lora_layers)})"
 
     @classmethod
     @abstractmethod
@@ -69,6 +86,7 @@ class QwenVL(Family):
     around_image = (("<|vision_start|>",), ("<|vision_end|>",))
     image_inputs = ("pixel_values", "image_grid_thw")
     has_pixel_limits = True
+    vision_tower = "visual"  # its merger, the projector to the language model, is a part of it
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:
@@ -115,6 +133,7 @@ class LlavaOneVision(Family):
     around_image = ((), ())
     image_inputs = ("pixel_values", "image_sizes")
     has_pixel_limits = False
+    vision_tower = "vision_tower"  # the projector trains, as in LLaVE
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from agff.backbone import check_attention
 from agff.checkpoint import newest_intact_step, restore_checkpoint, save_checkpoint
 from agff.checkpoint_folder import latest_step, remove_old_checkpoints, remove_unfinished
 from agff.collectives import rank as engine_rank
@@ -101,6 +102,7 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
         world_size=arguments.config.cpu_ranks if starts_ranks else rank.world_size,
         hardware=hardware,
     )
+    check_attention(run.config.backbone.attention, precision=run.precision)
     if not arguments.dry_run:
         _check_gpus_are_usable()
         prepare_quickstart_if_named(arguments.config)

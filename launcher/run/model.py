@@ -28,7 +28,7 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
     exists."""
     partitioned = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    model = untrained_model(run.config, dtype=dtype)
+    model = untrained_model(run.config, dtype=dtype, attention=run.config.backbone.attention)
     del partitioned  # transformers looks at it for as long as it lives, and only loading needs it
     embedding = model.prompted_embedding
 
@@ -41,7 +41,7 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
     return model
 
 
-def untrained_model(config: RunConfig, *, dtype: torch.dtype) -> EmbeddingModel:
-    """Backbone weights of the folder, adapters and soft tokens as they are created."""
-    backbone = load_backbone(Path(config.backbone.path), dtype=dtype, attention=config.backbone.attention)
+def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) -> EmbeddingModel:
+    """Backbone weights of the folder, adapters and soft tokens as they are created; in training mode."""
+    backbone = load_backbone(Path(config.backbone.path), dtype=dtype, attention=attention)
     return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts)

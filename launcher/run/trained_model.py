@@ -39,7 +39,7 @@ def load_run(run: Path) -> tuple[Embedder, int]:
             f"{run}: the newest checkpoint is damaged: {problems[0]}; training again falls back to an older "
             "one"
         )
-    model = untrained_model(config, dtype=torch.float32)
+    model = untrained_model(config, dtype=torch.float32, attention="sdpa")  # whatever it trained with
     weights = consolidated_weights(run, step=step)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

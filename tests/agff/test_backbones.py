@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,112 +14,20 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
+from agff.backbone import BackboneConfig, LoraConfig, check_attention, choose_trainable, load_backbone
 from agff.batch import Item
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import ConfigError
-from agff.families import LlavaOneVision
+from agff.families import FAMILIES, LlavaOneVision
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig
+from tests.agff.family_folders import BUILDERS, llava_onevision, published
 from tests.drawings import tiny_backbone
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = PromptConfig(num_fine=2)
-ROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
-TEXT = {
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 14,
-}
-
-
-def special_tokens(folder: Path) -> dict[str, int]:
-    """Of the tiny Qwen2-VL, whose tokenizer and image processor serve the later ones too."""
-    tokens = json.loads((tiny_backbone(folder) / "config.json").read_text())
-    return {name: tokens[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
-
-
-def qwen2_5_vl(folder: Path) -> None:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-
-    config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": ROPE},
-        vision_config={**VISION, "fullatt_block_indexes": [1]},
-        **special_tokens(folder),
-    )
-    Qwen2_5_VLModel(config).save_pretrained(folder)
-
-
-def qwen3_vl(folder: Path) -> None:
-    from transformers import Qwen3VLConfig, Qwen3VLModel
-
-    config = Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
-        vision_config={**VISION, "deepstack_visual_indexes": [1], "num_position_embeddings": 16},
-        **special_tokens(folder),
-    )
-    Qwen3VLModel(config).save_pretrained(folder)
-
-
-def llava_onevision(folder: Path) -> None:
-    from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionModel
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-        LlavaOnevisionImageProcessorPil,
-    )
-
-    tiny_backbone(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.save_pretrained(folder)
-    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
-    config = LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **TEXT, "vocab_size": 520},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
-        vision_feature_layer=-1,
-    )
-    LlavaOnevisionModel(config).save_pretrained(folder)
-    LlavaOnevisionImageProcessorPil(
-        size={"height": 28, "width": 28},
-        image_grid_pinpoints=pinpoints,
-        crop_size={"height": 28, "width": 28},
-    ).save_pretrained(folder)
-
-
-BUILDERS = {
-    "qwen2_vl": tiny_backbone,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "llava_onevision": llava_onevision,
-}
 
 
 @pytest.fixture(scope="module", params=sorted(BUILDERS))
@@ -183,17 +93,112 @@ def test_every_parameter_in_use_gets_a_gradient_also_without_images(folder: Path
 
 def test_lora_trains_adapters_of_the_language_model_and_the_prompts(folder: Path) -> None:
     model, _ = build(folder, lora=LoraConfig(rank=2))
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert any("lora_A" in name for name in trainable)
-    assert all("lora_" in name or name.endswith("vectors") for name in trainable)
-    assert not any("visual" in name or "vision" in name for name in trainable)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = trainable - {name for name in trainable if name.endswith("embed_tokens.vectors")}
+    assert len(trainable) == len(adapters) + 1
+    assert len(adapters) == 2 * 7 * 2, "A and B of seven linear layers in two decoder layers"
+    assert all("lora_" in name and ".language_model.layers." in name for name in adapters)
 
 
-def test_frozen_vision_leaves_the_rest_trainable(folder: Path) -> None:
+def test_a_frozen_vision_tower_leaves_the_rest_trainable(folder: Path) -> None:
     model, _ = build(folder, freeze_vision=True)
     for name, parameter in model.named_parameters():
-        is_vision = name.startswith(("backbone.visual.", "backbone.vision_tower."))
-        assert parameter.requires_grad != is_vision, name
+        is_tower = name.startswith(("backbone.visual.", "backbone.vision_tower."))
+        assert parameter.requires_grad != is_tower, name
+
+
+@pytest.mark.parametrize("choices", [{"freeze_vision": True}, {"lora": LoraConfig(rank=2)}])
+def test_a_vision_tower_that_is_not_there_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
+) -> None:
+    """Nothing would be frozen, in silence."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    monkeypatch.setattr(FAMILIES[model_type], "vision_tower", "eye")
+    with pytest.raises(ConfigError, match=r"has no vision tower 'eye', so nothing of it would be frozen"):
+        build(folder, **choices)
+
+
+@pytest.mark.parametrize("choices", [{}, {"freeze_vision": True}, {"lora": LoraConfig(rank=2)}])
+def test_a_backbone_of_no_known_family_is_not_trained(choices: dict[str, Any]) -> None:
+    stranger = torch.nn.Linear(1, 1)
+    stranger.config = SimpleNamespace(model_type="idefics3")
+    with pytest.raises(ConfigError, match="backbone of type 'idefics3' is not supported; known are qwen2_vl"):
+        choose_trainable(stranger, BackboneConfig(path="", **choices))
+
+
+def test_every_family_is_tested() -> None:
+    assert set(BUILDERS) == set(FAMILIES)
+
+
+def test_training_differs_from_evaluation_by_the_dropout_that_is_configured(folder: Path) -> None:
+    """That of the backbones' own configuration is 0; that of the adapters acts in training only."""
+    for lora in (None, LoraConfig(rank=2, dropout=0.5)):
+        model, processor = build(folder, lora=lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # begins at zero, where no dropout can be seen
+                torch.nn.init.normal_(parameter)
+        inputs = processor([Item(text="a heart"), Item(text="two")])
+        with torch.no_grad():
+            in_training = [model(inputs) for _ in range(2)]
+        assert torch.equal(*in_training) == (lora is None)
+        embedder = Embedder(model, processor, FusionConfig())
+        assert not any(module.training for module in embedder.model.modules())
+        with torch.no_grad():
+            in_evaluation = [model(inputs) for _ in range(2)]
+        assert torch.equal(*in_evaluation)
+        assert torch.equal(in_training[0], in_evaluation[0]) == (lora is None)
+
+
+def test_a_folder_in_the_published_layout_is_the_same_model(folder: Path, tmp_path: Path) -> None:
+    """Flat configuration, old key names, sharded, head not tied. Under ZeRO-3: test_engine.py."""
+    torch.manual_seed(0)
+    models = [build(path) for path in (folder, published(folder, tmp_path / "published"))]
+    today, then = ({name: p for name, p in model.named_parameters()} for model, _ in models)
+    assert today.keys() == then.keys()
+    for name, parameter in today.items():
+        assert torch.equal(parameter, then[name]), name
+    items = ["a heart", {"text": "what is it?", "image": Image.new("RGB", (90, 31), "green")}]
+    embeddings = [Embedder(model, processor, FusionConfig()).encode(items) for model, processor in models]
+    assert torch.equal(*embeddings), "sizes, rotary embedding and special tokens were read too"
+    (tmp_path / "published/model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"cannot load a backbone: .*model-00002-of-00003\.safetensors"):
+        build(tmp_path / "published")
+
+
+@pytest.mark.parametrize(
+    ("installed", "works", "precision", "message"),
+    [
+        (
+            None,
+            False,
+            "bf16",
+            r"attention=flash_attention_2, but the package flash-attn is not installed; pip",
+        ),
+        (
+            "2.8.3",
+            False,
+            "bf16",
+            r"flash-attn 2\.8\.3 cannot be used here: it needs version 2\.3\.3 or later and",
+        ),
+        ("2.8.3", True, "fp32", r"computes in bf16 only, but the precision is fp32"),
+    ],
+)
+def test_attention_that_cannot_run_is_found_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, works: bool, precision: str, message: str
+) -> None:
+    def version(package: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr("agff.backbone.version", version)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: works)
+    for name in ("sdpa", "eager"):
+        check_attention(name, precision=precision)
+    with pytest.raises(ConfigError, match=message):
+        check_attention("flash_attention_2", precision=precision)
+    if works:
+        check_attention("flash_attention_2", precision="bf16")
 
 
 def test_pixel_limits_have_no_meaning_for_llava(tmp_path: Path) -> None:

@@ -1,67 +1,83 @@
-"""A Qwen2-VL small enough for many exact comparisons, and batches for it made by hand."""
+"""A Qwen2-VL small enough for many exact comparisons, loaded from a folder, and batches made by hand."""
 
 from __future__ import annotations
 
-import warnings
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agff.backbone import BackboneConfig, LoraConfig, choose_trainable
+from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Batch, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.prompts import PromptConfig
 from data_pipeline.collate import FixedRows, TokenBudget
+from tests.agff.family_folders import flat_qwen, write_published
 
 VOCABULARY, IMAGE_TOKEN, PATCH_VALUES = 40, 30, 3 * 2 * 4 * 4
 
 
-def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> EmbeddingModel:
-    """Hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2; float32. lora: only adapters and soft tokens
-    train."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
+@cache
+def tiny_folder() -> TemporaryDirectory[str]:
+    """A Qwen2-VL in its published layout: hidden 16, 2 layers, vision 16 x 1, patch 4, merge 2.
 
-    config = Qwen2VLConfig(
-        text_config={
+    Written once in a process."""
+    from transformers import AutoConfig, AutoModel
+
+    config = flat_qwen(
+        "qwen2_vl",
+        text={
             "vocab_size": VOCABULARY,
             "hidden_size": 16,
             "intermediate_size": 24,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
-            "pad_token_id": None,
+            "rms_norm_eps": 1e-5,
             "bos_token_id": None,
             "eos_token_id": None,
         },
-        vision_config={
+        vision={
             "depth": 1,
             "embed_dim": 16,
             "hidden_size": 16,
             "num_heads": 2,
             "mlp_ratio": 1,
             "patch_size": 4,
-            "spatial_merge_size": 2,
         },
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=31,
-        vision_start_token_id=32,
-        vision_end_token_id=33,
+        rope={"rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        tokens={
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": 31,
+            "vision_start_token_id": 32,
+            "vision_end_token_id": 33,
+        },
     )
+    folder = TemporaryDirectory()
+    (Path(folder.name) / "config.json").write_text(json.dumps(config))
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder.name), dtype=torch.float32)
+    write_published(Path(folder.name), config, model.state_dict())
+    return folder
+
+
+def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> EmbeddingModel:
+    """The model of `tiny_folder` as training builds it, float32.
+
+    lora: only adapters and soft tokens train."""
+    backbone = load_backbone(Path(tiny_folder().name), dtype=torch.float32, attention="sdpa")
+    config = BackboneConfig(path="", lora=LoraConfig(rank=2) if lora else None)
+    model = EmbeddingModel(choose_trainable(backbone, config), PromptConfig(num_fine=num_fine))
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        backbone = choose_trainable(
-            Qwen2VLModel(config), BackboneConfig(path="", lora=LoraConfig(rank=2) if lora else None)
-        )
-        model = EmbeddingModel(backbone, PromptConfig(num_fine=num_fine))
     torch.nn.init.normal_(model.prompted_embedding.vectors, std=0.5)
     for parameter in model.parameters():  # far from zero, so that no gradient is small by accident
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    return model.train()
+    return model
 
 
 def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) -> ModelInputs:
@@ -122,7 +138,7 @@ def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed
 
 
 def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Batch:
-    """The rows as one rank's batch, in chunks of so many items or tokens."""
+    """The rows as one rank's batch, in chunks of this many items or tokens."""
     with_negative = [row for row in rows if "negative" in row]
     items = [
         row[side]

@@ -19,7 +19,7 @@ from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
 from launcher.run.stop_request import EXIT_CODE
 from launcher.train import main as train_main
-from tests.data_pipeline.test_storage import FaultyServer
+from tests.data_pipeline.test_remote import FaultyServer
 from tests.launcher.runs import run_command, signal_when_saved, train_command
 
 pytestmark = pytest.mark.timeout(600)
@@ -443,12 +443,14 @@ def test_dry_run_prints_the_table_and_writes_nothing(
     for name in (
         ".lock",
         "deepspeed.json",
-        "config.yaml.partial",
+        "config.yaml.host-1.partial",
     ):  # what a start leaves that was killed at once
         (run / name).touch()
     before = sorted(in_project.rglob("*"))
     recipe = ["--recipe", "mmeb_qwen2vl_2b", "--backbone.path", ".cache/quickstart/backbone"]
     shards = ["--data.shards", ".cache/quickstart/shards", "--data.sub_batch_size", "8"]
+    assert train_main([*recipe, *shards, "--backbone.attention", "flash_attention_2", "--dry-run"]) == 2
+    assert "backbone.attention=flash_attention_2, but" in capfd.readouterr().err
     assert train_main([*recipe, *shards, "--dry-run"]) == 0
     output = capfd.readouterr().out
     assert "LoRA rank 16" in output

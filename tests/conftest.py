@@ -3,6 +3,7 @@ the end."""
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # a private folder: a lock left by a killed build elsewhere cannot stall the tests, and the tests can see that
 # it stays empty
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="agff-extensions-"))
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Path:
+    """A small MMEB-train download of four subsets."""
+    from tests.drawings import write_drawings  # after the environment above: it imports torch
+
+    return write_drawings(tmp_path / "drawings").mmeb
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

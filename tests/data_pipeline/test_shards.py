@@ -10,7 +10,7 @@ from data_pipeline.layouts.mmeb_train import Pair, Side
 from data_pipeline.shards import SUFFIX, write_shard
 from data_pipeline.verify_download import check_subset
 from tests.agff.test_images import UNUSABLE
-from tests.launcher.test_prepare import row, write_subset
+from tests.mmeb import row, write_subset
 
 
 def test_every_format_has_a_suffix() -> None:

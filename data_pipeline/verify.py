@@ -207,26 +207,36 @@ def check_folder(
     return problems + [problem for found in in_parallel(checks, processes, "shard") for problem in found]
 
 
-def repair_indexes(folder: LocalFolder, manifest: Manifest) -> Manifest:
-    """Write the index of each source whose index is missing or not the manifest's. Raises DataError for
-    damaged shards."""
+def repair_indexes(folder: LocalFolder, manifest: Manifest) -> tuple[Manifest, list[str]]:
+    """Write the index of each source whose index is missing or not the manifest's.
+
+    The manifest afterwards, and the sources whose index was written. Raises DataError, before anything is
+    written, that names every damaged shard of such a source.
+    """
+    names = [
+        name
+        for name, source in sorted(manifest.sources.items())
+        if file_problem(folder, name, source.index, hashes=True)
+    ]
+    shards = [(name, shard) for name in names for shard in manifest.sources[name].shards]
+    found = (
+        file_problem(folder, name, shard, hashes=True)
+        for name, shard in tqdm(shards, desc="shards of damaged indexes", unit="shard", disable=not shards)
+    )
+    if damaged := [problem for problem in found if problem]:
+        raise DataError(
+            f"the index of {', '.join(names)} can be rebuilt from undamaged shards only:\n"
+            + "\n".join(damaged)
+        )
     sources = dict(manifest.sources)
-    for name, source in sorted(manifest.sources.items()):
-        if file_problem(folder, name, source.index, hashes=True) is None:
-            continue
-        found = [
-            file_problem(folder, name, shard, hashes=True)
-            for shard in tqdm(source.shards, desc=name, unit="shard")
-        ]
-        if damaged := [problem for problem in found if problem]:
-            raise DataError(f"the index of {name} can be rebuilt from undamaged shards only: {damaged[0]}")
-        contents = [scan_shard(folder.local_path(name, shard)) for shard in source.shards]
+    for name in names:
+        contents = (scan_shard(folder.local_path(name, shard)) for shard in sources[name].shards)
         index = write_index(folder.path / name, (content.samples for content in contents))
-        sources[name] = replace(source, index=index)
+        sources[name] = replace(sources[name], index=index)
     repaired = replace(manifest, sources=sources)
     if repaired != manifest:
         write_manifest(folder.path, repaired)
-    return repaired
+    return repaired, names
 
 
 def in_parallel(checks: Sequence[Callable[[], Any]], processes: int | None, unit: str) -> Iterator[Any]:

@@ -10,11 +10,7 @@ from pathlib import Path
 
 from agff.errors import AgffError, ConfigError
 from data_pipeline.layouts.mmeb_train import SPLITS
-from data_pipeline.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    read_manifest,
-)
+from data_pipeline.manifest import MANIFEST_FILE, read_manifest
 from data_pipeline.storage import LocalFolder
 from data_pipeline.verify import check_folder, repair_indexes
 from data_pipeline.verify_download import check_download
@@ -64,18 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = LocalFolder(arguments.folder)
         manifest = read_manifest(folder)
         if arguments.repair_index:
-            manifest = _repair(folder, manifest)
+            manifest, repaired = repair_indexes(folder, manifest)
+            for name in repaired:
+                num_samples = manifest.sources[name].num_samples
+                sys.stdout.write(f"{name}: index written, {num_samples:,} samples\n")
         return _say(check_folder(folder, manifest, deep=arguments.deep, processes=arguments.processes))
     except AgffError as error:
         return report(error)
-
-
-def _repair(folder: LocalFolder, manifest: Manifest) -> Manifest:
-    repaired = repair_indexes(folder, manifest)
-    for name, source in repaired.sources.items():
-        if source.index != manifest.sources[name].index:
-            sys.stdout.write(f"{name}: index written, {source.num_samples:,} samples\n")
-    return repaired
 
 
 def _check_download(arguments: argparse.Namespace) -> list[str]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipeline.convert import prepare
 from launcher.verify import main
-from tests.data_pipeline.test_verify import change, flip_after, tar_path
+from tests.data_pipeline.test_verify import change, tar_path
 from tests.drawings import write_drawings
 from tests.mmeb import contents, row, write_subset
 
@@ -57,10 +57,15 @@ def test_an_index_that_points_elsewhere_is_found_and_rebuilt(
 
 
 def test_an_index_of_damaged_shards_is_not_rebuilt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "Shapes_VQA/index.arrow").unlink()
-    change(tar_path(folder), flip_after(b"IDAT"))
+    damaged = [tar_path(folder), tar_path(folder, 2), tar_path(folder, source="Shapes_text")]
+    for path in damaged:
+        (path.parent / "index.arrow").unlink(missing_ok=True)
+        change(path, lambda content: content[:600] + bytes([content[600] ^ 1]) + content[601:])
     assert main([str(folder), "--repair-index"]) == 2
-    assert "the index of Shapes_VQA can be rebuilt from undamaged shards only" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the index of Shapes_VQA, Shapes_text can be rebuilt from undamaged shards only:\n" in error
+    assert [line.partition(":")[0] for line in error.splitlines()[-3:]] == [str(path) for path in damaged]
+    assert not list(folder.glob("*/index.arrow.*")), "nothing was written"
     assert not (folder / "Shapes_VQA/index.arrow").exists()
 
 

@@ -247,24 +247,29 @@ def _check(manifest: Manifest, mixture: Mixture, global_batch_size: int) -> None
             f"global_batch_size={global_batch_size} is not a multiple of "
             f"data.sub_batch_size={mixture.sub_batch_size}"
         )
-    for name in names:
-        if mixture.weights is not None and not 0 < mixture.weights[name] < math.inf:
-            raise ConfigError(
-                f"data.weights.{name}={mixture.weights[name]} must be > 0; leave a source out to drop it"
-            )
-        num_samples = manifest.sources[name].num_samples
-        if num_samples == 0:
-            raise ConfigError(f"source {name} is empty; leave it out with data.weights")
-        if (cap := _cap(mixture, name)) is not None:
-            if cap < mixture.sub_batch_size:
-                raise ConfigError(
-                    f"data.caps: {cap} samples of {name} are fewer than "
-                    f"data.sub_batch_size={mixture.sub_batch_size}"
-                )
-            num_samples = min(cap, num_samples)
-        if num_samples < mixture.sub_batch_size:
-            raise ConfigError(
-                f"source {name} holds {num_samples} samples, fewer than "
-                f"data.sub_batch_size={mixture.sub_batch_size}; lower it, or leave the source out with "
-                "data.weights"
-            )
+    if findings := [finding for name in names for finding in _findings(manifest, mixture, name)]:
+        raise ConfigError("\n".join(findings))
+
+
+def _findings(manifest: Manifest, mixture: Mixture, name: str) -> list[str]:
+    """What keeps one source from being mixed in."""
+    findings = []
+    if mixture.weights is not None and not 0 < mixture.weights[name] < math.inf:
+        findings.append(
+            f"data.weights.{name}={mixture.weights[name]} must be > 0 and finite; "
+            "leave a source out to drop it"
+        )
+    num_samples, cap = manifest.sources[name].num_samples, _cap(mixture, name)
+    if num_samples == 0:
+        findings.append(f"source {name} is empty; leave it out with data.weights")
+    elif cap is not None and cap < mixture.sub_batch_size:
+        findings.append(
+            f"data.caps: {cap} samples of {name} are fewer than data.sub_batch_size={mixture.sub_batch_size}"
+        )
+    elif num_samples < mixture.sub_batch_size:
+        findings.append(
+            f"source {name} holds {num_samples} samples, fewer than "
+            f"data.sub_batch_size={mixture.sub_batch_size}; lower it, or leave the source out with "
+            "data.weights"
+        )
+    return findings

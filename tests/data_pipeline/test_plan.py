@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agff.errors import ConfigError
 from data_pipeline.manifest import Manifest, Shard, Source
-from data_pipeline.plan import PERIOD, WINDOW, Mixture, Plan, plan_changes
+from data_pipeline.plan import PERIOD, VERSION, WINDOW, Mixture, Plan, plan_changes
 from data_pipeline.storage import StoredFile
 
 
@@ -85,6 +85,30 @@ def test_looking_up_a_step_equals_iterating_to_it() -> None:
     ]
     for step in (0, 1, 255, 256, 599):
         assert np.array_equal(new_plan().global_batch(step), iterated[step])
+
+
+def test_literal_rows_of_a_plan() -> None:
+    """numpy promises no stable stream: another order under the same VERSION would break every resume.
+
+    If this fails and nobody changed the plan, numpy did; raise VERSION.
+    """
+    plan = Plan(
+        manifest(a=[3] * 10, b=[4, 5]),
+        Mixture(sub_batch_size=2, weights={"a": 2, "b": 1}, caps={"b": 6}),
+        seed=7,
+        global_batch_size=6,
+    )
+    assert VERSION == 2
+    assert {step: plan.global_batch(step).tolist() for step in (0, 1, 2, 3, 4, 1000)} == {
+        0: [[0, 27], [0, 20], [0, 24], [0, 29], [0, 5], [0, 0]],
+        1: [[1, 3], [1, 5], [0, 4], [0, 15], [0, 9], [0, 28]],
+        2: [[0, 10], [0, 16], [0, 18], [0, 2], [0, 12], [0, 1]],
+        3: [[0, 11], [0, 13], [0, 26], [0, 14], [0, 19], [0, 25]],
+        4: [[1, 7], [1, 6], [0, 3], [0, 17], [1, 2], [1, 8]],
+        1000: [[0, 29], [0, 12], [0, 24], [0, 3], [0, 7], [0, 17]],
+    }
+    redrawn = [[plan.redraw(step, row, attempt=n) for n in range(1, 6)] for step, row in ((0, 0), (2, 4))]
+    assert redrawn == [[13, 13, 23, 6, 26], [29, 0, 1, 25, 22]]
 
 
 def test_shares_of_sources_follow_the_weights_exactly_in_every_period() -> None:
@@ -165,7 +189,7 @@ def test_a_cap_is_a_fixed_part_spread_over_all_shards(sizes: list[int], share: f
     ("weights", "sub_batch", "batch", "message"),
     [
         ({"a": 1, "c": 1}, 2, 8, "data.weights names c, absent from the shards; they hold a, b, empty"),
-        ({"a": 0, "b": 1}, 2, 8, "data.weights.a=0 must be > 0; leave a source out to drop it"),
+        ({"a": 0, "b": 1}, 2, 8, "data.weights.a=0 must be > 0 and finite; leave a source out to drop it"),
         ({"a": -1}, 2, 8, "data.weights.a=-1 must be > 0"),
         ({}, 2, 8, "the mixture names no source"),
         (None, 4, 8, "source b holds 3 samples, fewer than data.sub_batch_size=4"),
@@ -183,6 +207,21 @@ def test_impossible_mixtures_are_named(
             seed=0,
             global_batch_size=batch,
         )
+
+
+def test_every_source_that_cannot_be_mixed_in_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Plan(
+            manifest(a=[10], b=[3], c=[0]),
+            Mixture(sub_batch_size=4, weights={"a": -1, "b": float("inf"), "c": 1}, caps={"a": 2}),
+            seed=0,
+            global_batch_size=8,
+        )
+    starts = ("data.weights.a=-1", "data.caps: 2 samples of a", "data.weights.b=inf", "source b holds 3")
+    lines = str(caught.value).splitlines()
+    expected = (*starts, "source c is empty")
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
 
 
 def test_more_ranks_than_rows_is_a_wrong_call() -> None:

@@ -90,7 +90,7 @@ def check_download(
         try:
             num_rows = count_rows(root, subset, split=split)
         except DataError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
             continue
         names.append(subset)
         checks.append(

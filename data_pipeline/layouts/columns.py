@@ -3,7 +3,6 @@ type."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,8 @@ def read_rows(path: Path, columns: Mapping[str, ColumnKind]) -> Iterator[tuple[i
     """
     try:
         with pq.ParquetFile(path) as table:
-            _check_schema(table, columns, path)
+            if findings := schema_findings(table, columns, path):
+                raise DataError("\n".join(findings))
             number = 0
             for batch in table.iter_batches(batch_size=64, columns=list(columns)):
                 for row in batch.to_pylist():
@@ -102,19 +102,20 @@ def column_names(path: Path) -> list[str]:
         raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _check_schema(table: pq.ParquetFile, columns: Mapping[str, ColumnKind], path: Path) -> None:
+def schema_findings(table: pq.ParquetFile, columns: Mapping[str, ColumnKind], path: Path) -> list[str]:
+    """A line for each column that is missing, there twice or of another type."""
     schema = table.schema_arrow
+    findings = []
     if missing := [name for name in columns if name not in schema.names]:
-        raise DataError(f"{path}: missing columns {', '.join(missing)}; found {', '.join(schema.names)}")
-    if twice := [name for name, count in Counter(schema.names).items() if count > 1 and name in columns]:
-        raise DataError(f"{path}: column {twice[0]} is there twice; which one counts cannot be known")
-    wrong = [
-        f"{path}:{_first_value(table, name)} ({schema.field(name).type}); it must be {kind}"
-        for name, kind in columns.items()
-        if not kind.accepts(schema.field(name).type)
-    ]
-    if wrong:
-        raise DataError("\n  ".join(wrong))
+        findings.append(f"{path}: missing columns {', '.join(missing)}; found {', '.join(schema.names)}")
+    for name, kind in columns.items():
+        if (count := schema.names.count(name)) > 1:
+            findings.append(f"{path}: column {name} is there twice; which one counts cannot be known")
+        elif count and not kind.accepts(schema.field(name).type):
+            findings.append(
+                f"{path}:{_first_value(table, name)} ({schema.field(name).type}); it must be {kind}"
+            )
+    return findings
 
 
 def _first_value(table: pq.ParquetFile, name: str) -> str:

@@ -5,14 +5,16 @@
                diverse_instruction-...parquet      the other split: the same columns
 <root>/images/<SUBSET>/Train/<file>                named by those columns, below the root; "" when absent
 
-In these columns instruction and content are one text. A source of one's own may keep them apart in qry_inst,
+In these columns instruction and content are one text. Your own source may keep them apart in qry_inst,
 pos_inst, neg_inst, as the newer MMEB-eval does: then they are joined as MMEB's texts are, and the shard says
-which part is which.
+which part is which. A null cell is an absent value, as "" is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -21,13 +23,19 @@ import pyarrow.parquet as pq
 
 from agff.batch import IMAGE_PLACEHOLDER, text_problem
 from agff.errors import DataError
+from agff.files import sha256_of
 from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
+from data_pipeline.layouts.columns import ColumnKind, schema_findings
+from data_pipeline.layouts.parts import check_parts
 
-REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
-READ_BUFFER_BYTES = 2**20
+_REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+_OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
+_READ_BUFFER_BYTES = 2**20
 """Of each column; without it a whole row group, which may be a whole subset, would be held in memory."""
+_TEXT = ColumnKind(is_image=False, many=False)
 SPLITS = ("original", "diverse_instruction")
+
+_Row = Mapping[str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +60,14 @@ class Pair:
 
 
 def find_subsets(root: Path, *, split: str) -> list[str]:
-    """Names of the folders that hold a parquet of this split. Raises DataError when there is none."""
-    names = sorted({path.parent.name for path in root.glob(f"*/{split}-*.parquet")})
-    if not names:
+    """Names of the folders that hold parquet files, hidden ones aside. Raises DataError when none has one of
+    this split."""
+    paths = [path for path in root.glob("*/*.parquet") if not path.parent.name.startswith(".")]
+    if not any(path.match(f"{split}-*.parquet") for path in paths):
         raise DataError(
             f"{root}: no <SUBSET>/{split}-*.parquet here; give the folder of an MMEB-train download"
         )
-    return names
+    return sorted({path.parent.name for path in paths})
 
 
 def parquet_files(root: Path, subset: str, *, split: str) -> list[Path]:
@@ -67,28 +76,59 @@ def parquet_files(root: Path, subset: str, *, split: str) -> list[Path]:
 
 
 def count_rows(root: Path, subset: str, *, split: str) -> int:
-    """Rows of a subset, from the files' footers. Raises DataError for a file without the required columns."""
-    total = 0
-    for path in parquet_files(root, subset, split=split):
+    """Rows of a subset, from the files' footers.
+
+    Raises DataError, with one line for each finding, for a subset of which a part is absent or there twice,
+    that has no row, or a table without the columns of text that MMEB-train has.
+    """
+    paths = parquet_files(root, subset, split=split)
+    if not paths:
+        found = ", ".join(sorted(path.name for path in (root / subset).glob("*.parquet")))
+        raise DataError(
+            f"{root / subset}: no {split}-*.parquet, there are {found}; choose another --split, or name the "
+            "other subsets with --subsets"
+        )
+    findings, total, with_rows = _findings_of_names(paths, split), 0, []
+    for path in paths:
         try:
-            file = pq.ParquetFile(path)
+            with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
+                given = [name for name in _OPTIONAL if name in file.schema_arrow.names]
+                findings += schema_findings(file, dict.fromkeys((*_REQUIRED, *given), _TEXT), path)
+                total += file.metadata.num_rows
+                with_rows += [path] if file.metadata.num_rows else []
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot read the parquet file: {error}") from None
-        schema = file.schema_arrow
-        given = [name for name in (*REQUIRED, *OPTIONAL) if name in schema.names]
-        if wrong := [
-            name for name in given if str(schema.field(name).type) not in ("string", "large_string", "null")
-        ]:
-            raise DataError(
-                f"{path}: column {wrong[0]} holds {schema.field(wrong[0]).type}, MMEB-train has text there"
-            )
-        if missing := [name for name in REQUIRED if name not in schema.names]:
-            raise DataError(
-                f"{path}: columns {', '.join(missing)} are missing; MMEB-train has "
-                f"{', '.join((*REQUIRED, *OPTIONAL[:2]))}"
-            )
-        total += file.metadata.num_rows
+            findings.append(f"{path}: cannot read the parquet file: {error}; download it again")
+    findings += _findings_of_copies(with_rows)
+    if not findings and not total:
+        findings = [f"{root / subset}: {split}-*.parquet: no rows; name the other subsets with --subsets"]
+    if findings:
+        raise DataError("\n".join(findings))
     return total
+
+
+def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
+    """Parts that are absent, or there in two versions."""
+    findings = []
+    try:
+        check_parts(paths)
+    except DataError as error:
+        findings.append(str(error))
+    others = [path for path in paths if not re.fullmatch(rf"{split}-\d+-of-\d+", path.stem)]
+    if len(others) < len(paths):
+        findings += [f"{path}: is none of the parts beside it; remove it" for path in others]
+    return findings
+
+
+def _findings_of_copies(paths: Iterable[Path]) -> list[str]:
+    """Files with the bytes of another one. Only files of equal size are read."""
+    of_size, findings = defaultdict(list), []
+    for path in paths:
+        of_size[path.stat().st_size].append(path)
+    first_with: dict[str, Path] = {}
+    for path in (path for same_size in of_size.values() if len(same_size) > 1 for path in same_size):
+        if (first := first_with.setdefault(sha256_of(path), path)) != path:
+            findings.append(f"{path}: has the same bytes as {first.name}; download it again, or remove it")
+    return findings
 
 
 def read_pairs(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[Pair | str]:
@@ -100,13 +140,13 @@ def read_pairs(root: Path, subset: str, *, split: str, start: int, stop: int) ->
             yield str(error)
 
 
-def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[dict[str, str]]:
+def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[_Row]:
     """Row groups outside of start .. stop are not read."""
     position = 0
     for path in parquet_files(root, subset, split=split):
         try:
-            with pq.ParquetFile(path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False) as file:
-                columns = [name for name in (*REQUIRED, *OPTIONAL) if name in file.schema_arrow.names]
+            with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
+                columns = [name for name in (*_REQUIRED, *_OPTIONAL) if name in file.schema_arrow.names]
                 for group in range(file.num_row_groups):
                     num_rows = file.metadata.row_group(group).num_rows
                     if position < stop and position + num_rows > start:
@@ -118,7 +158,7 @@ def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iter
 
 def _rows_of_group(
     file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int
-) -> Iterator[dict[str, str]]:
+) -> Iterator[_Row]:
     position = 0
     for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
         first, last = max(start - position, 0), min(stop - position, batch.num_rows)
@@ -129,7 +169,7 @@ def _rows_of_group(
             return
 
 
-def _pair(root: Path, values: dict[str, str]) -> Pair:
+def _pair(root: Path, values: _Row) -> Pair:
     negative = None
     if values.get("neg_text") or values.get("neg_image_path"):
         negative = _side(root, values, "neg", "neg_text", "neg_image_path")
@@ -140,8 +180,8 @@ def _pair(root: Path, values: dict[str, str]) -> Pair:
     )
 
 
-def _side(root: Path, values: dict[str, str], column: str, text_column: str, image_column: str) -> Side:
-    text, image_path = values[text_column] or "", values[image_column]
+def _side(root: Path, values: _Row, column: str, text_column: str, image_column: str) -> Side:
+    text, image_path = values.get(text_column) or "", values.get(image_column)
     instruction = ""
     if given := values.get(f"{column}_inst"):
         instruction = given.replace(IMAGE_PLACEHOLDER, "").strip()

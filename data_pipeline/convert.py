@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from agff.errors import ConfigError, DataError
 from agff.files import sha256_of, write_text
+from data_pipeline.claim import claimed
 from data_pipeline.layouts.mmeb_train import count_rows, find_subsets, parquet_files, read_pairs
 from data_pipeline.manifest import (
     MANIFEST_FILE,
+    REJECTED_FILE,
     Manifest,
     Shard,
     Source,
@@ -31,8 +33,11 @@ from data_pipeline.manifest import (
 from data_pipeline.shards import ShardRecord, write_shard
 from data_pipeline.storage import LocalFolder
 
-SETTINGS_FILE = "prepare.json"
-RECORDS = ".records"
+_SETTINGS_FILE = "prepare.json"
+"""Marks a folder as the place of one conversion."""
+_CLAIM_FILE = "prepare.lock"
+"""Names the process that is writing the folder; gone when the conversion is complete."""
+_RECORDS = ".records"
 """Folder, below each source, of what has been written so far; gone when the conversion is complete."""
 
 
@@ -54,7 +59,7 @@ class _Task:
 
     @property
     def record_path(self) -> Path:
-        return self.out / self.subset / RECORDS / f"{self.index:05d}.json"
+        return self.out / self.subset / _RECORDS / f"{self.index:05d}.json"
 
 
 def prepare(
@@ -69,18 +74,16 @@ def prepare(
 ) -> Manifest:
     """Write the shards of all (or the named) subsets of `root` and return their manifest.
 
-    A finished conversion with the same settings returns at once. Raises DataError for an unreadable input and
-    ConfigError when `out` holds another conversion, both before anything is written; and DataError when the
-    disk is full or a writer
-    died: the same call then continues.
+    A finished conversion with the same settings returns at once; while another process writes it, this one
+    waits until that ends. Raises DataError for an unreadable input and ConfigError when `out` holds another
+    conversion, both before anything is written; and DataError when the disk is full or a writer died: the
+    same call then continues.
 
     executor: makes the pool of writers, for example `lambda: ProcessPoolExecutor(8)`; None writes in this
     process.
     """
     rows = rows_of_subsets(root, subsets, split, max_rows)
     settings = _settings(root, rows, split, rows_per_shard)
-    with _write_errors(out):
-        _claim(out, settings)
     tasks = [
         _Task(
             root=root,
@@ -94,15 +97,38 @@ def prepare(
         for subset, total in rows.items()
         for index, start in enumerate(range(0, total, rows_per_shard))
     ]
-    if not (out / MANIFEST_FILE).exists():
-        with _write_errors(out):
-            _write_shards([task for task in tasks if not task.record_path.exists()], executor)
-            _finish(out, rows, tasks, settings)
-    for left_by_killed_writers in (*out.glob("*.partial"), *out.glob("*/*.partial")):
-        left_by_killed_writers.unlink(missing_ok=True)
-    for subset in rows:
-        shutil.rmtree(out / subset / RECORDS, ignore_errors=True)
+    with _write_errors(out):
+        _check_place(out, settings)
+        if not (out / MANIFEST_FILE).exists():
+            out.mkdir(parents=True, exist_ok=True)
+            with claimed(out / _CLAIM_FILE):
+                _check_place(out, settings)  # once more: another process may have begun meanwhile
+                _write_all(out, rows, tasks, settings, executor)
+        _clean_up(out, rows)
     return read_manifest(LocalFolder(out))
+
+
+def _write_all(
+    out: Path,
+    rows: dict[str, int],
+    tasks: Sequence[_Task],
+    settings: dict[str, Any],
+    executor: Callable[[], AbstractContextManager[Any]] | None,
+) -> None:
+    if (out / MANIFEST_FILE).exists():
+        return
+    if not (out / _SETTINGS_FILE).exists():
+        write_text(out / _SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+    _write_shards([task for task in tasks if not task.record_path.exists()], executor)
+    _finish(out, rows, tasks, settings)
+
+
+def _clean_up(out: Path, rows: Iterable[str]) -> None:
+    """Remove what only an unfinished conversion needs, and what killed writers left."""
+    for left in (*out.glob(_CLAIM_FILE), *out.glob("*.partial"), *out.glob("*/*.partial")):
+        left.unlink(missing_ok=True)
+    for subset in rows:
+        shutil.rmtree(out / subset / _RECORDS, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -113,7 +139,7 @@ def _write_errors(out: Path) -> Iterator[None]:
         raise DataError(f"{out}: a writer died ({error}); give the same command again to continue") from None
     except OSError as error:
         raise DataError(
-            f"cannot read or write {error.filename or out}: {error.strerror or error}; free space or mend "
+            f"cannot read or write {error.filename or out}: {error.strerror or error}; free space or fix "
             "the cause, then give the same command again: what is complete stays"
         ) from None
 
@@ -121,34 +147,45 @@ def _write_errors(out: Path) -> Iterator[None]:
 def rows_of_subsets(
     root: Path, subsets: Sequence[str] | None, split: str, max_rows: int | None
 ) -> dict[str, int]:
-    """Rows to convert of each subset. Raises DataError for a subset that is unknown, empty or badly named."""
+    """Rows to convert of each subset. Raises DataError, with a line for each finding, for subsets that are
+    unknown, badly named, incomplete, empty or hold no text where it must be."""
     found = find_subsets(root, split=split)
+    findings = []
     if unknown := sorted(set(subsets or ()) - set(found)):
-        raise DataError(f"{root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
+        findings.append(f"{root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
+    chosen = [name for name in found if name in subsets] if subsets else found
     try:
-        check_source_names(subsets or found)
+        check_source_names(chosen)
     except ValueError as error:
-        raise DataError(f"{root}: {error}; rename the folder, or name the others with --subsets") from None
-    counts = {subset: count_rows(root, subset, split=split) for subset in subsets or found}
-    if empty := [subset for subset, count in counts.items() if count == 0]:
-        raise DataError(f"{root}: subset {', '.join(empty)} has no rows; name the others with --subsets")
+        findings.append(f"{root}: {error}; rename the folder, or name the others with --subsets")
+    counts = {}
+    for subset in chosen:
+        try:
+            counts[subset] = count_rows(root, subset, split=split)
+        except DataError as error:
+            findings.append(str(error))
+    if findings:
+        raise DataError("\n".join(findings))
     return {subset: min(count, max_rows or count) for subset, count in counts.items()}
 
 
 def _settings(root: Path, rows: dict[str, int], split: str, rows_per_shard: int) -> dict[str, Any]:
     """What decides the bytes of the shards, the images aside."""
+    paths = {subset: parquet_files(root, subset, split=split) for subset in rows}
     inputs = {}
-    for subset in rows:
-        digest = hashlib.sha256()
-        for path in parquet_files(root, subset, split=split):
-            digest.update(bytes.fromhex(sha256_of(path)))
-        inputs[subset] = {"rows": rows[subset], "sha256": digest.hexdigest()}
+    with tqdm(total=sum(map(len, paths.values())), desc="hash tables", unit="file", leave=False) as bar:
+        for subset in rows:
+            digest = hashlib.sha256()
+            for path in paths[subset]:
+                digest.update(bytes.fromhex(sha256_of(path)))
+                bar.update()
+            inputs[subset] = {"rows": rows[subset], "sha256": digest.hexdigest()}
     return {"split": split, "rows_per_shard": rows_per_shard, "subsets": inputs}
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Mark `out` as the place of this conversion, or refuse a place that belongs to something else."""
-    marker = out / SETTINGS_FILE
+def _check_place(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a place that belongs to something else. Raises ConfigError."""
+    marker = out / _SETTINGS_FILE
     if marker.exists():
         try:
             found = dict(json.loads(marker.read_text()))
@@ -163,13 +200,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
                 "--out"
             )
         return
-    unfinished = f"{SETTINGS_FILE}.*.partial"  # of a run that was killed at once
-    if out.exists() and any(not path.match(unfinished) for path in out.iterdir()):
+    begun = (_CLAIM_FILE, f"{_SETTINGS_FILE}.*.partial")  # by another process, or one that was killed at once
+    if out.exists() and not all(any(map(path.match, begun)) for path in out.iterdir()):
         raise ConfigError(
-            f"{out} exists and holds no conversion ({SETTINGS_FILE} is missing); choose another --out"
+            f"{out} exists and holds no conversion ({_SETTINGS_FILE} is missing); choose another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(marker, json.dumps(settings, indent=1) + "\n")
 
 
 def _write_shards(tasks: Sequence[_Task], executor: Callable[[], AbstractContextManager[Any]] | None) -> None:
@@ -206,7 +241,7 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
     for subset, num_rows in rows.items():
         own = [task for task in tasks if task.subset == subset]
         records = [_read_record(task.record_path) for task in own]
-        num_rejected = _write_rejected(out / subset / "rejected.jsonl", records)
+        num_rejected = _write_rejected(out / subset / REJECTED_FILE, records)
         index = write_index(out / subset, (record.samples for record in records))
         shards = tuple(
             Shard(

@@ -24,6 +24,7 @@ from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.arrow"
+REJECTED_FILE = "rejected.jsonl"
 FORMAT = 2
 INDEX_SCHEMA = pa.schema([("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 
@@ -73,7 +74,7 @@ class Manifest:
 
     sources: Mapping[str, Source]
     settings: Mapping[str, Any]
-    """What the conversion was told; another conversion into the same folder must agree."""
+    """Of the conversion; another conversion into the same folder must agree."""
 
 
 def read_manifest(folder: Folder) -> Manifest:
@@ -111,9 +112,10 @@ def read_manifest(folder: Folder) -> Manifest:
 
 
 def check_source_names(names: Iterable[str]) -> None:
-    """Raise ValueError for a source whose name cannot be a folder of shards."""
+    """Raise ValueError for sources whose names cannot be folders of shards."""
     if wrong := [name for name in names if not re.fullmatch(SAFE_NAME, name)]:
-        raise ValueError(f"{wrong[0]!r} is no name of a source: letters, digits, and . _ + - inside")
+        listed = ", ".join(map(repr, wrong))
+        raise ValueError(f"not a name of a source: {listed}; letters, digits, and . _ + - inside are allowed")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

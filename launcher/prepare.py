@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import sys
@@ -19,9 +20,7 @@ from typing import Any
 from agff.errors import AgffError, ConfigError
 from data_pipeline.convert import prepare, rows_of_subsets
 from data_pipeline.layouts.mmeb_train import SPLITS
-from data_pipeline.manifest import (
-    Manifest,
-)
+from data_pipeline.manifest import REJECTED_FILE, Manifest, Source
 from launcher.command_line import report
 from launcher.run.ranks import rank_from_environment
 
@@ -31,7 +30,9 @@ Convert MMEB-train (one parquet a subset, loose image files) into WebDataset sha
 Each row becomes one sample: its texts and ids as JSON, its images byte for byte. Rows that cannot be used
 (missing or unreadable image, placeholder missing) are listed in <SUBSET>/rejected.jsonl with their reason;
 nothing is dropped silently. A run that was killed continues when the same command is given again, and the
-shards are byte for byte the same.
+shards are byte for byte the same. One conversion writes a folder at a time: a second one waits for the first.
+
+Exit code 0: done; 1: done, but of some subset every row was rejected; 2: the conversion could not be made.
 
 On several nodes: mpirun -n 64 python launcher/prepare.py ...
               or srun --mpi=pmix -n 64 python launcher/prepare.py ...
@@ -52,7 +53,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def summary(manifest: Manifest, out: Path) -> str:
+def _summary(manifest: Manifest, out: Path) -> str:
     """A table: rows, written, rejected, shards and size of each source."""
     lines = [f"{'source':<28} {'rows':>9} {'written':>9} {'rejected':>9} {'shards':>7} {'MB':>9}"]
     for name, source in sorted(manifest.sources.items()):
@@ -62,7 +63,7 @@ def summary(manifest: Manifest, out: Path) -> str:
             f"{len(source.shards):>7,} {size:>9,.1f}"
         )
     if any(source.num_rejected for source in manifest.sources.values()):
-        lines.append(f"rejected rows and their reasons: {out}/<source>/rejected.jsonl")
+        lines.append(f"rejected rows and their reasons: {out}/<source>/{REJECTED_FILE}")
     return "\n".join(lines)
 
 
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rows_per_shard", type=int, default=1000, help="rows of one tar file (default: %(default)s)"
     )
-    parser.add_argument("--max_rows", type=int, help="at most so many rows of each subset (default: all)")
+    parser.add_argument("--max_rows", type=int, help="at most this many rows of each subset (default: all)")
     parser.add_argument("--processes", type=int, help="writers at work at once (default: one for each core)")
     parser.add_argument("--dry-run", action="store_true", help="count rows and shards, write nothing")
     arguments = parser.parse_args(argv)
@@ -115,8 +116,20 @@ def _run(arguments: argparse.Namespace, executor: Callable[[], AbstractContextMa
         max_rows=arguments.max_rows,
         executor=executor,
     )
-    sys.stdout.write(summary(manifest, arguments.out) + "\n")
-    return 0
+    sys.stdout.write(_summary(manifest, arguments.out) + "\n")
+    empty = [name for name, source in sorted(manifest.sources.items()) if source.num_samples == 0]
+    for name in empty:
+        sys.stderr.write(f"error: {_why_empty(name, manifest.sources[name], arguments.out)}\n")
+    return 1 if empty else 0
+
+
+def _why_empty(name: str, source: Source, out: Path) -> str:
+    path = out / name / REJECTED_FILE
+    first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    return (
+        f"{name}: all {source.num_rows:,} rows were rejected, the first because of {first['reason']}; "
+        f"fix what {path} lists and convert into another --out, or name the other subsets with --subsets"
+    )
 
 
 def _run_under_mpi(arguments: argparse.Namespace) -> int:

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
+import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from agff.errors import ConfigError, DataError
+from data_pipeline import claim, convert
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.reader import ShardReader
@@ -60,6 +64,22 @@ def test_plain_webdataset_reads_what_the_parquet_says(drawings: Path, tmp_path: 
                     shared += image not in sample
     assert shared > 3 * 24 / 2, "four rows of Shapes_VQA use one image; it is stored once in a shard"
     assert any(" " in path for path in contents(drawings)), "the drawings' file names hold spaces"
+
+
+def test_shards_are_byte_for_byte_what_webdataset_writes(drawings: Path, tmp_path: Path) -> None:
+    prepare(drawings, tmp_path / "out", rows_per_shard=10)
+    shards = sorted((tmp_path / "out").glob("*/*.tar"))
+    for shard in shards:
+        written = io.BytesIO()
+        options = {"encoder": False, "user": "", "group": "", "mode": 0o644, "mtime": 0}
+        with tarfile.open(shard) as tar, webdataset.TarWriter(written, **options) as writer:
+            for member in tar:
+                key, _, name = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None
+                writer.write({"__key__": key, name: content.read()})
+        assert shard.read_bytes() == written.getvalue()
+    assert len(shards) > 4
 
 
 def test_shards_do_not_depend_on_the_number_of_processes(drawings: Path, tmp_path: Path) -> None:
@@ -130,7 +150,7 @@ def test_a_file_system_that_fails_for_a_while_costs_no_row(
 
     monkeypatch.setattr(Path, "read_bytes", fails_once)
     with pytest.raises(
-        DataError, match=r"cannot read or write .*\.png: Stale file handle; free space or mend the cause"
+        DataError, match=r"cannot read or write .*\.png: Stale file handle; free space or fix the cause"
     ):
         prepare(drawings, tmp_path / "out")
     assert prepare(drawings, tmp_path / "out") == whole
@@ -150,10 +170,11 @@ pq.write_table(table, sys.argv[1], row_group_size=len(texts))
 
 MEASURED = """
 import contextlib, sys, threading, time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 import psutil
+from data_pipeline import claim, convert
 from data_pipeline.convert import prepare
 
 def watch():
@@ -190,6 +211,26 @@ def test_memory_stays_below_one_gibibyte_for_a_large_subset(tmp_path: Path) -> N
         timeout=200,
     )
     assert 2**27 < int(result.stdout) < 2**30
+
+
+def test_two_conversions_into_one_folder_take_turns(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(drawings, tmp_path / "whole", rows_per_shard=10)
+    right, other_waits, shards = convert.write_shard, threading.Event(), itertools.count()
+
+    def once_the_other_waits(*arguments: Any, **options: Any) -> Any:
+        next(shards)
+        assert other_waits.wait(60)
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(convert, "write_shard", once_the_other_waits)
+    monkeypatch.setattr(claim.log, "warning", lambda *_: other_waits.set())
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(prepare, drawings, tmp_path / "out", rows_per_shard=10) for _ in range(2)]
+        assert both[0].result() == both[1].result()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert next(shards) == len(list((tmp_path / "out").glob("*/*.tar"))), "each shard was written once"
 
 
 def test_instructions_kept_apart_by_the_source_stay_apart(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.claim import claimed
 from data_pipeline.convert import prepare
+from launcher import verify
 from launcher.prepare import main
 from tests.drawings import write_drawings
 from tests.mmeb import contents, row, write_subset
@@ -81,6 +83,27 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("launcher", [(), ("mpirun", "-n", "2", "--oversubscribe")], ids=["alone", "mpirun"])
+def test_a_second_conversion_waits_for_the_first_and_says_so(
+    drawings: Path, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with claimed(out / "prepare.lock"):  # as a first conversion that has just begun
+        running = start_prepare("--mmeb", drawings, "--out", out, "--processes", "1", launcher=launcher)
+        assert running.stdout is not None
+        before = b""
+        while b"waiting until it ends" not in before:
+            before += (line := running.stdout.readline())
+            assert line, before.decode()
+        assert f"{out} is being written by process {os.getpid()} on " in before.decode()
+        assert sorted(out.iterdir()) == [out / "prepare.lock"]
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, output.decode()
+    prepare(drawings, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_mpirun_spreads_the_work_and_writes_the_same_bytes(drawings: Path, tmp_path: Path) -> None:
     prepare(drawings, tmp_path / "whole", rows_per_shard=10)
     launcher = ("mpirun", "-n", "3", "--oversubscribe")
@@ -121,6 +144,7 @@ def test_many_tasks_without_mpi_are_told_so(
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from launcher import verify
 from launcher.prepare import main
 # a file that grows further fails as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -144,7 +168,7 @@ def test_a_disk_that_takes_no_more_is_named_and_the_conversion_continues(
     )
     assert result.returncode == 2, result.stderr
     assert "error: cannot read or write " in result.stderr
-    assert "File too large; free space or mend the cause, then give the same command again" in result.stderr
+    assert "File too large; free space or fix the cause, then give the same command again" in result.stderr
     prepare(drawings, tmp_path / "out", rows_per_shard=40)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -161,7 +185,7 @@ def test_a_really_full_disk(drawings: Path, tmp_path: Path) -> None:
         running = start_prepare("--mmeb", drawings, "--out", small / "out", "--rows_per_shard", "40")
         output, _ = running.communicate(timeout=60)
         assert running.returncode == 2, output.decode()
-        assert "No space left on device; free space or mend the cause" in output.decode()
+        assert "No space left on device; free space or fix the cause" in output.decode()
         subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
         prepare(drawings, small / "out", rows_per_shard=40)
         prepare(drawings, tmp_path / "whole", rows_per_shard=40)
@@ -192,10 +216,15 @@ def test_wrong_places_and_names_are_one_line(
     assert "prepare.json is damaged; remove" in error_of("--mmeb", drawings, "--out", killed_at_once)
     root = tmp_path / "mmeb"
     write_subset(root, [row()], "My Set")
-    assert "'My Set' is no name of a source" in error_of("--mmeb", root, "--out", tmp_path / "x")
+    write_subset(root, [row()], "Öther")
+    write_subset(root, [row()], "-v")
+    write_subset(root, [row()], ".hidden")
+    assert "not a name of a source: '-v', 'My Set'; letters" in error_of(
+        "--mmeb", root, "--out", tmp_path / "x"
+    )
     root = tmp_path / "numbers"
     write_subset(root, [{**row(), "pos_text": 5}])
-    assert "column pos_text holds int64, MMEB-train has text there" in error_of(
+    assert "column pos_text holds int64 (row 0: '5'), MMEB-train has text there" in error_of(
         "--mmeb", root, "--out", tmp_path / "x"
     )
     assert not (tmp_path / "x").exists()
@@ -204,6 +233,46 @@ def test_wrong_places_and_names_are_one_line(
     values = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**values, "format": 1}))
     assert "remove the folder and run launcher/prepare.py" in error_of("--mmeb", drawings, "--out", out)
+
+
+def test_a_subset_of_which_every_row_was_rejected_ends_with_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tmp_path / "mmeb", tmp_path / "out"
+    write_subset(root, [row()], "Good")
+    for name in ("Bad", "Worse"):
+        write_subset(root, [row(pos_text="")] * 3, name)
+    for _ in range(2):  # the second time it is done already
+        assert main(["--mmeb", str(root), "--out", str(out), "--processes", "1"]) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert [line.partition(", the first")[0] for line in lines] == [
+            "error: Bad: all 3 rows were rejected",
+            "error: Worse: all 3 rows were rejected",
+        ]
+        assert "the first because of pos: neither text nor image; fix what" in lines[0]
+    assert main(["--mmeb", str(root), "--out", str(tmp_path / "good"), "--subsets", "Good"]) == 0
+
+
+def test_every_finding_of_every_subset_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By both commands, and nothing is written."""
+    root, out = tmp_path / "mmeb", tmp_path / "out"
+    write_subset(root, [{**row(), "qry": 1, "pos_text": 2}], "Numbers")
+    write_subset(root, [row()], "Part")
+    first = root / "Part/original-00000-of-00001.parquet"
+    first.rename(first.with_name("original-00000-of-00003.parquet"))
+    assert main(["--mmeb", str(root), "--out", str(out)]) == 2
+    refused = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    table = root / "Numbers/original-00000-of-00001.parquet"
+    assert [line[: line.index(" holds ")] for line in refused[:2]] == [
+        f"{table}: column qry",
+        f"{table}: column pos_text",
+    ]
+    assert f"{root}/Part/original: 2 of 3 parts missing: -00001-of-00003, -00002-of-00003" in refused[2]
+    assert not out.exists()
+    assert verify.main([str(root), "--processes", "1"]) == 1
+    verified = capsys.readouterr().out.splitlines()
+    assert [line for line in verified if line.startswith(str(root))] == refused
+    assert verified[-1] == "3 findings"
 
 
 def test_command_line(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 from agff.batch import Batch
 from agff.errors import DataError
 
-SLOT_BYTES = 2**36
+_SLOT_BYTES = 2**36
 """Of address space; memory is used as far as the largest batch needs it."""
-SMALLEST_SLOT_BYTES = 2**28
+_SMALLEST_SLOT_BYTES = 2**28
 _ALIGNMENT = 64
 _NO_RESERVE = 0x4000
 """MAP_NORESERVE of Linux; the mmap module has no name for it before Python 3.13."""
@@ -100,7 +100,7 @@ _slots_of_this_process: weakref.WeakValueDictionary[int, Slots] = weakref.WeakVa
 
 def _reserve(num_workers: int, slots_per_worker: int) -> list[list[mmap.mmap]]:
     """As large as the machine's limits allow."""
-    flags, size = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE, SLOT_BYTES
+    flags, size = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE, _SLOT_BYTES
     while True:
         try:
             return [
@@ -108,7 +108,7 @@ def _reserve(num_workers: int, slots_per_worker: int) -> list[list[mmap.mmap]]:
                 for _ in range(num_workers)
             ]
         except OSError as error:
-            if size <= SMALLEST_SLOT_BYTES:
+            if size <= _SMALLEST_SLOT_BYTES:
                 raise DataError(
                     f"{num_workers} loader workers need {num_workers * slots_per_worker * size:,} bytes of "
                     f"address space: {error}; raise the limit on it (ulimit -v), or lower data.num_workers"

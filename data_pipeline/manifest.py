@@ -23,10 +23,10 @@ from agff.files import partial_path, publish, sha256_of, write_text
 from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile
 
 MANIFEST_FILE = "manifest.json"
-INDEX_FILE = "index.arrow"
+_INDEX_FILE = "index.arrow"
 REJECTED_FILE = "rejected.jsonl"
 FORMAT = 2
-INDEX_SCHEMA = pa.schema([("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
+_INDEX_SCHEMA = pa.schema([("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,20 +131,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_index(source_folder: Path, samples_of_shards: Iterable[Sequence[Sequence[int]]]) -> StoredFile:
     """Write index.arrow from the (offset, size) of each sample of each shard; what the manifest says of
     it."""
-    path = source_folder / INDEX_FILE
+    path = source_folder / _INDEX_FILE
     partial = partial_path(path)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, INDEX_SCHEMA) as writer:
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, _INDEX_SCHEMA) as writer:
         for shard, samples in enumerate(samples_of_shards):
             columns = [
                 [shard] * len(samples),
                 [offset for offset, _ in samples],
                 [size for _, size in samples],
             ]
-            writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
+            writer.write_batch(pa.record_batch(columns, schema=_INDEX_SCHEMA))
     size_bytes = partial.stat().st_size
     sha256 = sha256_of(partial)
     publish(partial, path)
-    return StoredFile(name=INDEX_FILE, size_bytes=size_bytes, sha256=sha256)
+    return StoredFile(name=_INDEX_FILE, size_bytes=size_bytes, sha256=sha256)
 
 
 def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
@@ -153,7 +153,7 @@ def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
 
     Raises StorageError for a remote one that cannot be had.
     """
-    where = f"{name}/{INDEX_FILE}"
+    where = f"{name}/{_INDEX_FILE}"
     remedy = "rebuild it with launcher/verify.py DIR --repair-index"
     try:
         with pa.memory_map(str(folder.local_path(name, source.index))) as file:
@@ -161,7 +161,7 @@ def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
         null_count = sum(column.null_count for column in index.columns)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{where}: cannot read the index: {error}; {remedy}") from None
-    if not index.schema.equals(INDEX_SCHEMA) or len(index) != source.num_samples or null_count:
+    if not index.schema.equals(_INDEX_SCHEMA) or len(index) != source.num_samples or null_count:
         raise DataError(
             f"{where}: the index has {len(index)} samples, the manifest {source.num_samples}; {remedy}"
         )
@@ -192,7 +192,7 @@ def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: 
     """What is wrong with one file, by presence, size and (if asked) hash."""
     path = folder.local_path(source, file)
     what, remedy = "shard", "restore it, or remove the folder and run launcher/prepare.py again"
-    if file.name == INDEX_FILE:
+    if file.name == _INDEX_FILE:
         what, remedy = "index", "rebuild it with launcher/verify.py DIR --repair-index"
     try:
         if (found := path.stat().st_size) != file.size_bytes:

@@ -143,7 +143,7 @@ def _members(content: bytes, shard: str) -> tuple[str, dict[str, bytes]]:
                 if file is None or "/" in member.name or not key or not name:
                     raise DataError(f"{shard}:{member.name}: not a plain member `<key>.<name>`")
                 if name in members:
-                    raise DataError(f"{shard}:{member.name}: the member stands there twice")
+                    raise DataError(f"{shard}:{member.name}: the member is there twice")
                 keys.add(key)
                 members[name] = file.read()
     except (tarfile.TarError, UnicodeError) as error:

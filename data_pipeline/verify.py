@@ -32,7 +32,7 @@ from data_pipeline.storage import LocalFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardContent:
+class _ShardContent:
     """What the headers of a tar say, as far as it can be read."""
 
     keys: list[str]
@@ -41,8 +41,8 @@ class ShardContent:
     problems: list[str]
 
 
-def scan_shard(path: Path) -> ShardContent:
-    """Walk the members of a shard. Members that no sample may have, and keys that stand twice, are
+def _scan_shard(path: Path) -> _ShardContent:
+    """Walk the members of a shard. Members that no sample may have, and keys that appear twice, are
     problems."""
     keys: list[str] = []
     samples: list[tuple[int, int]] = []
@@ -67,10 +67,10 @@ def scan_shard(path: Path) -> ShardContent:
         for key, count in Counter(keys).items()
         if count > 1
     ]
-    return ShardContent(keys=keys, samples=samples, problems=problems)
+    return _ShardContent(keys=keys, samples=samples, problems=problems)
 
 
-def check_shard(
+def _check_shard(
     folder: LocalFolder,
     source: str,
     shard: Shard,
@@ -90,7 +90,7 @@ def check_shard(
     if not path.is_file():
         return [str(whole)]
     problems = [whole + _identity(path, name_of_hash)] if whole else []
-    content = scan_shard(path)
+    content = _scan_shard(path)
     problems += content.problems
     if len(content.samples) != shard.num_samples:
         problems.append(f"{path.name}: {len(content.samples)} samples, the manifest says {shard.num_samples}")
@@ -101,7 +101,7 @@ def check_shard(
     return problems
 
 
-def indexed_samples(folder: LocalFolder, manifest: Manifest, source: str) -> list[list[tuple[int, int]]]:
+def _indexed_samples(folder: LocalFolder, manifest: Manifest, source: str) -> list[list[tuple[int, int]]]:
     """(offset, size) of the samples of each shard, from the index. Raises DataError when it cannot be
     read."""
     index = read_index(folder, source, manifest.sources[source])
@@ -120,21 +120,21 @@ def _identity(path: Path, name_of_hash: Mapping[str, str]) -> str:
     return f" (these are the bytes of {name})" if name else ""
 
 
-def _index_problems(shard: str, content: ShardContent, indexed: Sequence[tuple[int, int]]) -> list[str]:
+def _index_problems(shard: str, content: _ShardContent, indexed: Sequence[tuple[int, int]]) -> list[str]:
     problems = []
     if len(indexed) != len(content.samples):
         problems.append(f"{shard}: {len(content.samples)} samples, the index has {len(indexed)}")
     for number, (found, expected) in enumerate(zip(content.samples, indexed, strict=False)):
         if found != expected:
             problems.append(
-                f"{shard}:{content.keys[number]}: stands at byte {found[0]:,} with {found[1]:,} bytes, the "
+                f"{shard}:{content.keys[number]}: is at byte {found[0]:,} with {found[1]:,} bytes, the "
                 f"index says {expected[0]:,} and {expected[1]:,}"
             )
             break  # what follows is shifted too
     return problems
 
 
-def _sample_problems(path: Path, shard: Shard, content: ShardContent, *, deep: bool) -> list[str]:
+def _sample_problems(path: Path, shard: Shard, content: _ShardContent, *, deep: bool) -> list[str]:
     problems = []
     with path.open("rb") as file:
 
@@ -169,7 +169,7 @@ def _is_changed(sample: RawSample, role: str) -> bool:
         return True
 
 
-def is_shard_name(name: str) -> bool:
+def _is_shard_name(name: str) -> bool:
     """Whether a file name is one that prepare gives to shards."""
     return re.fullmatch(r".*-\d{5,}\.tar", name) is not None
 
@@ -189,7 +189,7 @@ def check_folder(
     for name, source in sorted(manifest.sources.items()):
         known = {shard.name for shard in source.shards}
         for path in sorted(folder.path.glob(f"{name}/*")):
-            if is_shard_name(path.name) and path.name not in known:
+            if _is_shard_name(path.name) and path.name not in known:
                 problems.append(
                     f"{path}: the manifest does not know this shard; remove it, or restore its manifest"
                 )
@@ -197,10 +197,10 @@ def check_folder(
         if problem := file_problem(folder, name, source.index, hashes=True):
             problems.append(problem)
         else:
-            indexed = indexed_samples(folder, manifest, name)
+            indexed = _indexed_samples(folder, manifest, name)
         checks += [
             functools.partial(
-                check_shard, folder, name, shard, indexed=samples, name_of_hash=name_of_hash, deep=deep
+                _check_shard, folder, name, shard, indexed=samples, name_of_hash=name_of_hash, deep=deep
             )
             for shard, samples in zip(source.shards, indexed, strict=True)
         ]
@@ -230,7 +230,7 @@ def repair_indexes(folder: LocalFolder, manifest: Manifest) -> tuple[Manifest, l
         )
     sources = dict(manifest.sources)
     for name in names:
-        contents = (scan_shard(folder.local_path(name, shard)) for shard in sources[name].shards)
+        contents = (_scan_shard(folder.local_path(name, shard)) for shard in sources[name].shards)
         index = write_index(folder.path / name, (content.samples for content in contents))
         sources[name] = replace(sources[name], index=index)
     repaired = replace(manifest, sources=sources)

@@ -17,12 +17,12 @@ from data_pipeline.verify_download import check_download
 from launcher.command_line import report
 
 ABOUT = """\
-Check a folder of shards, or an MMEB-train download before it is converted; which one it is, the folder tells.
+Check a folder of shards, or an MMEB-train download before it is converted; what is in the folder decides.
 
 Shards: presence, size and SHA-256 of every file, counts, keys, and whether the index points at the samples.
 Of a changed shard each changed sample is named. --deep decodes every image as well.
-Download: columns, rows that cannot be used, and each image that a row names and that is missing or, by its
-header and end, no whole image. --deep decodes them.
+Download: the parts of each subset, columns, rows that cannot be used, and each image that a row names and that
+is missing or, by its header and end, no whole image. --deep decodes them.
 
 Each finding is one line. Exit code 0: all is well; 1: something is missing or damaged; 2: the check could not
 be made.
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(
                     f"{arguments.folder} is a download, it has no index to repair; convert it first"
                 )
-            return _say(_check_download(arguments))
+            return _report(_check_download(arguments))
         folder = LocalFolder(arguments.folder)
         manifest = read_manifest(folder)
         if arguments.repair_index:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in repaired:
                 num_samples = manifest.sources[name].num_samples
                 sys.stdout.write(f"{name}: index written, {num_samples:,} samples\n")
-        return _say(check_folder(folder, manifest, deep=arguments.deep, processes=arguments.processes))
+        return _report(check_folder(folder, manifest, deep=arguments.deep, processes=arguments.processes))
     except AgffError as error:
         return report(error)
 
@@ -81,7 +81,7 @@ def _check_download(arguments: argparse.Namespace) -> list[str]:
     return problems + [problem for result in results.values() for problem in result.problems]
 
 
-def _say(problems: Iterable[str]) -> int:
+def _report(problems: Iterable[str]) -> int:
     found = list(problems)
     for problem in found:
         sys.stdout.write(f"{problem}\n")

@@ -109,7 +109,7 @@ def test_limits_on_address_space_make_smaller_slots_or_a_clear_error(room: int, 
 
 
 def test_a_batch_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "SLOT_BYTES", 4096)
+    monkeypatch.setattr(handover, "_SLOT_BYTES", 4096)
     with pytest.raises(
         DataError, match=r"a batch has more than 4,096 bytes, the address space of one slot; raise the limit"
     ):

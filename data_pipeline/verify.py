@@ -241,7 +241,10 @@ def repair_indexes(folder: LocalFolder, manifest: Manifest) -> tuple[Manifest, l
 
 def in_parallel(checks: Sequence[Callable[[], Any]], processes: int | None, unit: str) -> Iterator[Any]:
     """Results in the order of the checks, with a progress bar."""
-    with ProcessPoolExecutor(processes) as pool, tqdm(total=len(checks), desc="verify", unit=unit) as bar:
+    with (
+        ProcessPoolExecutor(processes) as pool,
+        tqdm(total=len(checks), desc="verify", unit=unit, disable=not checks) as bar,
+    ):
         futures = [pool.submit(check) for check in checks]
         for _ in as_completed(futures):
             bar.update()

@@ -24,7 +24,7 @@ class SubsetCheck:
     problems: list[str]
 
 
-def check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bool) -> SubsetCheck:
+def _check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: bool) -> SubsetCheck:
     """Which images are absent or, by their header and end, no whole images; which rows cannot be used. deep:
     decode every image too."""
     rows_of_image: Counter[str] = Counter()
@@ -94,6 +94,6 @@ def check_download(
             continue
         names.append(subset)
         checks.append(
-            functools.partial(check_subset, root, subset, split=split, num_rows=num_rows, deep=deep)
+            functools.partial(_check_subset, root, subset, split=split, num_rows=num_rows, deep=deep)
         )
     return dict(zip(names, in_parallel(checks, processes, "subset"), strict=True)), problems

@@ -21,8 +21,8 @@ Check a folder of shards, or an MMEB-train download before it is converted; what
 
 Shards: presence, size and SHA-256 of every file, counts, keys, and whether the index points at the samples.
 Of a changed shard each changed sample is named. --deep decodes every image as well.
-Download: the parts of each subset, columns, rows that cannot be used, and each image that a row names and that
-is missing or, by its header and end, no whole image. --deep decodes them.
+Download: the parts of each subset, columns, rows that cannot be used, and each image that a row names and
+that is missing or, by its header and end, no whole image. --deep decodes them.
 
 Each finding is one line. Exit code 0: all is well; 1: something is missing or damaged; 2: the check could not
 be made.
@@ -85,7 +85,7 @@ def _report(problems: Iterable[str]) -> int:
     found = list(problems)
     for problem in found:
         sys.stdout.write(f"{problem}\n")
-    sys.stdout.write(f"{len(found)} findings\n" if found else "all is well\n")
+    sys.stdout.write(f"{len(found)} finding{'s' * (len(found) > 1)}\n" if found else "all is well\n")
     return 1 if found else 0
 
 

@@ -138,6 +138,36 @@ def test_there_is_one_road_to_each_end() -> None:
     assert {(call, file) for call, file in calls if call in ONE_ROAD} == set(ONE_ROAD.items())
 
 
+WITHOUT_UNUSED_NAMES = ("data_pipeline/",)
+
+
+def test_a_public_function_is_used_by_another_file() -> None:
+    """What only its own file uses begins with an underscore, what only tests use goes."""
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    names_in = {
+        file: {name for node in ast.walk(tree) for name in names_of(node)} for file, tree in trees.items()
+    }
+    unused = [
+        f"{file}: {node.name}"
+        for file, tree in trees.items()
+        if file.startswith(WITHOUT_UNUSED_NAMES)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        if not any(node.name in names for other, names in names_in.items() if other != file)
+    ]
+    assert unused == []
+
+
+def names_of(node: ast.AST) -> Iterator[str]:
+    """Names that a node uses."""
+    if isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, ast.Attribute):
+        yield node.attr
+    elif isinstance(node, ast.ImportFrom):
+        yield from (alias.name for alias in node.names)
+
+
 MOST_LINES = 300
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from agff.errors import DataError
 from data_pipeline.layouts.eval_items import EmbeddedImage
 
-IMAGE_FIELDS = {"bytes", "path"}
+_IMAGE_FIELDS = {"bytes", "path"}
 """Of the struct as which Hugging Face `datasets` writes an image."""
 
 
@@ -29,16 +29,16 @@ class ColumnKind:
 
     def accepts(self, data_type: pa.DataType) -> bool:
         """Whether values of this type can be read as they are."""
-        if self.many and is_list(data_type):
+        if self.many and _is_list(data_type):
             data_type = data_type.value_type
-        return is_text(data_type) or (self.is_image and is_image_struct(data_type))
+        return _is_text(data_type) or (self.is_image and _is_image_struct(data_type))
 
     def __str__(self) -> str:
         one = "an image path or a struct {bytes, path}" if self.is_image else "text"
         return f"{one}, or a list of such" if self.many else one
 
 
-def is_text(data_type: pa.DataType) -> bool:
+def _is_text(data_type: pa.DataType) -> bool:
     """Strings of every kind, a categorical of strings, or a column without any value."""
     if pa.types.is_dictionary(data_type):
         data_type = data_type.value_type
@@ -46,16 +46,16 @@ def is_text(data_type: pa.DataType) -> bool:
     return any(is_kind(data_type) for is_kind in kinds)
 
 
-def is_image_struct(data_type: pa.DataType) -> bool:
+def _is_image_struct(data_type: pa.DataType) -> bool:
     """{bytes, path} as Hugging Face `datasets` writes it."""
-    if not pa.types.is_struct(data_type) or {part.name for part in data_type} != IMAGE_FIELDS:
+    if not pa.types.is_struct(data_type) or {part.name for part in data_type} != _IMAGE_FIELDS:
         return False
     content = data_type.field("bytes").type
     kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
-    return any(is_kind(content) for is_kind in kinds) and is_text(data_type.field("path").type)
+    return any(is_kind(content) for is_kind in kinds) and _is_text(data_type.field("path").type)
 
 
-def is_list(data_type: pa.DataType) -> bool:
+def _is_list(data_type: pa.DataType) -> bool:
     """Lists of every kind."""
     kinds = (
         pa.types.is_list,

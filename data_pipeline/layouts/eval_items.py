@@ -116,7 +116,7 @@ class UniqueItems:
         has_image = bool(image)
         if instruction is not None:
             text = instructed_text(instruction, text, is_query=role == "qry", has_image=has_image)
-        text, problem_of_text = fitting_text(text, has_image=has_image)
+        text, problem_of_text = _fitting_text(text, has_image=has_image)
         file, problem = self._find(image) if isinstance(image, str) and image else (image or None, None)
         index = self._index.setdefault(EvalItem(text, file), len(self._index))
         if index == len(self._addresses):
@@ -129,11 +129,11 @@ class UniqueItems:
 
     def _find(self, image: str) -> tuple[Path, str | None]:
         if image not in self._images:
-            self._images[image] = find_image(image, self._image_roots)
+            self._images[image] = _find_image(image, self._image_roots)
         return self._images[image]
 
 
-def fitting_text(text: str, *, has_image: bool) -> tuple[str, str | None]:
+def _fitting_text(text: str, *, has_image: bool) -> tuple[str, str | None]:
     """(text, None) with the placeholder once beside an image and never without one, or the reason why it
     cannot."""
     if not has_image:
@@ -143,7 +143,7 @@ def fitting_text(text: str, *, has_image: bool) -> tuple[str, str | None]:
     return text, text_problem(text, has_image=True)
 
 
-def find_image(image: str, roots: tuple[Path, ...]) -> tuple[Path, str | None]:
+def _find_image(image: str, roots: tuple[Path, ...]) -> tuple[Path, str | None]:
     """(file, None), or (where it should be, the reason why there is none)."""
     relative = PurePosixPath(image)
     if relative.is_absolute() or ".." in relative.parts or "\0" in image:

@@ -65,7 +65,7 @@ def find_eval_sets(root: Path) -> dict[str, SetInfo]:
         raise DataError(
             f"{root}: no such folder; name the folder that holds one folder per set (--mmeb_eval)"
         )
-    listed = read_sets_json(root)
+    listed = _read_sets_json(root)
     known = {**MMEB_SETS, **listed}
     folders = sorted({table.parent.name for table in root.glob("*/*.parquet")})
     findings = [
@@ -92,7 +92,7 @@ def find_eval_sets(root: Path) -> dict[str, SetInfo]:
     return {name: known[name] for name in names}
 
 
-def read_sets_json(root: Path) -> dict[str, SetInfo]:
+def _read_sets_json(root: Path) -> dict[str, SetInfo]:
     """The sets that `<root>/sets.json` describes; empty when there is no such file. Raises DataError."""
     path = root / "sets.json"
     if not path.exists():

@@ -16,7 +16,7 @@ from agff.errors import DataError
 from agff.item_text import MMEB_TEXTS
 from data_pipeline.layouts.eval_items import ItemTable, UniqueItems, refuse_all
 
-TEXT_PREFIX = "a photo of "
+_TEXT_PREFIX = "a photo of "
 """Before each statement, as in the published evaluation."""
 
 _COLUMNS = ("Question ID", "Type", "Statement")
@@ -156,7 +156,7 @@ def _wrong_pairs(rows: Sequence[_Row], path: Path) -> Iterator[str]:
 
 def _pair(items: UniqueItems, root: Path, first: _Row, second: _Row) -> MmvpPair:
     rows = (first, second)
-    text_1, text_2 = (items.add("tgt", None, TEXT_PREFIX + row.statement, "", row.address) for row in rows)
+    text_1, text_2 = (items.add("tgt", None, _TEXT_PREFIX + row.statement, "", row.address) for row in rows)
     image_1, image_2 = (
         items.add("tgt", None, MMEB_TEXTS.image_alone, _image(root, row), row.address) for row in rows
     )

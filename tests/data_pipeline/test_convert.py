@@ -391,7 +391,9 @@ def test_wrong_input_is_refused_before_anything_is_written(drawings: Path, tmp_p
         prepare(drawings, out, subsets=["Absent"])
     root = tmp_path / "mmeb"
     write_subset(root, [{"qry": "a"}])
-    with pytest.raises(DataError, match="columns qry_image_path, pos_text, pos_image_path are missing"):
+    with pytest.raises(
+        DataError, match="missing columns qry_image_path, pos_text, pos_image_path; found qry"
+    ):
         prepare(root, out)
     (root / "Sub/original-00000-of-00001.parquet").write_text("no parquet")
     with pytest.raises(DataError, match="cannot read the parquet file"):

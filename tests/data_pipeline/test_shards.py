@@ -8,7 +8,7 @@ from agff.errors import DataError
 from agff.images import SHARD_FORMATS, decode_image
 from data_pipeline.layouts.mmeb_train import Pair, Side
 from data_pipeline.shards import SUFFIX, write_shard
-from data_pipeline.verify_download import check_subset
+from data_pipeline.verify_download import check_download
 from tests.agff.test_images import UNUSABLE
 from tests.mmeb import row, write_subset
 
@@ -32,8 +32,10 @@ def test_unusable_images_are_found_by_verify_and_rejected_by_prepare_in_the_same
             decode_image((tmp_path / path).read_bytes(), path, formats=SHARD_FORMATS)
         expected.append(str(caught.value).removeprefix(path))
     for deep in (False, True):
-        check = check_subset(tmp_path, "Sub", split="original", num_rows=len(paths), deep=deep)
-        assert check.problems == [f"Sub: {path}{words}" for path, words in zip(paths, expected, strict=True)]
+        checks, _ = check_download(tmp_path, split="original", deep=deep, processes=1)
+        assert checks["Sub"].problems == [
+            f"Sub: {path}{words}" for path, words in zip(paths, expected, strict=True)
+        ]
     target = Side(text="t", image=None)
     pairs = [
         Pair(query=Side(text="<|image_1|>\nx", image=tmp_path / path), target=target, negative=None)

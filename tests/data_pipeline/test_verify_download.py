@@ -19,7 +19,7 @@ def test_each_folder_of_a_download_is_listed_once(tmp_path: Path, monkeypatch: p
         return right(folder)
 
     monkeypatch.setattr(verify_download, "_names_in", counted)
-    found = verify_download.check_subset(
+    found = verify_download._check_subset(
         write_drawings(tmp_path / "d").mmeb, "Shapes_i2t", split="original", num_rows=24, deep=False
     )
     assert found.num_images > 10

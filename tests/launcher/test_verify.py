@@ -135,7 +135,9 @@ def test_a_download_before_conversion(tmp_path: Path, capsys: pytest.CaptureFixt
     assert any(re.match(r"Sub: images/some/broken.jpg: is a damaged JPEG", line) for line in lines), lines
     write_subset(root, [{"qry": "a"}], "Bad")
     _, lines = findings(capsys, root)
-    assert any("columns qry_image_path, pos_text, pos_image_path are missing" in line for line in lines)
+    assert any(
+        "missing columns qry_image_path, pos_text, pos_image_path; found qry" in line for line in lines
+    )
     assert main([str(root), "--repair-index"]) == 2
     assert "it has no index to repair" in capsys.readouterr().err
 

@@ -23,7 +23,8 @@ from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.release import load, save_release
 from agff.similarity import FusionConfig
-from data_pipeline.layouts.mmeb_eval import MMEB_SETS, read_eval_set
+from data_pipeline.layouts.mmeb_eval import read_eval_set
+from data_pipeline.layouts.mmeb_sets import MMEB_SETS
 from data_pipeline.layouts.mmeb_train import Pair, read_pairs
 from tests.drawings import tiny_backbone
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from agff.backbone_folder import check_backbone_folder
 from agff.errors import ConfigError
 from agff.families import family_of
 
@@ -56,6 +57,7 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     """
     from transformers import AutoModel
 
+    check_backbone_folder(folder)
     try:
         model, found = AutoModel.from_pretrained(
             folder,

@@ -25,14 +25,13 @@ from agff.checkpoint_folder import (
     checkpoint_folder,
     checkpoint_name,
     complete_steps,
-    file_fingerprint,
     read_state,
     remove_checkpoint,
 )
 from agff.collectives import gather_objects, max_over_ranks, rank, world_size
 from agff.engine import Engine
 from agff.errors import CheckpointError
-from agff.files import sync
+from agff.files import file_fingerprint, sync
 from agff.grad_cache import random_state, set_random_state
 
 LATE_FILES_S = 60
@@ -69,7 +68,7 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
     if steps:
         raise CheckpointError(
             f"{checkpoint_folder(run)}: all of the {len(steps)} checkpoints are damaged or cannot be read "
-            "(listed above); mend the file system, or start anew with another --run_dir"
+            "(listed above); repair the file system, or start again with another --run_dir"
         ).shared()
     return None
 
@@ -139,9 +138,9 @@ def _written_files(partial: Path, *, zero_stage: int) -> list[str]:
 def restore_checkpoint(engine: Engine, run: Path, *, step: int, trainable_only: bool) -> None:
     """Load parameters, optimizer, schedule and random state, so that the run continues. Collective.
 
-    With the number of ranks that saved (`state.json` tells it) it continues bit for bit. With another one the
-    partitions are put together and cut anew; then the weights and moments are the same, sums are taken in
-    another order, and ranks that did not exist before draw their dropout from the step and their number.
+    With the number of ranks that saved (it is in `state.json`) it continues bit for bit. With another one the
+    partitions are resharded; then the weights and moments are the same, sums are taken in another order, and
+    ranks that did not exist before draw their dropout from the step and their number.
     """
     folder, saved_by = checkpoint_folder(run), read_state(run, step)["world_size"]
     if saved_by == world_size():
@@ -163,7 +162,7 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     output, exit_code = "", None
     if rank() == 0:
         shutil.rmtree(universal, ignore_errors=True)
-        log.warning("%s: cutting the checkpoint anew for %d ranks", folder / name, world_size())
+        log.warning("%s: resharding the checkpoint for %d ranks", folder / name, world_size())
         command = [
             "sh",
             "-c",
@@ -194,7 +193,7 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     if failed:
         reason = gather_objects(output[-2000:] or f"exit code {exit_code}")[0]
         raise CheckpointError(
-            f"{folder / name}: cannot be cut anew for {world_size()} ranks: {reason}"
+            f"{folder / name}: cannot be resharded for {world_size()} ranks: {reason}"
         ).shared()
     config = engine.deepspeed._config
     config.load_universal_checkpoint = True  # for this load only: left on, later saves break

@@ -2,7 +2,8 @@
 
 <run>/checkpoints/step-000100/           DeepSpeed's files, written under `step-000100.partial`, then renamed
                               random-00000.pt ...   each rank's random state
-                              state.json            step, ranks, hashes of the files, the data plan; last
+                              state.json            step, ranks, hashes of the files, the data plan, the
+                                                    fingerprint of the backbone's weights; written last
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from agff.files import sha256_of
+from agff.errors import CheckpointError
+from agff.files import changed_files
 
 STATE_FILE = "state.json"
 
@@ -52,17 +54,12 @@ def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1)
     SHA-256."""
     folder = checkpoint_folder(run) / checkpoint_name(step)
     try:
-        files = sorted(read_state(run, step)["files"].items())
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{folder / STATE_FILE}: cannot read it: {error!r}"]
-    problems = []
-    for name, expected in files[part::num_parts]:
-        try:
-            if (found := file_fingerprint(folder / name)) != expected:
-                problems.append(f"{folder / name}: {found} is not what was written, {expected}")
-        except OSError as error:
-            problems.append(f"{folder / name}: cannot read it: {error}")
-    return problems
+        files = read_state(run, step).get("files")
+    except CheckpointError as error:
+        return [str(error)]
+    if not isinstance(files, dict) or not all(isinstance(written, str) for written in files.values()):
+        return [f"{folder / STATE_FILE}: `files` must be a mapping of names to hashes, found {files!r:.60}"]
+    return changed_files(folder, dict(sorted(files.items())[part::num_parts]))
 
 
 def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
@@ -83,14 +80,21 @@ def remove_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def file_fingerprint(path: Path) -> str:
-    """Size and SHA-256 of a file, as state.json has them."""
-    return f"{path.stat().st_size} bytes, sha256 {sha256_of(path)}"
-
-
 def read_state(run: Path, step: int) -> dict[str, Any]:
-    """The JSON state stored with a checkpoint."""
-    return json.loads((checkpoint_folder(run) / checkpoint_name(step) / STATE_FILE).read_text())
+    """The JSON state stored with a checkpoint, with its `step` and `world_size`. Raises CheckpointError when
+    it cannot be read."""
+    path = checkpoint_folder(run) / checkpoint_name(step) / STATE_FILE
+    remedy = f"restore it from a copy, or set the checkpoint aside: mv {path.parent} {path.parent}.damaged"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; {remedy}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, found {state!r:.60}; {remedy}")
+    for name in ("step", "world_size"):
+        if type(state.get(name)) is not int:
+            raise CheckpointError(f"{path}: {name} must be a number, found {state.get(name)!r}; {remedy}")
+    return state
 
 
 def checkpoint_name(step: int) -> str:

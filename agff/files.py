@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -59,3 +59,31 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """Size and SHA-256 of a file, as checkpoints and releases record them. Raises OSError."""
+    return f"{path.stat().st_size} bytes, sha256 {sha256_of(path)}"
+
+
+def changed_files(
+    folder: Path, written: Mapping[str, str], *, max_hashed_bytes: int | None = None
+) -> list[str]:
+    """One line for each file that is absent or not as it was written.
+
+    written: name -> `file_fingerprint`. Of files larger than `max_hashed_bytes` (None: of none) the size
+    alone is compared.
+    """
+    problems = []
+    for name, expected in written.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            only_size = max_hashed_bytes is not None and size > max_hashed_bytes
+            found = f"{size} bytes" if only_size else file_fingerprint(path)
+        except OSError as error:
+            problems.append(f"{path}: cannot read it: {error.strerror}")
+            continue
+        if found != (expected.partition(",")[0] if only_size else expected):
+            problems.append(f"{path}: found {found}, written were {expected}")
+    return problems

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from agff.checkpoint_folder import read_state
 from agff.errors import AgffError, CheckpointError
 from agff.release import check_golden, load, plain_backbone, save_release
 from launcher.command_line import report
@@ -20,35 +20,35 @@ from launcher.run.trained_model import load_run
 
 
 def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
-    """Write the release and prove it: reload it, compare every weight and the golden vectors; return their
-    difference.
+    """Write the release and prove it: read it back, compare every weight, and its vectors with the
+    checkpoint's; return their smallest cosine.
 
-    Raises CheckpointError when OUT exists, the run has no checkpoint, or what was read back is not what was
-    written.
+    Raises CheckpointError when OUT exists, the run has no checkpoint that can be loaded, or what was read
+    back is not what was written.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; choose another folder or remove it")
     embedder, step = load_run(run)
-    embedder.model.to(dtype)
     config = read_run_config(run)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    origin = {"run": config.name, "step": step, "seed": config.seed, "backbone": config.backbone.path}
-    live = save_release(embedder, partial, origin=origin).state_dict()
+    origin = {
+        "run": config.name,
+        "step": step,
+        "seed": config.seed,
+        "backbone": config.backbone.path,
+        "backbone_sha256": read_state(run, step).get("backbone_sha256", "not recorded"),
+    }
+    live = save_release(embedder, partial, origin=origin, dtype=dtype).state_dict()
     released = load(partial, check=False)
-    difference = check_golden(
-        released,
-        load_file(partial / "golden.safetensors")["embeddings"],
-        str(dtype).removeprefix("torch."),
-        partial,
-    )
+    cosine = check_golden(released, partial, dtype=str(dtype).removeprefix("torch."))
     for name, weight in plain_backbone(released.model).state_dict().items():
         if not torch.equal(weight, live[name]):
             raise CheckpointError(
                 f"{partial}: weight {name} read back differs from the checkpoint's; nothing was released"
             )
     partial.rename(out)
-    return difference
+    return cosine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        difference = convert(arguments.run, arguments.out, dtype=getattr(torch, arguments.dtype))
+        cosine = convert(arguments.run, arguments.out, dtype=getattr(torch, arguments.dtype))
     except AgffError as error:
         return report(error)
     sys.stdout.write(
-        f"{arguments.out}: released; every weight read back equal, golden vectors within {difference:.1e}\n"
+        f"{arguments.out}: released; every weight read back equal, vectors as the checkpoint's: cosine >= "
+        f"{cosine:.6f}\n"
         f'load it with agff.load("{arguments.out}")\n'
     )
     return 0

@@ -28,6 +28,7 @@ from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.command_line import TrainArguments, parse_train_arguments, report
 from launcher.quickstart.first_use import prepare_quickstart_if_named
+from launcher.run.backbone_identity import backbone_of_run
 from launcher.run.config import ResolvedRun, resolve
 from launcher.run.cpu_ranks import start_cpu_ranks
 from launcher.run.data import RunData, check_shards_together, open_data
@@ -114,6 +115,7 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
     if arguments.dry_run:
         if newest := latest_step(run.run_dir):
             check_data_plan(run, data.plan.description, step=newest)
+            backbone_of_run(run, start_step=newest)
         return 0
     if starts_ranks:
         start_cpu_ranks(run.world_size, __file__, argv)
@@ -173,6 +175,10 @@ def _train_from(
     config = run.config
     if start_step:
         check_data_plan(run, data.plan.description, step=start_step)
+    state = {
+        "data_plan": data.plan.description,
+        "backbone_sha256": backbone_of_run(run, start_step=start_step),
+    }
     if rank.rank == 0:
         write_run_folder(run)
     torch.manual_seed(config.seed)
@@ -208,7 +214,7 @@ def _train_from(
             save_every=config.save_every,
             max_skipped_in_a_row=config.max_skipped_in_a_row,
             observe=observer,
-            save=partial(_save, engine, run, data.plan.description),
+            save=partial(_save, engine, run, state),
             should_stop=lambda: bool(stop),
             mark=watchdog.mark,
         )
@@ -222,10 +228,10 @@ def _say_done(run: ResolvedRun) -> int:
     return 0
 
 
-def _save(engine: Engine, run: ResolvedRun, data_plan: Mapping[str, Any], step: int) -> None:
+def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int) -> None:
     """A checkpoint, then what it makes superfluous goes. Collective."""
     is_lora = run.config.backbone.lora is not None
-    save_checkpoint(engine, run.run_dir, step=step, state={"data_plan": data_plan}, trainable_only=is_lora)
+    save_checkpoint(engine, run.run_dir, step=step, state=state, trainable_only=is_lora)
     if engine_rank() == 0:
         remove_old_checkpoints(run.run_dir, keep_last=run.config.keep_last, keep_every=run.config.keep_every)
 

@@ -128,6 +128,7 @@ def check_run(run: Path) -> list[Finding]:
 
 def _check_checkpoint(run: Path, step: int, otherwise: str) -> list[Finding]:
     from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, read_state
+    from agff.errors import CheckpointError
 
     folder = checkpoint_folder(run) / f"step-{step:06d}"
     remedy = f"restore it from a copy, or set the checkpoint aside: mv {folder} {folder}.damaged; {otherwise}"
@@ -135,7 +136,7 @@ def _check_checkpoint(run: Path, step: int, otherwise: str) -> list[Finding]:
     num_ranks, expected = 0, dict[str, str]()
     try:
         state = read_state(run, step)
-        num_ranks = int(state["world_size"])
+        num_ranks = state["world_size"]
         if state["step"] != step:
             problems.append(f"{folder / STATE_FILE}: is of step {state['step']}")
         expected = dict(state.get("files", {}))
@@ -147,8 +148,10 @@ def _check_checkpoint(run: Path, step: int, otherwise: str) -> list[Finding]:
             findings.append(
                 Finding("warning", "run", found, "convert or evaluate it, or train into another --run_dir")
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems.append(f"{folder / STATE_FILE}: cannot be read: {error!r}")
+    except CheckpointError as error:
+        problems.append(str(error))
+    except (ValueError, TypeError) as error:
+        problems.append(f"{folder / STATE_FILE}: cannot be read: files: {error!r}")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} | set(expected)
     problems += [
         text for name in sorted(files) if (text := _file_problem(folder / name, expected.get(name, "")))

@@ -10,6 +10,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from agff.backbone import choose_trainable, load_backbone
+from agff.backbone_folder import check_backbone_folder
 from agff.embedding_model import EmbeddingModel
 from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
@@ -17,10 +18,11 @@ from launcher.run.config import ResolvedRun, RunConfig
 
 
 def build_processor(config: RunConfig) -> ItemProcessor:
-    """The processor of the backbone folder with the run's prompts and limits."""
-    return ItemProcessor.from_folder(
-        Path(config.backbone.path), prompts=config.prompts, limits=config.processor
-    )
+    """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
+    that is no backbone, or has an adapter beside it."""
+    folder = Path(config.backbone.path)
+    check_backbone_folder(folder)
+    return ItemProcessor.from_folder(folder, prompts=config.prompts, limits=config.processor)
 
 
 def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:

@@ -8,10 +8,12 @@ import torch
 
 from agff.checkpoint import consolidated_weights
 from agff.checkpoint_folder import check_checkpoint, latest_step
+from agff.contract import CONTRACT_FILE
 from agff.embedder import Embedder
 from agff.errors import CheckpointError
-from agff.release import CONTRACT_FILE, load
-from launcher.run.folder import read_run_config
+from agff.release import load
+from launcher.run.backbone_identity import check_backbone
+from launcher.run.folder import CONFIG_FILE, read_run_config
 from launcher.run.model import build_processor, untrained_model
 
 
@@ -27,7 +29,11 @@ def load_model(path: Path) -> Embedder:
 
 
 def load_run(run: Path) -> tuple[Embedder, int]:
-    """(model of the newest complete checkpoint in float32 on the CPU, its step). Raises CheckpointError."""
+    """(model of the newest complete checkpoint in float32 on the CPU, its step).
+
+    Raises CheckpointError when there is none, it is damaged, the backbone folder is gone or, with LoRA, holds
+    other weights than those it was trained on; ConfigError when it holds no backbone.
+    """
     config = read_run_config(run)
     step = latest_step(run)
     if step is None:
@@ -36,16 +42,45 @@ def load_run(run: Path) -> tuple[Embedder, int]:
         )
     if problems := check_checkpoint(run, step):
         raise CheckpointError(
-            f"{run}: the newest checkpoint is damaged: {problems[0]}; training again falls back to an older "
-            "one"
+            "\n".join(problems)
+            + f"\n{run}: the newest checkpoint is damaged; training again falls back to an older one"
         )
+    folder = Path(config.backbone.path)
+    if not folder.is_dir():
+        raise CheckpointError(_backbone_is_gone(run / CONFIG_FILE, folder))
+    processor = build_processor(config)
+    if config.backbone.lora is not None:
+        check_backbone(run, step, folder)
     model = untrained_model(config, dtype=torch.float32, attention="sdpa")  # whatever it trained with
     weights = consolidated_weights(run, step=step)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    _fill(model, weights, f"{run}: checkpoint of step {step}")
+    return Embedder(model, processor, config.fusion), step
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Load the weights; CheckpointError unless they are all that trains in the model, in the right shapes."""
+    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if unexpected or trainable & set(missing):
+    problems = [f"{name} is missing" for name in sorted(trainable - weights.keys())]
+    for name, weight in weights.items():
+        if name not in shapes:
+            problems.append(f"{name} is unknown to the model")
+        elif weight.shape != shapes[name]:
+            problems.append(f"{name} is {list(weight.shape)}, in the model {list(shapes[name])}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"{run}: checkpoint of step {step} does not fit the model of its configuration: "
-            f"missing {sorted(trainable & set(missing))[:3]}, unexpected {unexpected[:3]}"
+            f"{what} does not fit the model of its configuration: {'; '.join(problems[:5])}{more}; the "
+            "backbone folder holds another model now, or the configuration was edited: restore them"
         )
-    return Embedder(model, build_processor(config), config.fusion), step
+    model.load_state_dict(weights, strict=False)
+
+
+def _backbone_is_gone(stored: Path, folder: Path) -> str:
+    found = f"{stored}: backbone.path={folder}: no such folder"
+    if folder.is_absolute():
+        return f"{found}; if the backbone moved, write its new place there; if it is lost, download it again"
+    return (
+        f"{found} in {Path.cwd()}, and the path is relative to the folder in which the run was started; run "
+        "this command there, or write the absolute path into that file"
+    )

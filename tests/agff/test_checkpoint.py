@@ -102,7 +102,7 @@ def write_checkpoint(run: Path, step: int, *, is_damaged: bool) -> None:
     (folder / "file").write_text("no" if is_damaged else "ok")
     digest = hashlib.sha256(b"ok").hexdigest()
     (folder / "state.json").write_text(
-        json.dumps({"step": step, "files": {"file": f"2 bytes, sha256 {digest}"}})
+        json.dumps({"step": step, "world_size": 2, "files": {"file": f"2 bytes, sha256 {digest}"}})
     )
 
 

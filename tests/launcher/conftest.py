@@ -28,3 +28,12 @@ def train_once(project: Path) -> Callable[[int], tuple[Path, str]]:
         return project / "runs" / f"quickstart-zero{stage}", result.stdout
 
     return train
+
+
+@pytest.fixture(scope="session")
+def lora_run(project: Path) -> tuple[str, Path]:
+    """(command, run folder) of a run with adapters, unbroken."""
+    command = f"{train_command(3)} --backbone.lora.rank 2 --run_dir runs/lora --backbone.lora.dropout 0.1"
+    result = run_command(command, project)
+    assert result.returncode == 0, result.stdout
+    return command, project / "runs/lora"

@@ -124,7 +124,7 @@ def test_a_run_continues_on_other_numbers_of_ranks_with_the_same_global_batches(
             shutil.rmtree(copy / f"checkpoints/step-{last:06d}")
         result = run_command(f"{command} --run_dir runs/ranks{world_size} --cpu_ranks {world_size}", project)
         assert result.returncode == 0, result.stdout
-        assert f"cutting the checkpoint anew for {world_size} ranks" in result.stdout
+        assert f"resharding the checkpoint for {world_size} ranks" in result.stdout
         found, continued = pairs_and_losses(copy, world_size)
         assert found == {step: expected[step] for step in (3, 4, 5, 6)}
         assert [continued[step] for step in range(1, 7)] == pytest.approx(
@@ -348,10 +348,8 @@ def test_bf16_weights_train_and_resume(project: Path, stage: int, lora: str) -> 
     assert_same_tensors(tensors_of(run / "step-000004"), unbroken)
 
 
-def test_lora_run_resumes_and_is_released(project: Path, tmp_path: Path) -> None:
-    command = f"{train_command(3)} --backbone.lora.rank 2 --run_dir runs/lora --backbone.lora.dropout 0.1"
-    result = run_command(command, project)
-    assert result.returncode == 0, result.stdout
+def test_lora_run_resumes_and_is_released(project: Path, lora_run: tuple[str, Path], tmp_path: Path) -> None:
+    command, _ = lora_run
     expected = tensors_of(project / "runs/lora/checkpoints/step-000004")
     shutil.rmtree(project / "runs/lora/checkpoints/step-000004")
     result = run_command(
@@ -396,7 +394,7 @@ SMALL = [
             ["--data.shards", "nowhere"],
             "nowhere: no shards here (manifest.json is missing); make them with launcher/prepare.py",
         ),
-        (["--backbone.path", "nowhere"], "nowhere: not a backbone folder"),
+        (["--backbone.path", "nowhere"], "nowhere: no such folder; backbone.path is a local folder"),
         (["--data.weights", "{Shapes: 1.0}"], "data.weights names Shapes, absent from the shards"),
         (
             ["--data.sub_batch_size", "8", "--data.weights", "{Shapes_t2i: -1}"],

@@ -1,0 +1,177 @@
+"""What is on disk of a backbone: a Hugging Face folder, its weights and what must not lie beside them.
+
+No weights are loaded here and no process group is needed: all of it can be asked before any rank waits.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from agff.errors import ConfigError
+from agff.files import sha256_of
+
+ADAPTER_FILE = "adapter_config.json"
+SILENT_S = 5
+"""A progress bar appears when the weights take longer to hash."""
+
+
+def check_backbone_folder(folder: Path) -> None:
+    """Raise ConfigError unless the folder exists, has a model's configuration and no adapter beside it.
+
+    An adapter there would be loaded by transformers unasked, and the weights under it frozen.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; backbone.path is a local folder{_did_you_mean(folder)}. A model of "
+            f"the hub is downloaded first: hf download REPOSITORY --local-dir {shlex.quote(str(folder))}"
+        )
+    if (folder / ADAPTER_FILE).exists():
+        raise ConfigError(_adapter_message(folder))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: not a backbone folder (config.json is missing); give the folder that holds the "
+            "model's config.json, weights, tokenizer and image processor as backbone.path"
+        )
+
+
+def backbone_sha256(folder: Path) -> str:
+    """Fingerprint of the backbone's weights: SHA-256, in hexadecimal digits, of the name, dtype, shape and
+    SHA-256 of every tensor, sorted by name.
+
+    It is of the tensors, not of the files: the same weights in other shards have the same one. Every byte is
+    read, once, by several threads (1.2 GB/s each with the processor's SHA instructions), with a progress bar
+    where that takes long. It is not kept by size and time of the files: copying programs preserve both, and
+    the bytes are read anyway when the model is loaded next. Of a `pytorch_model.bin`, a pickle, the file's
+    bytes count. Raises ConfigError for weights that are absent or cannot be read.
+    """
+    paths = weight_files(folder)
+    num_threads = min(16, len(os.sched_getaffinity(0)))
+    with (
+        ExitStack() as opened,
+        ThreadPoolExecutor(num_threads) as pool,
+        tqdm(
+            total=sum(path.stat().st_size for path in paths),
+            desc=f"hash {folder.name}",
+            unit="B",
+            unit_scale=True,
+            delay=SILENT_S,
+        ) as bar,
+    ):
+        lines = []
+        for line, size in pool.map(_line_of, _parts(paths, opened)):
+            lines.append(line)
+            bar.update(size)
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads the weights from, in its own order of preference. Raises
+    ConfigError."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return _shards(index)
+    raise ConfigError(
+        f"{folder}: no weights here (neither model.safetensors nor its index); download the folder again"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        paths = sorted(index.parent / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: not an index of weights ({error!r}); download it again") from None
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise ConfigError(
+            "\n".join(f"{path}: missing, {index.name} names it" for path in missing)
+            + f"\n{index.parent}: {len(missing)} of {len(paths)} files of weights missing; download them"
+        )
+    return paths
+
+
+def _parts(paths: list[Path], opened: ExitStack) -> Iterator[tuple[Path, Any, str]]:
+    """(file, opened file, tensor) of all tensors; a file that is a pickle is one part."""
+    for path in paths:
+        if path.suffix != ".safetensors":
+            yield path, None, ""
+            continue
+        try:
+            file = opened.enter_context(safe_open(path, "pt"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: cannot read the weights: {error}; download the file again") from None
+        for name in file.keys():  # noqa: SIM118  # no mapping
+            yield path, file, name
+
+
+def _line_of(part: tuple[Path, Any, str]) -> tuple[str, int]:
+    """What the fingerprint says of one tensor, and its size in bytes."""
+    path, file, name = part
+    if file is None:
+        return f"{path.name} {sha256_of(path)}", path.stat().st_size
+    tensor = file.get_tensor(name)
+    digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return f"{name} {tensor.dtype} {list(tensor.shape)} {digest}", tensor.nbytes
+
+
+def _did_you_mean(folder: Path) -> str:
+    """`; there is ...` with the folders whose names are like the first one of the path that is absent."""
+    present = next(parent for parent in (*folder.absolute().parents,) if parent.is_dir())
+    absent = folder.absolute().parts[len(present.parts)]
+    try:
+        siblings = [path.name for path in present.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(absent, siblings, n=3)
+    return f"; did you mean {' or '.join(str(present / name) for name in near)}?" if near else ""
+
+
+MERGE = (
+    "import shutil, sys, peft, transformers as t; base, adapter, out = sys.argv[1:]; "
+    "model = peft.PeftModel.from_pretrained(t.{model_class}.from_pretrained(base), adapter); "
+    'weights = shutil.ignore_patterns("*.safetensors*", "*.bin*", "adapter_*"); '
+    "shutil.copytree(base, out, ignore=weights); model.merge_and_unload().save_pretrained(out)"
+)
+"""Python that writes a backbone folder with the adapter merged into its weights."""
+
+
+def _adapter_message(folder: Path) -> str:
+    try:
+        values = json.loads((folder / ADAPTER_FILE).read_text())
+        model_class = (values.get("auto_mapping") or {}).get("base_model_class") or ""
+        base = values.get("base_model_name_or_path") or "BASE"
+    except (OSError, ValueError, AttributeError):
+        model_class, base = "", "BASE"
+    if not str(model_class).isidentifier():  # saved for a task, as by most trainers: with the head
+        model_class = "AutoModelForImageTextToText"
+    adapter, merged = f"{folder}-adapter", f"{folder}-merged"
+    code = MERGE.format(model_class=model_class)
+    try:
+        weight_files(folder)
+    except ConfigError:
+        command = shlex.join(["python", "-c", code, str(base), str(folder), merged])
+        return (
+            f"{folder}: an adapter ({ADAPTER_FILE}) without a backbone; backbone.path is a whole model. Give "
+            f"{base}, or merge the adapter and give {merged}: {command}"
+        )
+    move = f"mkdir {shlex.quote(adapter)} && mv {shlex.quote(str(folder))}/adapter_* {shlex.quote(adapter)}"
+    command = shlex.join(["python", "-c", code, str(folder), adapter, merged])
+    return (
+        f"{folder}: an adapter ({ADAPTER_FILE}) lies beside the backbone; transformers would load it and "
+        f"freeze the weights under it. Move it away: {move}\nThen the folder is the backbone without it; for "
+        f"the backbone with it give {merged}, made by\n{command}"
+    )

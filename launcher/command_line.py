@@ -1,4 +1,4 @@
-"""The command line of a training run: `--recipe FILE`, dotted overrides, `--deepspeed FILE`, `--dry-run`."""
+"""The command line of a run, `--recipe FILE` and dotted overrides: what train and preview share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         text = " ".join(line.strip() for line in message.splitlines() if line.strip())
-        raise ConfigError(f"{text}; every setting and its meaning: launcher/train.py --help")
+        command = "preview" if self.prog == "preview" else "train"
+        raise ConfigError(f"{text}; every setting and its meaning: launcher/{command}.py --help")
 
     def read(self, parse: Callable[[], jsonargparse.Namespace]) -> jsonargparse.Namespace:
         """Add the settings of RunConfig, parse, and build their dataclasses, whose own checks raise
@@ -61,12 +62,7 @@ class TrainArguments:
 
 def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     """Read recipe and overrides. Raises ConfigError for anything unknown or malformed; `--help` exits."""
-    parser = _Parser(prog="train", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "--recipe",
-        action="config",
-        help="YAML file, or the name of one in launcher/recipes (default: quickstart)",
-    )
+    parser = recipe_parser("train", DESCRIPTION)
     parser.add_argument(
         "--deepspeed",
         type=Path,
@@ -79,8 +75,25 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
         action="store_true",
         help="check everything, print the start-up table and stop before the first step",
     )
+    config, own = parse_recipe(parser, argv)
+    return TrainArguments(config=config, deepspeed=own.deepspeed, dry_run=own.dry_run)
+
+
+def recipe_parser(command: str, description: str) -> _Parser:
+    """Takes `--recipe`; the command adds options of its own, and `parse_recipe` the settings of a run."""
+    parser = _Parser(prog=command, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe",
+        action="config",
+        help="YAML file, or the name of one in launcher/recipes (default: quickstart)",
+    )
+    return parser
+
+
+def parse_recipe(parser: _Parser, argv: Sequence[str]) -> tuple[RunConfig, jsonargparse.Namespace]:
+    """The recipe with its dotted overrides, and the command's own options. Raises ConfigError."""
     parsed = parser.read(lambda: parser.parse_args(_with_recipe(argv)))
-    return TrainArguments(config=_run_config(parsed), deepspeed=parsed.deepspeed, dry_run=parsed.dry_run)
+    return _run_config(parsed), parsed
 
 
 def config_from_values(values: dict[str, Any]) -> RunConfig:

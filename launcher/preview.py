@@ -1,176 +1,122 @@
-"""`python launcher/preview.py SHARDS`: one HTML page that shows, pair by pair, what the loader yields."""
+"""`python launcher/preview.py --recipe NAME`: one HTML page that shows the batches of a run, pair by pair."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from agff.batch import IMAGE_PLACEHOLDER
 from agff.errors import AgffError, ConfigError
-from agff.processor import ItemProcessor, ProcessorConfig
-from agff.prompts import PromptConfig
-from data_pipeline.manifest import read_manifest
-from data_pipeline.plan import Mixture, Plan
+from agff.processor import ItemProcessor
 from data_pipeline.reader import ShardReader
-from data_pipeline.remote import CacheConfig, open_folder
-from launcher.command_line import report
+from launcher.command_line import parse_recipe, recipe_parser, report
 from launcher.previewing.page import page
 from launcher.previewing.samples import SampleView, TextView
+from launcher.quickstart.first_use import prepare_quickstart_if_named
+from launcher.run.config import RunConfig
+from launcher.run.data import build_processor, open_data
 
-ABOUT = """\
-Write one HTML page that shows what the loader yields: for each step its sub-batches, for each pair its images
-and texts.
+ABOUT = """
+Write one HTML page that shows the batches of a run: the sub-batches of each step, the images and texts of
+each pair, and each text as the model gets it, cut to the run's limits, with image and prompts in place.
 
-The order is that of a training run with the same shards, weights, caps, seed and batch sizes. With --backbone
-the page also shows each text as the model gets it: cut to --max_tokens, image and prompts in their places. A
-sample that cannot be used stands on the page in red, with its reason and with the sample that is drawn in its
-place. Of remote shards, those that hold the shown samples are fetched whole into ~/.cache/agff/shards.
+Give the recipe and the dotted overrides of the run, as to train; the number of ranks does not matter. A
+sample that cannot be used is shown in red, with its reason and with the sample that is drawn instead. A
+remote shard is fetched whole into data.cache.dir when one of its samples is shown.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="preview", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shards", metavar="SHARDS", help="folder written by launcher/prepare.py, or its URL")
-    parser.add_argument(
-        "--steps", type=int, default=2, help="how many steps are shown (default: %(default)s)"
-    )
-    parser.add_argument("--start_step", type=int, default=0, help="the first one (default: %(default)s)")
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="pairs of a global batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sub_batch_size", type=int, default=4, help="pairs of a sub-batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--weights", help='JSON object, source -> share of the sub-batches; for example {"A": 2, "B": 1}'
-    )
-    parser.add_argument("--caps", type=int, help="samples used of each source at most (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument(
-        "--backbone", type=Path, help="Hugging Face folder; shows texts as the model sees them"
-    )
-    parser.add_argument(
-        "--max_tokens", type=int, help=f"tokens of an item (default: {ProcessorConfig.max_tokens})"
-    )
-    parser.add_argument(
-        "--max_pixels", type=int, help="larger images are reduced (default: the backbone's own limit)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("preview.html"), help="the page (default: %(default)s)"
-    )
-    arguments = parser.parse_args(argv)
+    parser = recipe_parser("preview", ABOUT)
+    parser.add_argument("--steps", type=int, default=2, help="steps to show")
+    parser.add_argument("--start_step", type=int, default=0, help="the first step to show")
+    parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page")
     try:
-        sys.stdout.write(write_preview(arguments) + "\n")
+        config, own = parse_recipe(parser, sys.argv[1:] if argv is None else argv)
+        steps = _steps(config, start=own.start_step, count=own.steps)
+        prepare_quickstart_if_named(config)
+        sys.stdout.write(write_preview(config, steps, own.out) + "\n")
     except AgffError as error:
         return report(error)
     return 0
 
 
-def write_preview(arguments: argparse.Namespace) -> str:
-    """Write the page that the command line asks for; the line that says so. Raises DataError or
-    ConfigError."""
-    _check(arguments)
-    folder = open_folder(arguments.shards, CacheConfig())
-    manifest = read_manifest(folder)
-    weights = _read_weights(arguments.weights)
-    mixture = Mixture(weights=weights, caps=arguments.caps, sub_batch_size=arguments.sub_batch_size)
-    plan = Plan(manifest, mixture, seed=arguments.seed, global_batch_size=arguments.batch_size)
-    processor = _processor(arguments)
+def write_preview(config: RunConfig, steps: range, out: Path) -> str:
+    """Write the page; returns the line that reports it. Raises DataError, StorageError or ConfigError."""
+    data, processor = open_data(config), build_processor(config)
     view = SampleView(
-        plan=plan, reader=ShardReader(folder, manifest), text_view=TextView(processor) if processor else None
+        plan=data.plan,
+        reader=ShardReader(data.folder, data.manifest),
+        text_view=TextView(processor),
+        with_negatives=config.data.with_negatives,
+        max_bad_in_a_row=config.data.max_bad_in_a_row,
     )
-    with tqdm(total=arguments.steps * arguments.batch_size, desc="preview", unit="pair") as bar:
-        steps = [
-            view.step(number, bar)
-            for number in range(arguments.start_step, arguments.start_step + arguments.steps)
-        ]
-    content = page(folder.location, manifest, plan, _settings(arguments, processor), steps)
+    num_pairs = len(steps) * config.batch.global_batch_size
+    with tqdm(total=num_pairs, desc="preview", unit="pair") as bar:
+        shown = [view.step(number, bar) for number in steps]
+    settings = _settings(config, processor, steps)
+    content = page(config.name, data.folder.location, data.manifest, data.plan, settings, shown)
     try:
         # a text may hold half of a surrogate pair, which no UTF-8 file can
-        arguments.out.write_text(content, encoding="utf-8", errors="backslashreplace")
+        out.write_text(content, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(
-            f"--out {arguments.out}: cannot write the page: {error.strerror}; choose another file"
+            f"--out {out}: cannot write the page: {error.strerror}; choose another file"
         ) from None
-    num_unusable = sum(sub_batch.num_unusable for step in steps for sub_batch in step.sub_batches)
+    num_unusable = sum(sub_batch.num_unusable for step in shown for sub_batch in step.sub_batches)
     return (
-        f"wrote {arguments.out} ({arguments.out.stat().st_size / 1e6:.1f} MB): "
-        f"steps {steps[0].number} to {steps[-1].number}, "
-        f"{view.plan.description['global_batch_size'] * len(steps)} pairs, {num_unusable} unusable samples"
+        f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): steps {steps[0]} to {steps[-1]}, "
+        f"{num_pairs} pairs, {num_unusable} unusable samples"
     )
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    for name in ("steps", "batch_size", "sub_batch_size", "max_pixels"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} {getattr(arguments, name)} must be >= 1")
-    for name in ("start_step", "seed"):
-        if getattr(arguments, name) < 0:
-            raise ConfigError(f"--{name} {getattr(arguments, name)} must be >= 0")
-    for name in ("max_tokens", "max_pixels"):
-        if getattr(arguments, name) is not None and arguments.backbone is None:
-            raise ConfigError(f"--{name} needs --backbone DIR: without one nothing is cut or reduced")
-
-
-def _read_weights(text: str | None) -> dict[str, float] | None:
-    if text is None:
-        return None
-    try:
-        weights = json.loads(text)
-    except ValueError as error:
+def _steps(config: RunConfig, *, start: int, count: int) -> range:
+    if count < 1:
+        raise ConfigError(f"--steps {count} must be >= 1")
+    if start < 0:
+        raise ConfigError(f"--start_step {start} must be >= 0")
+    if start + count > config.num_steps:
         raise ConfigError(
-            f"--weights {text}: not JSON: {error}; write for example " + '{"A": 2, "B": 1}'
-        ) from None
-    if not isinstance(weights, dict) or not all(
-        isinstance(weight, int | float) and math.isfinite(weight) for weight in weights.values()
-    ):
-        raise ConfigError(
-            f"--weights {text}: expected a JSON object of numbers, for example " + '{"A": 2, "B": 1}'
+            f"--start_step {start} --steps {count}: the run has steps 0 to {config.num_steps - 1} "
+            "(num_steps); show earlier ones"
         )
-    return weights
+    return range(start, start + count)
 
 
-def _processor(arguments: argparse.Namespace) -> ItemProcessor | None:
-    if arguments.backbone is None:
-        return None
-    max_tokens = ProcessorConfig.max_tokens if arguments.max_tokens is None else arguments.max_tokens
-    limits = ProcessorConfig(max_tokens=max_tokens, max_pixels=arguments.max_pixels)
-    return ItemProcessor.from_folder(arguments.backbone, prompts=PromptConfig(), limits=limits)
-
-
-def _settings(arguments: argparse.Namespace, processor: ItemProcessor | None) -> dict[str, object]:
+def _settings(config: RunConfig, processor: ItemProcessor, steps: range) -> Mapping[str, object]:
     """Name and value of each setting, for people."""
-    settings = {
-        "first step": arguments.start_step,
-        "steps": arguments.steps,
-        "pairs in a global batch": arguments.batch_size,
-        "pairs in a sub-batch": arguments.sub_batch_size,
-        "weights": arguments.weights or "number of pairs of each source",
-        "cap of each source": "none" if arguments.caps is None else f"{arguments.caps:,} pairs",
-        "seed": arguments.seed,
-    }
-    if processor is None:
-        return {
-            **settings,
-            "backbone": f"none: texts are raw, {IMAGE_PLACEHOLDER} stands where the image belongs",
-        }
+    data, pixels = config.data, f"at most {processor.max_image_pixels:,}; larger images are reduced"
+    if config.processor.min_pixels is not None:
+        pixels += f"; smaller than {config.processor.min_pixels:,} are enlarged"
     return {
-        **settings,
-        "backbone": arguments.backbone,
-        "tokens of an item": (
-            f"at most {processor.limits.max_tokens:,}, of which {processor.prompts.num_tokens} are prompts"
+        "steps shown": f"{steps[0]} to {steps[-1]} of {config.num_steps:,}",
+        "pairs in a global batch": config.batch.global_batch_size,
+        "pairs in a sub-batch": data.sub_batch_size,
+        "weights": _named(data.weights) if data.weights else "number of pairs of each source",
+        "pairs used of a source": _caps(data.caps),
+        "seed": config.seed,
+        "hard negatives": (
+            "shown where a source has them" if data.with_negatives else "left out (data.with_negatives)"
         ),
-        "pixels of an image": f"at most {processor.max_image_pixels:,}; larger images are reduced",
+        "backbone": config.backbone.path,
+        "tokens of an item": (
+            f"at most {config.processor.max_tokens:,}, of which {config.prompts.num_tokens} are prompts"
+        ),
+        "pixels of an image": pixels,
     }
+
+
+def _caps(caps: int | Mapping[str, int] | None) -> str:
+    if caps is None:
+        return "all"
+    return f"at most {_named(caps)}" if isinstance(caps, Mapping) else f"at most {caps:,}"
+
+
+def _named(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from launcher.quickstart.first_use import prepare_quickstart_if_named
 from launcher.run.backbone_identity import backbone_of_run
 from launcher.run.config import ResolvedRun, resolve
 from launcher.run.cpu_ranks import start_cpu_ranks
-from launcher.run.data import RunData, check_shards_together, open_data
+from launcher.run.data import RunData, build_processor, check_shards_together, open_data
 from launcher.run.deepspeed_json import read_deepspeed_json
 from launcher.run.folder import (
     check_data_plan,
@@ -42,7 +42,7 @@ from launcher.run.folder import (
 )
 from launcher.run.hardware import Hardware, num_unusable_gpus
 from launcher.run.log import RunLog
-from launcher.run.model import build_model, build_processor
+from launcher.run.model import build_model
 from launcher.run.ranks import RankInfo, export, rank_from_environment
 from launcher.run.startup_table import count_parameters, startup_table
 from launcher.run.stop_request import EXIT_CODE, StopRequest
@@ -107,7 +107,7 @@ def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) 
     if not arguments.dry_run:
         _check_gpus_are_usable()
         prepare_quickstart_if_named(arguments.config)
-    data = open_data(run)
+    data = open_data(run.config)
     check_run_folder(run)
     processor = build_processor(run.config)
     if rank.rank == 0 and (arguments.dry_run or not starts_ranks):

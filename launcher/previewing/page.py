@@ -36,9 +36,25 @@ th { background: #f6f8fa; font-weight: 600; }
 .count { margin: 0; }
 .mark { background: #ddf4ff; color: #0550ae; border-radius: 3px; font: 13px ui-monospace, monospace; }
 .newline::before { content: "\\21b5"; color: #8c959f; }
-.unusable td { background: #ffebe9; } .reason, .lost { color: #b3151f; font-weight: 600; overflow-wrap:
-anywhere; } .contents { background: #f6f8fa; padding: 8px 16px; } .contents ol { margin: 4px 0; columns:
-260px; }
+.unusable td { background: #ffebe9; }
+.reason, .lost { color: #b3151f; font-weight: 600; overflow-wrap: anywhere; }
+.pairs .reason, .pairs .note { font-size: 13px; margin: 4px 0; }
+.contents { background: #f6f8fa; padding: 8px 16px; }
+.contents ol { margin: 4px 0; columns: 260px; }
+.wide { overflow-x: auto; }
+code, .settings td { overflow-wrap: anywhere; }
+@media (max-width: 700px) { /* a phone: each pair is a card, its items below each other */
+  body { padding: 12px; }
+  .pairs, .pairs tbody, .pairs tr, .pairs td { display: block; width: auto; }
+  .pairs .head { display: none; }
+  .pairs tr { border: 1px solid #d0d7de; margin-bottom: 12px; }
+  .pairs td { border: 0; }
+  .pair td:first-child { background: #f6f8fa; }
+  .pairs td:empty { display: none; }
+  .query::before { content: "query"; } .target::before { content: "target"; }
+  .negative::before { content: "negative"; }
+  .query::before, .target::before, .negative::before { font-size: 12px; font-weight: 600; color: #59636e; }
+}
 """
 
 EXPLANATION = """\
@@ -51,7 +67,12 @@ name is one sub-batch.
 
 
 def page(
-    location: str, manifest: Manifest, plan: Plan, settings: Mapping[str, object], steps: Sequence[Step]
+    run: str,
+    location: str,
+    manifest: Manifest,
+    plan: Plan,
+    settings: Mapping[str, object],
+    steps: Sequence[Step],
 ) -> str:
     """The whole page: what was read and how, then the contents and the pairs of each step."""
     return "\n".join(
@@ -60,8 +81,9 @@ def page(
             # whatever a text holds, the browser runs no script and loads nothing from elsewhere
             '<meta http-equiv="Content-Security-Policy" '
             "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-            f"<title>Preview of {html.escape(location)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
-            "<h1>What the loader yields</h1>",
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Batches of {html.escape(run)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            f"<h1>Batches of {html.escape(run)}</h1>",
             f"<p>Shards: <code>{html.escape(location)}</code></p>",
             f"<p class='explanation'>{EXPLANATION}</p>",
             _sources_table(manifest, plan, steps),
@@ -99,7 +121,9 @@ def _sources_table(manifest: Manifest, plan: Plan, steps: Sequence[Step]) -> str
         )
         cells = "".join(f"<td class='number'>{number}</td>" for number in numbers)
         lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return "\n".join(["<h2>Sources</h2>\n<table class='sources'>", *lines, "</table>"])
+    return "\n".join(
+        ["<h2>Sources</h2>\n<div class='wide'><table class='sources'>", *lines, "</table></div>"]
+    )
 
 
 def _settings_table(settings: Mapping[str, object]) -> str:
@@ -141,7 +165,7 @@ def _sub_batch(anchor: str, sub_batch: SubBatch) -> str:
     return "\n".join(
         [
             f"<h3 id='{anchor}'>{html.escape(sub_batch.source)} {_counts(sub_batch)}</h3>",
-            f"<table class='pairs'><tr>{head}</tr>",
+            f"<table class='pairs'><tr class='head'>{head}</tr>",
             *lines,
             "</table>",
         ]

@@ -21,12 +21,9 @@ from agff.processor import ItemProcessor
 from data_pipeline.decode import decode
 from data_pipeline.plan import Plan
 from data_pipeline.reader import ROLES, RawSample, ShardReader
-from launcher.run.config import DataConfig
 
 THUMBNAIL_PX = 192
 """Longer side of a picture on the page, at most."""
-MAX_BAD_IN_A_ROW = DataConfig.max_bad_in_a_row
-"""Unusable samples drawn in a row after which training stops, and so does the row here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,7 @@ class SeenText:
     before: str
     """Text before the image; empty without one."""
     image: str
-    """Stands for the image's tokens; empty without an image."""
+    """What is shown for the image's tokens; empty without an image."""
     after: str
     prompts: str
     num_tokens: int
@@ -60,7 +57,7 @@ class ShownItem:
     text: str
     thumbnail: Thumbnail | None = None
     seen: SeenText | None = None
-    """None without a backbone."""
+    """None when the sample cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +76,7 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the global batch: the sample that the plan names and, while one is unusable, those drawn
-    instead."""
+    """One row of the global batch: the sample of the plan and, while unusable, those drawn instead."""
 
     number: int
     draws: tuple[Draw, ...]
@@ -147,7 +143,10 @@ class SampleView:
 
     plan: Plan
     reader: ShardReader
-    text_view: TextView | None
+    text_view: TextView
+    with_negatives: bool
+    max_bad_in_a_row: int
+    """Unusable samples drawn for a row before training stops; the row ends there."""
 
     def step(self, number: int, bar: tqdm) -> Step:
         """The step's global batch; `bar` advances by one for each pair."""
@@ -170,7 +169,7 @@ class SampleView:
 
     def _row(self, step: int, number: int, source: str, sample: int) -> Row:
         draws = [self._draw(source, sample)]
-        while draws[-1].reason and len(draws) <= MAX_BAD_IN_A_ROW:
+        while draws[-1].reason and len(draws) <= self.max_bad_in_a_row:
             draws.append(self._draw(source, self.plan.redraw(step, number, attempt=len(draws))))
         return Row(number=number, draws=tuple(draws))
 
@@ -184,15 +183,15 @@ class SampleView:
             return Draw(sample=sample, address=raw.address if raw else "", items=items, reason=str(error))
 
     def _items(self, raw: RawSample) -> dict[str, ShownItem]:
-        seen_pixels = self.text_view.processor.max_image_pixels if self.text_view else None
-        example = decode(raw, seen_pixels=seen_pixels)
+        seen_pixels = self.text_view.processor.max_image_pixels
+        example = decode(raw, with_negative=self.with_negatives, seen_pixels=seen_pixels)
         return {role: self._item(item) for role, item in zip(ROLES, example.items, strict=False)}
 
     def _item(self, item: Item) -> ShownItem:
         return ShownItem(
             text=item.text,
             thumbnail=make_thumbnail(item.image) if item.image else None,
-            seen=self.text_view(item) if self.text_view else None,
+            seen=self.text_view(item),
         )
 
 

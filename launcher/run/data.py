@@ -6,7 +6,9 @@ import json
 import socket
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
+from agff.backbone_folder import check_backbone_folder
 from agff.batch import Batch
 from agff.collectives import gather_objects, rank
 from agff.errors import DataError
@@ -17,7 +19,7 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CachedFolder, open_folder
 from data_pipeline.storage import LocalFolder
-from launcher.run.config import ResolvedRun
+from launcher.run.config import ResolvedRun, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,8 @@ class RunData:
         )
 
 
-def open_data(run: ResolvedRun) -> RunData:
+def open_data(config: RunConfig) -> RunData:
     """Read the manifest and lay the plan; reads only. Raises DataError, StorageError or ConfigError."""
-    config = run.config
     folder = open_folder(config.data.shards, config.data.cache)
     manifest = read_manifest(folder)
     mixture = Mixture(
@@ -64,6 +65,14 @@ def open_data(run: ResolvedRun) -> RunData:
     )
     plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
     return RunData(folder=folder, manifest=manifest, plan=plan)
+
+
+def build_processor(config: RunConfig) -> ItemProcessor:
+    """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
+    that is no backbone, or has an adapter beside it."""
+    folder = Path(config.backbone.path)
+    check_backbone_folder(folder)
+    return ItemProcessor.from_folder(folder, prompts=config.prompts, limits=config.processor)
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:

@@ -1,4 +1,4 @@
-"""Building the model of a run: backbone, prompts, processor."""
+"""Building the model of a run: backbone and prompts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,10 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from agff.backbone import choose_trainable, load_backbone
-from agff.backbone_folder import check_backbone_folder
 from agff.embedding_model import EmbeddingModel
 from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
 from launcher.run.config import ResolvedRun, RunConfig
-
-
-def build_processor(config: RunConfig) -> ItemProcessor:
-    """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
-    that is no backbone, or has an adapter beside it."""
-    folder = Path(config.backbone.path)
-    check_backbone_folder(folder)
-    return ItemProcessor.from_folder(folder, prompts=config.prompts, limits=config.processor)
 
 
 def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:

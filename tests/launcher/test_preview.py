@@ -3,8 +3,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,22 +12,27 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
-from agff.batch import Item
+from agff.batch import Batch, Item
+from agff.errors import DataError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from data_pipeline.collate import FixedRows
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
-from data_pipeline.loader import StepBatches
 from data_pipeline.manifest import Manifest, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import RawSample, ShardReader
 from data_pipeline.storage import LocalFolder
+from launcher.command_line import parse_train_arguments
 from launcher.preview import main
 from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
+from launcher.run.config import BatchConfig, DataConfig, resolve
+from launcher.run.data import build_processor, open_data
+from launcher.run.hardware import Hardware
 from tests.drawings import tiny_backbone, write_drawings
+from tests.launcher.runs import SMALL_RECIPE
 
 VOID = {"meta", "img"}
 
@@ -88,9 +93,12 @@ def read_page(path: Path) -> Element:
 
 
 @dataclass(frozen=True)
-class Shards:
+class Run:
+    """Shards and the recipe that reads them."""
+
     folder: Path
     manifest: Manifest
+    recipe: Path
 
     @property
     def reader(self) -> ShardReader:
@@ -104,16 +112,32 @@ class Shards:
         rows = [(plan.source_names[source], int(number)) for source, number in plan.global_batch(step)]
         return [(source, number, self.reader.read(source, number)) for source, number in rows]
 
+    def batches(self, *options: str, num_steps: int) -> list[Batch]:
+        """The first steps of a run of one rank that train starts with these options."""
+        config = parse_train_arguments(["--recipe", str(self.recipe), *options]).config
+        run = resolve(
+            config,
+            {"zero_optimization": {"stage": 1}},
+            deepspeed_name="zero1",
+            world_size=1,
+            hardware=Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False),
+        )
+        batches = open_data(config).batches(run, build_processor(config), rank=0, start_step=0)
+        return [next(batches) for _ in range(num_steps)]
 
-def open_shards(folder: Path) -> Shards:
-    return Shards(folder, read_manifest(LocalFolder(folder)))
 
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    folder = tmp_path_factory.mktemp("drawn")
-    prepare(write_drawings(folder / "drawings").mmeb, folder / "shards", rows_per_shard=10)
-    return open_shards(folder / "shards")
+def open_run(folder: Path, backbone: Path) -> Run:
+    recipe = folder.with_suffix(".yaml")
+    values = {
+        **SMALL_RECIPE,
+        "name": "drawings",
+        "num_steps": 50,
+        "backbone": {"path": str(backbone)},
+        "batch": {"global_batch_size": 16, "chunk_size": 4},
+        "data": {"shards": str(folder), "sub_batch_size": 4, "num_workers": 0},
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    return Run(folder, read_manifest(LocalFolder(folder)), recipe)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +145,15 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_backbone(tmp_path_factory.mktemp("backbone"))
 
 
-def preview(shards: Path | str, out: Path, *options: str) -> Element:
-    assert main([str(shards), "--out", str(out), *options]) == 0
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Run:
+    folder = tmp_path_factory.mktemp("drawn")
+    prepare(write_drawings(folder / "drawings").mmeb, folder / "shards", rows_per_shard=10)
+    return open_run(folder / "shards", backbone)
+
+
+def preview(run: Run, out: Path, *options: str) -> Element:
+    assert main(["--recipe", str(run.recipe), "--out", str(out), *options]) == 0
     return read_page(out)
 
 
@@ -130,17 +161,78 @@ def addresses(element: Element) -> list[str]:
     return [code.text for code in element.all("code", "address")]
 
 
-def write_shards(folder: Path, rows: list[dict[str, str]]) -> Shards:
-    """Shards of one source, `Sub`."""
+def token_counts(element: Element) -> list[int]:
+    return [int(span.text.split()[0].replace(",", "")) for span in element.all("span", "tokens")]
+
+
+def write_run(folder: Path, backbone: Path, rows: list[dict[str, str]]) -> Run:
+    """Shards of one source, `Sub`, and their recipe."""
     root = folder / "mmeb"
     (root / "Sub").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), root / "Sub/original-00000-of-00001.parquet")
     prepare(root, folder / "shards")
-    return open_shards(folder / "shards")
+    return open_run(folder / "shards", backbone)
 
 
-def test_pairs_stand_in_the_order_of_the_plan(
-    drawn: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+FOUR = ["--batch.global_batch_size", "4"]
+CHANGES: dict[str, Callable[[Path], Sequence[str]]] = {
+    "seed": lambda _: ["--seed", "11"],
+    "backbone.path": lambda folder: ["--backbone.path", str(backbone_of_other_limits(folder))],
+    "prompts.num_fine": lambda _: ["--prompts.num_fine", "2"],
+    "prompts.tokens_per_prompt": lambda _: ["--prompts.tokens_per_prompt", "3"],
+    "processor.max_tokens": lambda _: ["--processor.max_tokens", "24"],
+    "processor.min_pixels": lambda _: ["--processor.min_pixels", "12544"],
+    "processor.max_pixels": lambda _: ["--processor.max_pixels", "784", "--processor.min_pixels", "784"],
+    "batch.global_batch_size": lambda _: ["--batch.global_batch_size", "8"],
+    "data.weights": lambda _: ["--data.weights", '{"Shapes_VQA": 3, "Shapes_text": 1}'],
+    "data.caps": lambda _: ["--data.caps", "5"],
+    "data.with_negatives": lambda _: ["--data.with_negatives", "false"],
+    "data.sub_batch_size": lambda _: ["--data.sub_batch_size", "8"],
+}
+"""An override of each setting that decides what the batches of a run hold."""
+CHANGES_NOTHING = {
+    "batch.chunk_size",
+    "batch.max_tokens_per_chunk",
+    "data.num_workers",
+    "data.check_hashes",
+    "data.stalled_after_s",
+    "data.accept_changes",
+    "data.cache",
+}
+IN_OTHER_TESTS = {"data.shards", "data.max_bad_in_a_row"}
+
+
+def backbone_of_other_limits(folder: Path) -> Path:
+    other = tiny_backbone(folder / "other")
+    path = other / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_pixels": 12544, "max_pixels": 12544}))
+    return other
+
+
+def test_every_setting_of_the_data_is_known_to_change_the_batches_or_not_to() -> None:
+    groups = {"data": DataConfig, "processor": ProcessorConfig, "prompts": PromptConfig, "batch": BatchConfig}
+    settings = {f"{name}.{field.name}" for name, group in groups.items() for field in fields(group)}
+    assert settings | {"seed", "backbone.path"} == CHANGES.keys() | CHANGES_NOTHING | IN_OTHER_TESTS
+
+
+@pytest.mark.parametrize("setting", [None, *CHANGES])
+def test_page_shows_the_batches_that_train_makes_of_the_same_options(
+    drawn: Run, tmp_path: Path, setting: str | None
+) -> None:
+    options = CHANGES[setting](tmp_path) if setting else []
+    page = preview(drawn, tmp_path / "page.html", "--steps", "4", *options)
+    batches = drawn.batches(*options, num_steps=4)
+    assert addresses(page) == [address for batch in batches for address in batch.addresses]
+    assert sum(token_counts(page)) == sum(batch.num_tokens for batch in batches)
+    num_negatives = len([item for cell in page.all("td", "negative") for item in cell.all("div", "item")])
+    assert num_negatives == sum(batch.num_negatives for batch in batches)
+    if setting:
+        usual = preview(drawn, tmp_path / "usual.html", "--steps", "4")
+        assert (addresses(page), token_counts(page)) != (addresses(usual), token_counts(usual))
+
+
+def test_pairs_are_in_the_order_of_the_plan(
+    drawn: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "page.html"
     options = [
@@ -150,12 +242,12 @@ def test_pairs_stand_in_the_order_of_the_plan(
         "5",
         "--seed",
         "7",
-        "--batch_size",
+        "--batch.global_batch_size",
         "12",
-        "--sub_batch_size",
+        "--data.sub_batch_size",
         "3",
     ]
-    page = preview(drawn.folder, out, *options)
+    page = preview(drawn, out, *options)
     plan = drawn.plan(batch=12, sub_batch=3, seed=7)
     planned = [row for step in (5, 6, 7) for row in drawn.planned(plan, step)]
     assert addresses(page) == [raw.address for _, _, raw in planned]
@@ -171,8 +263,8 @@ def test_pairs_stand_in_the_order_of_the_plan(
     assert capsys.readouterr().out == line
 
 
-def test_contents_lead_to_every_sub_batch(drawn: Shards, tmp_path: Path) -> None:
-    page = preview(drawn.folder, tmp_path / "page.html")
+def test_contents_lead_to_every_sub_batch(drawn: Run, tmp_path: Path) -> None:
+    page = preview(drawn, tmp_path / "page.html")
     contents = page.all("nav", "contents")
     assert len(contents) == 2
     links = [link for nav in contents for link in nav.all("a")]
@@ -196,9 +288,10 @@ def test_contents_lead_to_every_sub_batch(drawn: Shards, tmp_path: Path) -> None
     assert {"step-0", "step-1"} < places
 
 
-def test_head_tells_sources_shares_and_settings(drawn: Shards, tmp_path: Path) -> None:
-    options = ["--weights", '{"Shapes_VQA": 3, "Shapes_text": 1}', "--caps", "20", "--seed", "11"]
-    page = preview(drawn.folder, tmp_path / "page.html", *options)
+def test_head_shows_sources_shares_and_settings(drawn: Run, tmp_path: Path) -> None:
+    options = ["--data.weights", '{"Shapes_VQA": 3, "Shapes_text": 1}', "--seed", "11"]
+    options += ["--data.caps", "20", "--data.with_negatives", "false"]
+    page = preview(drawn, tmp_path / "page.html", *options)
     sources = [[cell.text for cell in row.all("td")] for row in page.one("table", "sources").all("tr")[1:]]
     assert [row[:5] for row in sources] == [
         ["Shapes_VQA", "96", "0", "20", "75.0%"],
@@ -208,12 +301,16 @@ def test_head_tells_sources_shares_and_settings(drawn: Shards, tmp_path: Path) -
     assert [int(row[5]) for row in sources] == [headings.count("Shapes_VQA"), headings.count("Shapes_text")]
     settings = {row.one("th").text: row.one("td").text for row in page.one("table", "settings").all("tr")}
     assert settings["seed"] == "11"
-    assert settings["cap of each source"] == "20 pairs"
+    assert settings["steps shown"] == "0 to 1 of 50"
+    assert settings["pairs used of a source"] == "at most 20"
+    assert settings["weights"] == "Shapes_VQA 3, Shapes_text 1"
+    assert settings["hard negatives"] == "left out (data.with_negatives)"
+    assert page.one("h1").text == "Batches of drawings"
     assert str(drawn.folder) in page.text
 
 
-def test_every_image_is_a_small_picture_inside_the_page(drawn: Shards, tmp_path: Path) -> None:
-    page = preview(drawn.folder, tmp_path / "page.html", "--steps", "4")
+def test_every_image_is_a_small_picture_inside_the_page(drawn: Run, tmp_path: Path) -> None:
+    page = preview(drawn, tmp_path / "page.html", "--steps", "4")
     planned = [row for step in range(4) for row in drawn.planned(drawn.plan(), step)]
     pairs = page.all("tr", "pair")
     assert {source for source, _, _ in planned} == {"Shapes_VQA", "Shapes_i2t", "Shapes_t2i", "Shapes_text"}
@@ -240,47 +337,49 @@ def test_thumbnail_is_small_and_the_image_keeps_its_size(size: tuple[int, int]) 
     assert thumbnail.original_size == image.size == size
 
 
-def test_page_needs_nothing_from_elsewhere(drawn: Shards, tmp_path: Path) -> None:
-    page = preview(drawn.folder, tmp_path / "page.html")
+def test_page_needs_nothing_from_elsewhere(drawn: Run, tmp_path: Path) -> None:
+    page = preview(drawn, tmp_path / "page.html")
     assert [tag for tag in ("script", "link", "iframe", "object") if page.all(tag)] == []
     assert all((image.attributes["src"] or "").startswith("data:image/") for image in page.all("img"))
     assert all((link.attributes["href"] or "").startswith("#") for link in page.all("a"))
     assert "url(" not in page.one("style").text
-    (policy,) = [meta.attributes["content"] for meta in page.all("meta") if "content" in meta.attributes]
+    (policy,) = [meta.attributes["content"] for meta in page.all("meta") if "http-equiv" in meta.attributes]
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def test_texts_are_escaped(tmp_path: Path) -> None:
+def test_texts_are_escaped(tmp_path: Path, backbone: Path) -> None:
     text = "<script>alert('x')</script> & \"quoted\" &lt;\n</td></table> <b>end"
     rows = [
         {"qry": f"{text} {row}", "qry_image_path": "", "pos_text": text, "pos_image_path": ""}
         for row in range(4)
     ]
-    shards = write_shards(tmp_path, rows)
-    page = preview(shards.folder, tmp_path / "page.html", "--batch_size", "4", "--steps", "1")
+    run = write_run(tmp_path, backbone, rows)
+    page = preview(run, tmp_path / "page.html", *FOUR, "--steps", "1")
     assert page.all("script") == []
     expected = [
         raw.record[role]["text"]
-        for _, _, raw in shards.planned(shards.plan(batch=4), 0)
+        for _, _, raw in run.planned(run.plan(batch=4), 0)
         for role in ("query", "target")
     ]
     assert [shown.text for shown in page.all("p", "text")] == expected
     assert text in expected
 
 
-def test_text_that_no_utf_8_file_can_hold_is_shown_spelled_out(tmp_path: Path) -> None:
-    shards = write_shards(
-        tmp_path, [{"qry": "half: HALF__", "qry_image_path": "", "pos_text": "p", "pos_image_path": ""}] * 4
+def test_text_that_no_utf_8_file_can_hold_is_shown_spelled_out(tmp_path: Path, backbone: Path) -> None:
+    run = write_run(
+        tmp_path,
+        backbone,
+        [{"qry": "half: HALF__", "qry_image_path": "", "pos_text": "p", "pos_image_path": ""}] * 4,
     )
-    (tar,) = shards.folder.glob("Sub/*.tar")
+    (tar,) = run.folder.glob("Sub/*.tar")
     tar.write_bytes(tar.read_bytes().replace(b"HALF__", rb"\ud800"))
-    page = preview(shards.folder, tmp_path / "page.html", "--batch_size", "4", "--steps", "1")
+    page = preview(run, tmp_path / "page.html", *FOUR, "--steps", "1")
     assert {text.text for text in page.all("p", "text")} == {r"half: \ud800", "p"}
     assert "half a surrogate pair at character 6" in (tmp_path / "page.html").read_text()
 
 
 def test_unusable_sample_is_shown_with_the_one_drawn_instead(
-    drawn: Shards, backbone: Path, tmp_path: Path
+    drawn: Run, backbone: Path, tmp_path: Path
 ) -> None:
     """The loader itself says which samples it skipped and what it took."""
     copy = tmp_path / "shards"
@@ -292,18 +391,9 @@ def test_unusable_sample_is_shown_with_the_one_drawn_instead(
             copied.write_bytes(
                 content.replace(b"IDAT", b"XXXX", 6) if path.name.startswith("Shapes_t2i") else content
             )
-    damaged = open_shards(copy)
-    batches = StepBatches(
-        plan=damaged.plan(),
-        reader=damaged.reader,
-        process=load_processor(backbone),
-        rank=0,
-        world_size=1,
-        chunking=FixedRows(rows=16),
-        max_bad_in_a_row=10,
-    )
-    page = preview(damaged.folder, tmp_path / "page.html", "--steps", "3", "--backbone", str(backbone))
-    loaded = [batches[step] for step in range(3)]
+    damaged = open_run(copy, backbone)
+    page = preview(damaged, tmp_path / "page.html", "--steps", "3")
+    loaded = damaged.batches(num_steps=3)
     skipped = [sample.reason for batch in loaded for sample in batch.skipped]
     assert skipped
     bad = page.all("tr", "unusable")
@@ -324,38 +414,41 @@ def test_unusable_sample_is_shown_with_the_one_drawn_instead(
 
 
 def test_remote_shards_are_shown_like_local_ones(
-    drawn: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     url = f"memory://preview-{tmp_path.name}"
     fsspec.filesystem("memory").put(str(drawn.folder), url, recursive=True)
-    page = preview(url, tmp_path / "page.html")
+    page = preview(drawn, tmp_path / "page.html", "--data.shards", url)
     planned = [raw.address for step in (0, 1) for _, _, raw in drawn.planned(drawn.plan(), step)]
     assert addresses(page) == planned
     assert (tmp_path / ".cache/agff/shards").is_dir()
 
 
 def test_row_without_any_usable_sample_says_that_training_stops(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"qry": "q", "qry_image_path": "", "pos_text": "p", "pos_image_path": ""}] * 4
-    shards = write_shards(tmp_path, rows)
-    (tar,) = shards.folder.glob("Sub/*.tar")
+    run = write_run(tmp_path, backbone, rows)
+    (tar,) = run.folder.glob("Sub/*.tar")
     tar.write_bytes(b"\0" * tar.stat().st_size)
-    page = preview(shards.folder, tmp_path / "page.html", "--batch_size", "4", "--steps", "1")
-    assert len(page.all("tr", "unusable")) == 4 * 11
+    options = [*FOUR, "--data.max_bad_in_a_row", "2"]
+    page = preview(run, tmp_path / "page.html", *options, "--steps", "1")
+    assert len(page.all("tr", "unusable")) == 4 * 3
     assert page.all("tr", "pair") == []
-    assert page.text.count("11 unusable samples in a row: training would stop here") == 4
-    assert "steps 0 to 0, 4 pairs, 44 unusable samples\n" in capsys.readouterr().out
+    assert page.text.count("3 unusable samples in a row: training would stop here") == 4
+    assert "steps 0 to 0, 4 pairs, 12 unusable samples\n" in capsys.readouterr().out
+    with pytest.raises(DataError, match="3 bad samples in a row for row 0 of step 0, allowed are 2"):
+        run.batches(*options, num_steps=1)
 
 
 def load_processor(backbone: Path, **limits: int) -> ItemProcessor:
     return ItemProcessor.from_folder(backbone, prompts=PromptConfig(), limits=ProcessorConfig(**limits))
 
 
-def test_token_counts_are_those_of_the_processor(drawn: Shards, backbone: Path, tmp_path: Path) -> None:
-    options = ["--backbone", str(backbone), "--max_tokens", "24", "--steps", "4"]
-    page = preview(drawn.folder, tmp_path / "page.html", *options)
+def test_token_counts_are_those_of_the_processor(drawn: Run, backbone: Path, tmp_path: Path) -> None:
+    options = ["--processor.max_tokens", "24", "--steps", "4"]
+    page = preview(drawn, tmp_path / "page.html", *options)
     limited, unlimited = load_processor(backbone, max_tokens=24), load_processor(backbone, max_tokens=9999)
     items = [
         item
@@ -401,57 +494,40 @@ def test_image_that_does_not_fit_the_backbone_is_shown_as_unusable(backbone: Pat
     rows.append(
         {"qry": "<|image_1|> Name it.", "qry_image_path": "large.png", "pos_text": "p", "pos_image_path": ""}
     )
-    shards = write_shards(tmp_path, rows)
-    options = ["--batch_size", "4", "--steps", "1", "--backbone", str(backbone), "--max_tokens", "64"]
-    page = preview(shards.folder, tmp_path / "page.html", *options, "--max_pixels", "313600")
+    run = write_run(tmp_path, backbone, rows)
+    options = [*FOUR, "--steps", "1", "--processor.max_tokens", "64"]
+    page = preview(run, tmp_path / "page.html", *options, "--processor.max_pixels", "313600")
     reasons = [row.one("p", "reason").text for row in page.all("tr", "unusable")]
     assert reasons
     assert all(
         reason.startswith("Sub-00000.tar:000000003: query: image of (560, 560) pixels needs")
         for reason in reasons
     )
-    fitting = preview(shards.folder, tmp_path / "page.html", *options, "--max_pixels", "12544")
+    fitting = preview(run, tmp_path / "page.html", *options, "--processor.max_pixels", "12544")
     assert fitting.all("tr", "unusable") == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "no shards here (manifest.json is missing)"),
         (["--steps", "0"], "--steps 0 must be >= 1"),
-        (["--seed", "-1"], "--seed -1 must be >= 0"),
-        (["--max_tokens", "64"], "--max_tokens needs --backbone DIR"),
+        (["--start_step", "-1"], "--start_step -1 must be >= 0"),
+        (["--start_step", "49"], "--start_step 49 --steps 2: the run has steps 0 to 49 (num_steps)"),
+        (["--seed", "-1"], "seed=-1 must be >= 0"),
+        (["--sed", "1"], "every setting and its meaning: launcher/preview.py --help"),
+        (["--recipe", "absent"], "--recipe absent: no such recipe"),
+        (["--data.shards", "/nowhere"], "/nowhere: no shards here (manifest.json is missing)"),
+        (["--batch.global_batch_size", "10"], "global_batch_size=10 is not a multiple of"),
+        (["--data.weights", '{"Absent": 1}'], "data.weights names Absent, absent from the shards"),
+        (["--out", "/nowhere/page.html"], "--out /nowhere/page.html: cannot write the page: No such file"),
+        (["--backbone.path", "/nowhere"], "/nowhere: not a backbone folder"),
     ],
 )
-def test_wrong_folder_and_settings_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+def test_what_cannot_be_shown_is_refused(
+    drawn: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert main([str(tmp_path), "--out", str(tmp_path / "page.html"), *options]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "page.html").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--batch_size", "10"], "global_batch_size=10 is not a multiple of data.sub_batch_size=4"),
-        (["--weights", "{"], "--weights {: not JSON"),
-        (["--weights", json.dumps({"Shapes_t2i": "much"})], "expected a JSON object of numbers"),
-        (["--weights", json.dumps({"Absent": 1})], "data.weights names Absent, absent from the shards"),
-        (
-            ["--out", "/nowhere/page.html"],
-            "--out /nowhere/page.html: cannot write the page: No such file or directory",
-        ),
-        (["--backbone", "/nowhere"], "/nowhere: not a backbone folder"),
-    ],
-)
-def test_settings_that_the_shards_cannot_serve_are_refused(
-    drawn: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    assert main([str(drawn.folder), "--out", str(tmp_path / "page.html"), *options]) == 2
+    out = tmp_path / "page.html"
+    assert main(["--recipe", str(drawn.recipe), "--out", str(out), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in line
-    assert not (tmp_path / "page.html").exists()
+    assert not out.exists()

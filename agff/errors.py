@@ -1,13 +1,15 @@
-"""The errors a person sees: one line each that says what, found, rule and remedy. Entry points exit with code
-2 on them."""
+"""The errors a person sees: each says what, found, rule and remedy. Entry points exit with code 2 on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self, TypeVar
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+
+MOST_LISTED = 50
+"""Findings that one error lists; the rest are counted."""
 
 
 class AgffError(Exception):
@@ -54,3 +56,16 @@ def all_or_errors(make: Callable[[Value], Result], values: Iterable[Value]) -> l
     if problems:
         raise DataError("\n".join(problems))
     return results
+
+
+def listed(what: str, findings: Sequence[str], *, see_all: str) -> str:
+    """Text of an error with several findings of one kind: `what`, then each finding on a line of its own.
+
+    A single finding is the whole text. see_all: the command that lists more than MOST_LISTED of them.
+    """
+    if len(findings) == 1:
+        return findings[0]
+    lines = [f"{what}:", *findings[:MOST_LISTED]]
+    if len(findings) > MOST_LISTED:
+        lines.append(f"and {len(findings) - MOST_LISTED} more; {see_all} lists all")
+    return "\n  ".join(lines)

@@ -1,14 +1,21 @@
-"""Files that others see whole or not at all: locks, names given last, hashes."""
+"""Files that others see whole or not at all: locks, names given last, hashes; and their progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+SILENT_S = 5
+"""A progress bar appears when the work takes longer."""
 
 
 @contextlib.contextmanager
@@ -55,9 +62,25 @@ def write_text(path: Path, text: str) -> None:
     publish(partial, path)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits. Raises OSError."""
-    with path.open("rb") as file:
+class _CountedFile(io.FileIO):
+    """Calls `progress` with the number of bytes of each block that is read."""
+
+    def __init__(self, path: Path, progress: Callable[[int], object]) -> None:
+        super().__init__(path)
+        self._progress = progress
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = super().readinto(buffer) or 0
+        self._progress(count)
+        return count
+
+
+def sha256_of(path: Path, *, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits. Raises OSError.
+
+    progress: called with the number of bytes of each block.
+    """
+    with _CountedFile(path, progress) if progress else path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -87,3 +110,17 @@ def changed_files(
         if found != (expected.partition(",")[0] if only_size else expected):
             problems.append(f"{path}: found {found}, written were {expected}")
     return problems
+
+
+def hashing_bar(what: str, total_bytes: int, *, is_shown: bool) -> tqdm[NoReturn]:
+    """Progress bar whose `update` is `sha256_of`'s `progress`; it appears when the work takes longer than
+    SILENT_S."""
+    return tqdm(
+        total=total_bytes,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        delay=SILENT_S,
+        disable=not is_shown,
+        dynamic_ncols=True,
+    )

@@ -129,10 +129,9 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
                 sample = self.plan.redraw(step, row, attempt=len(failures))
-        raise DataError(
-            f"{len(failures)} bad samples in a row for row {row} of step {step}, allowed are "
-            f"{self.max_bad_in_a_row} (data.max_bad_in_a_row); the last: {'; '.join(failures[-3:])}"
-        )
+        limit = f"allowed are {self.max_bad_in_a_row} (data.max_bad_in_a_row)"
+        what = f"{len(failures)} bad samples in a row for row {row} of step {step}, {limit}"
+        raise DataError("\n  ".join([f"{what}:", *failures]))
 
     def _decode(self, raw: RawSample) -> Example:
         return decode(raw, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)

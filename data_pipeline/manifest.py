@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
-from agff.files import partial_path, publish, sha256_of, write_text
+from agff.files import hashing_bar, partial_path, publish, sha256_of, write_text
 from data_pipeline.storage import SAFE_NAME, Folder, LocalFolder, StoredFile
 
 MANIFEST_FILE = "manifest.json"
@@ -168,27 +168,43 @@ def read_index(folder: Folder, name: str, source: Source) -> pa.Table:
     return index
 
 
-def check_files(
-    folder: LocalFolder, manifest: Manifest, *, part: int, num_parts: int, hashes: bool
-) -> list[str]:
-    """One line for each missing or changed shard or index among every `num_parts`-th one; empty when all is
-    well.
-
-    hashes: read the files and compare SHA-256; else only their presence and size.
-    """
-    files = [
+def stored_files(manifest: Manifest) -> list[tuple[str, StoredFile]]:
+    """(source, shard or index) of every file that the manifest names, always in the same order."""
+    return [
         (name, file)
         for name, source in sorted(manifest.sources.items())
         for file in (*source.shards, source.index)
     ]
-    return [
-        problem
-        for name, file in files[part::num_parts]
-        if (problem := file_problem(folder, name, file, hashes=hashes))
-    ]
 
 
-def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: bool) -> str | None:
+def check_files(
+    folder: LocalFolder,
+    manifest: Manifest,
+    *,
+    part: int,
+    num_parts: int,
+    hashes: bool,
+    shows_progress: bool = False,
+) -> list[str]:
+    """One line for each missing or changed shard or index among every `num_parts`-th one.
+
+    hashes: read the files and compare SHA-256, with a progress bar if asked; else only presence and size.
+    """
+    files = stored_files(manifest)[part::num_parts]
+    total_bytes = sum(file.size_bytes for _, file in files)
+    with hashing_bar("check shards", total_bytes, is_shown=shows_progress and hashes) as bar:
+        found = [file_problem(folder, name, file, hashes=hashes, progress=bar.update) for name, file in files]
+    return [problem for problem in found if problem]
+
+
+def file_problem(
+    folder: LocalFolder,
+    source: str,
+    file: StoredFile,
+    *,
+    hashes: bool,
+    progress: Callable[[int], object] | None = None,
+) -> str | None:
     """What is wrong with one file, by presence, size and (if asked) hash."""
     path = folder.local_path(source, file)
     what, remedy = "shard", "restore it, or remove the folder and run launcher/prepare.py again"
@@ -199,7 +215,7 @@ def file_problem(folder: LocalFolder, source: str, file: StoredFile, *, hashes: 
             return f"{path}: {what} has {found:,} bytes, the manifest says {file.size_bytes:,}; {remedy}"
         if not hashes:
             return None
-        digest = sha256_of(path)
+        digest = sha256_of(path, progress=progress)
     except FileNotFoundError:
         return f"{path}: {what} is missing; {remedy}"
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.checks.finding import Finding, from_message, one_line
 
-MOST_LINES = 5
+MOST_LINES = 50
 """Findings about single files, per folder; the rest are counted."""
 
 
@@ -22,7 +22,7 @@ def check_shards(location: str) -> list[Finding]:
     """The manifest can be read, and each file it names is there with its size. Remote shards are not
     fetched."""
     from agff.errors import AgffError
-    from data_pipeline.manifest import check_files, read_manifest
+    from data_pipeline.manifest import check_files, read_manifest, stored_files
     from data_pipeline.remote import CacheConfig, open_folder
     from data_pipeline.storage import LocalFolder
 
@@ -32,12 +32,8 @@ def check_shards(location: str) -> list[Finding]:
         if isinstance(folder, LocalFolder):
             problems = check_files(folder, manifest, part=0, num_parts=1, hashes=False)
         else:
-            names = {
-                f"{name}/{file.name}": file.size_bytes
-                for name, source in manifest.sources.items()
-                for file in (*source.shards, source.index)
-            }
-            problems = _remote_problems(folder.location, names)
+            sizes = {f"{name}/{file.name}": file.size_bytes for name, file in stored_files(manifest)}
+            problems = _remote_problems(folder.location, sizes)
     except AgffError as error:
         return [from_message("shards", str(error))]
     findings = [from_message("shards", problem) for problem in problems]

@@ -11,7 +11,7 @@ from pathlib import Path
 from agff.backbone_folder import check_backbone_folder
 from agff.batch import Batch
 from agff.collectives import gather_objects, rank
-from agff.errors import DataError
+from agff.errors import DataError, listed
 from agff.processor import ItemProcessor
 from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
@@ -76,31 +76,37 @@ def build_processor(config: RunConfig) -> ItemProcessor:
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:
-    """Whether all ranks see the same data, and local shards and indexes are those of the manifest.
-    Collective.
+    """Do all ranks see the same data, and is each local shard and index the manifest's? Collective.
 
-    The ranks that see one copy share the work; each copy, as on disks of the nodes, is looked at whole.
-    Remote shards are compared when they are fetched. Raises the same DataError, with the first problems
-    found, on every rank.
+    The ranks that see one copy share the work; each copy, as on disks of the nodes, is read whole. Rank 0
+    shows a progress bar when it takes long. Remote shards are compared when they are fetched. Raises the same
+    DataError, with all findings, on every rank.
     """
+    location = data.folder.location
     plans = gather_objects(json.dumps(data.plan.description, sort_keys=True))
     if different := [index for index, plan in enumerate(plans) if plan != plans[0]]:
         raise DataError(
-            f"{data.folder.location}: rank {different[0]} sees other shards there than rank 0 "
+            f"{location}: rank {different[0]} sees other shards there than rank 0 "
             f"({len(different)} ranks do); copy the same prepared folder to every machine"
         ).shared()
     if not isinstance(data.folder, LocalFolder):
         return
     status = (data.folder.path / MANIFEST_FILE).stat()
-    copies = gather_objects(
-        (status.st_ino, status.st_ctime_ns)
-    )  # equal for one file; no copying preserves the second
+    # equal for one file; no copying preserves the second
+    copies = gather_objects((status.st_ino, status.st_ctime_ns))
     own_copy = [index for index, copy in enumerate(copies) if copy == copies[rank()]]
     part, num_parts = own_copy.index(rank()), len(own_copy)
-    own = check_files(data.folder, data.manifest, part=part, num_parts=num_parts, hashes=hashes)
+    own = check_files(
+        data.folder,
+        data.manifest,
+        part=part,
+        num_parts=num_parts,
+        hashes=hashes,
+        shows_progress=rank() == 0,
+    )
     if num_parts < len(copies):
         own = [f"{socket.gethostname()}: {problem}" for problem in own]
     problems = list(dict.fromkeys(problem for problems in gather_objects(own) for problem in problems))
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise DataError("; ".join(problems[:5]) + more).shared()
+        what = f"{location}: {len(problems)} files are not those of the manifest"
+        raise DataError(listed(what, problems, see_all=f"launcher/verify.py {location}")).shared()

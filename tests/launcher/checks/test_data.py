@@ -79,11 +79,16 @@ def test_damaged_shards_are_an_error(
     assert finding.remedy
 
 
-def test_many_damaged_shards_are_counted(shards: Path) -> None:
+def test_each_damaged_shard_is_a_line_and_very_many_are_counted(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damaged = sorted(shards.glob("*/*.tar"))
-    assert len(damaged) > 6
     for path in damaged:
         path.unlink()
+    findings = check_shards(str(shards))
+    assert len(damaged) > 9
+    assert [finding.found for finding in findings] == [f"{path}: shard is missing" for path in damaged]
+    monkeypatch.setattr("launcher.checks.data.MOST_LINES", 5)
     findings = check_shards(str(shards))
     assert len(findings) == 6
     assert findings[-1].found == f"{len(damaged) - 5} more of the kind"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import agff.files
 from agff.errors import DataError
 from data_pipeline.convert import prepare
 from data_pipeline.manifest import read_manifest
@@ -42,6 +43,27 @@ def test_every_copy_of_the_shards_is_looked_at_whole_and_by_the_ranks_that_see_i
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.write_bytes(content)
-    for said in run_ranks(said_of_copies, own, world_size=3):
-        assert said.startswith(f"{os.uname().nodename}: {damaged[0]}: SHA-256 of the shard is")
-        assert said.endswith(f"(and {len(damaged) - 5} more)"), "one rank looked at all of them"
+    assert len(damaged) > 9
+    for folder, said in zip(own, run_ranks(said_of_copies, own, world_size=3), strict=True):
+        first, *lines = said.splitlines()
+        assert first == f"{folder}: {len(damaged)} files are not those of the manifest:"
+        for line, shard in zip(lines, damaged, strict=True):
+            assert line.startswith(f"  {os.uname().nodename}: {shard}: SHA-256 of the shard is")
+
+
+def test_hashing_the_shards_is_shown_when_it_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(write_drawings(tmp_path / "d").mmeb, tmp_path / "a", rows_per_shard=10)
+    folder = LocalFolder(tmp_path / "a")
+    manifest = read_manifest(folder)
+    plan = Plan(manifest, Mixture(sub_batch_size=4), seed=0, global_batch_size=8)
+    data = RunData(folder=folder, manifest=manifest, plan=plan)
+    capsys.readouterr()
+    check_shards_together(data, hashes=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(agff.files, "SILENT_S", 0)
+    check_shards_together(data, hashes=False)
+    assert capsys.readouterr().err == "", "sizes are compared in no time"
+    check_shards_together(data, hashes=True)
+    assert "check shards: 100%" in capsys.readouterr().err

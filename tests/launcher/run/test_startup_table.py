@@ -29,7 +29,8 @@ def config_of(folder: Path, choice: str) -> RunConfig:
 def counted(root: Path) -> dict[tuple[str, str, int], tuple[tuple[int, int], tuple[int, int]]]:
     """By family, choice, ZeRO stage: (trainable, all) as the table says, and of the model in the engine."""
     from agff.engine import Engine, start_process_group
-    from launcher.run.model import build_model, build_processor
+    from launcher.run.data import build_processor
+    from launcher.run.model import build_model
 
     device = start_process_group(0)
     found = {}

@@ -1,0 +1,34 @@
+"""Hashing a file reports its bytes, and nothing is shown while it is quick."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+import agff.files
+from agff.files import hashing_bar, sha256_of
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18, 700_001])
+def test_progress_counts_every_byte_and_changes_no_hash(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(index % 251 for index in range(size)))
+    counts: list[int] = []
+    assert sha256_of(path, progress=counts.append) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256_of(path) == sha256_of(path, progress=counts.append)
+    assert sum(counts) == 2 * size
+    assert len(counts) >= 2 * size / 2**20, "a large file is reported in parts"
+
+
+def test_bar_appears_only_when_it_takes_long_and_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for silent_s, is_shown in ((5, True), (0, False), (0, True)):
+        monkeypatch.setattr(agff.files, "SILENT_S", silent_s)
+        with hashing_bar("check shards", 2_000_000, is_shown=is_shown) as bar:
+            bar.update(2_000_000)
+        shown = capsys.readouterr().err
+        assert ("check shards: 100%" in shown and "2.00M/2.00M" in shown) == (is_shown and not silent_s)
+        assert bool(shown) == (is_shown and not silent_s)

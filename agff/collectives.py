@@ -1,5 +1,4 @@
-"""Collectives of the learning core. Every function here is a collective: every rank must call it, in the same
-order.
+"""Collectives of the learning core: every rank must call each of them, in the same order.
 
 All of them are the identity in a world of one, also without a process group.
 """
@@ -48,8 +47,7 @@ def max_over_ranks(values: Sequence[int], *, device: torch.device) -> list[int]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Each rank's small picklable value, in rank order, on every rank. Only for messages between our own
-    ranks."""
+    """Each rank's small picklable value, in rank order, on every rank. Only between ranks of one run."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

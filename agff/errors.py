@@ -33,8 +33,7 @@ class DataError(AgffError):
 
 
 class StorageError(AgffError):
-    """Bytes cannot be had now: network, disk, permission. No sample's fault: the run stops, no other sample
-    is drawn."""
+    """Bytes cannot be read now: network, disk, permission. The run stops; no other sample is drawn."""
 
 
 class TrainingError(AgffError):

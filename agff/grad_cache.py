@@ -1,5 +1,4 @@
-"""The two-pass step (GradCache, arXiv 2101.06983): any batch in the memory of one chunk, with the exact
-gradient.
+"""The two-pass step (GradCache, arXiv 2101.06983): any batch in the memory of one chunk, exact gradient.
 
 Pass 1 encodes every chunk without a graph. The loss gives the gradient at the embeddings. Pass 2 encodes
 again, chunk by chunk, and carries that gradient into the parameters. These functions know no engine: `encode`

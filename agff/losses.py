@@ -1,5 +1,4 @@
-"""Contrastive losses over a (B, C) similarity: InfoNCE, and EGA, which amplifies the gradient of hard
-negatives."""
+"""Contrastive losses over a (B, C) similarity: InfoNCE, and EGA, which amplifies hard negatives."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ def info_nce(
     negative_mask_BC: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Cross-entropy of the positive among the candidates: its mean over the local rows; (B,) of each with
-    reduction "none".
+    """Cross-entropy of the positive among the candidates: mean over local rows, or (B,) (reduction "none").
 
     positive_index_B: of each row's positive among the C candidates. negative_mask_BC: True = may act as a
     negative; the positive is never masked. float32 or better inside.
@@ -102,8 +100,7 @@ def ega_weights(
 def masked_logits(
     similarity_BC: Tensor, positive_index_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None
 ) -> Tensor:
-    """(B, C) similarity / temperature, -inf where a candidate may not act as a negative; never at the
-    positive."""
+    """(B, C) similarity / temperature; -inf at candidates that are no negatives, never at the positive."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be > 0")
     if similarity_BC.ndim != 2 or positive_index_B.shape != similarity_BC.shape[:1]:

@@ -17,8 +17,8 @@ def negative_mask(
     row i's positive, or whose own partner has the content of row i, is not a negative.
 
     positive_ids_B: of each row's positive. partner_ids_C: of the row that each candidate is the positive of;
-    NO_CONTENT for an explicit hard negative, which is nobody's positive. candidate_ids_C: NO_CONTENT where no
-    candidate stands.
+    NO_CONTENT for an explicit hard negative, which is nobody's positive. candidate_ids_C: NO_CONTENT where
+    there is no candidate.
     """
     is_positive_BC = positive_ids_B[:, None] == candidate_ids_C[None, :]
     has_same_row_BC = row_ids_B[:, None] == partner_ids_C[None, :]

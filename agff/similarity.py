@@ -1,5 +1,4 @@
-"""The fused similarity of AGFF-Embed: four global/fine patterns joined by log-sum-exp, in memory of one
-block.
+"""The fused similarity of AGFF-Embed: four global/fine patterns joined by log-sum-exp, block by block.
 
 The four patterns and their fusion (README, Method 1, our definition: the paper's equations could not be
 obtained) are one weighted log-sum-exp over all M x M pairs of vectors, because a log-mean-exp is a
@@ -34,15 +33,13 @@ class FusionConfig:
 
 
 BLOCK_ELEMENTS = 2**22
-"""Pairs of vectors compared at once (16 MB in float32): large enough for full matmul speed, small beside any
-model."""
+"""Pairs of vectors compared at once (16 MB in float32): enough for full matmul speed, little memory."""
 
 PATTERNS = ("global_global", "fine_global", "global_fine", "fine_fine")
 
 
 def fused_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> Tensor:
-    """(B, C) fused similarity of unit vectors; vector 0 of each item is the global one, the others are
-    fine-grained.
+    """(B, C) fused similarity of unit vectors; vector 0 of an item is global, the others are fine-grained.
 
     Any float dtype in; float32 or better inside and out. Differentiable once in both arguments. Between the
     mean and the maximum of the four patterns, so within [-1, 1]; without fine vectors (M = 1) it is the plain
@@ -89,8 +86,7 @@ def _log_weights(num_vectors: int, *, like: Tensor) -> Tensor:
 
 
 class _FusedSimilarity(torch.autograd.Function):
-    """Forward and backward over blocks of candidates; keeps only its inputs and its result between the
-    two."""
+    """Forward and backward over blocks of candidates; between them only inputs and result are kept."""
 
     @staticmethod
     def forward(ctx: Any, query_BMD: Tensor, target_CMD: Tensor, beta: float) -> Tensor:

@@ -17,7 +17,7 @@ from agff.step import Objective, train_step
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one finished step tells an observer on this rank."""
+    """What an observer on this rank gets of one finished step."""
 
     step: int
     """Steps finished, this one included."""
@@ -56,12 +56,12 @@ def train(
     should_stop: Callable[[], bool],
     mark: Callable[[str], None],
 ) -> bool:
-    """Run steps start_step .. num_steps - 1; save every `save_every` steps and at the end. False when stopped
-    on request.
+    """Run steps start_step .. num_steps - 1; True when done, False when stopped on request.
 
+    save: called every `save_every` steps and at the end.
     should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same
     step.
-    mark: told what this rank does next.
+    mark: called with what this rank does next.
 
     Collective. A data error on one rank is raised on all of them, with that rank's message. Raises
     TrainingError when more than `max_skipped_in_a_row` steps in a row had a gradient that was not finite.
@@ -112,8 +112,7 @@ def train(
 def _next_on_all_ranks(
     batches: Iterator[Batch], engine: Engine, should_stop: Callable[[], bool]
 ) -> Batch | None:
-    """The next batch on the device; None on every rank when one was asked to stop; or the same DataError on
-    every rank."""
+    """The next batch on the device; None when any rank was asked to stop. A DataError is raised by all."""
     error: AgffError | None = None
     batch: Batch | None = None
     try:

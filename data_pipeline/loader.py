@@ -27,15 +27,14 @@ from data_pipeline.reader import RawSample, ShardReader
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
 WARN_AFTER_S = 30
-"""Waiting so long for a batch is worth a warning that names the shard being read."""
+"""A longer wait for a batch is worth a warning that names the shard being read."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class StepBatches(Dataset[Batch | HandedBatch | DataError]):
-    """Batch of this rank at any step, by index. The same whatever the number of workers and ranks'
-    history."""
+    """Batch of this rank at any step, by index, whatever the number of workers and the steps before."""
 
     plan: Plan
     reader: ShardReader
@@ -50,7 +49,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     seen_pixels: int | None = None
     """What the model sees of one image at most; much larger JPEGs are decoded at a fraction of their size."""
     fetch_ahead_steps: int = 0
-    """Remote shards are fetched so many steps before they are read."""
+    """Remote shards are fetched this many steps before they are read."""
     num_steps: int | None = None
     """Of the whole run: nothing is fetched ahead for later ones."""
     watch: Watch | None = None
@@ -61,8 +60,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         self._announced_until = -1
 
     def __getitem__(self, step: int) -> Batch | HandedBatch | DataError:
-        """The batch, or the error that prevents it: a value, so that it crosses the process border as it
-        is."""
+        """The batch, or the error that prevents it: as a value, it passes from the worker unchanged."""
         worker = get_worker_info()
         try:
             self._fetch_ahead(step)
@@ -70,9 +68,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             return self.slots.hand(batch, worker.id) if self.slots and worker else batch
         except AgffError as error:
             return DataError(str(error))
-        except (
-            Exception
-        ) as error:  # a fault of the program: all ranks must still end together, and know where it was
+        except Exception as error:  # a bug: all ranks must still end together, and know where it was
             return DataError(f"step {step}: {error!r}\n{traceback.format_exc()}")
         finally:
             if self.watch:
@@ -93,9 +89,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     def _batch(self, step: int) -> Batch:
         try:
             return self._assemble(step, self._decode)
-        except (
-            DataError
-        ):  # perhaps an item that decodes but does not fit the backbone: find it by encoding each alone
+        except DataError:  # perhaps an item decodes but does not fit the backbone: process each alone
             return self._assemble(step, self._decode_and_process)
 
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
@@ -116,8 +110,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         decode_sample: Callable[[RawSample], Example],
         skipped: list[SkippedSample],
     ) -> Example:
-        """The row's example; one that cannot be used is noted in `skipped` and another of its source
-        drawn."""
+        """The row's example; an unusable one goes into `skipped`, and another of its source is drawn."""
         failures: list[str] = []
         name = self.plan.source_names[source]
         while len(failures) <= self.max_bad_in_a_row:
@@ -176,13 +169,12 @@ class Watch:
 def load_batches(
     batches: StepBatches, *, start_step: int, num_steps: int, num_workers: int, stalled_after_s: float = 300
 ) -> Generator[Batch]:
-    """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes;
-    `close` ends those.
+    """Batches of steps start_step .. num_steps - 1 in order, prepared ahead by `num_workers` processes.
 
-    Resume is start_step. A batch's tensors are valid until the next batch is asked for. Raises DataError when
-    a batch cannot be made, a worker dies, or none comes within `stalled_after_s`; without workers nothing
-    watches the reading. A worker that is killed while the caller computes may show as torch's RuntimeError
-    there.
+    Resume is start_step; `close` ends the processes. A batch's tensors are valid until the next batch is
+    asked for. Raises DataError when a batch cannot be made, a worker dies, or none comes within
+    `stalled_after_s`; without workers nothing watches the reading. A worker that is killed while the caller
+    computes may show as torch's RuntimeError there.
     """
     watch = Watch(max(1, num_workers))
     slots = Slots(num_workers, slots_per_worker=PREFETCH + 1)
@@ -202,9 +194,8 @@ def load_batches(
     others = set(multiprocessing.active_children())
     steps = iter(loader)
     workers = set(multiprocessing.active_children()) - others
-    for (
-        worker
-    ) in workers:  # should this process end in the midst: before multiprocessing would wait for them, in vain
+    for worker in workers:
+        # if this process ends early, multiprocessing would wait for them in vain
         atexit.register(worker.kill)
     try:
         for step in range(start_step, num_steps):
@@ -221,8 +212,7 @@ def load_batches(
 
 
 def _outlive_requests_to_stop(worker: int) -> None:
-    """Slurm sends its signals to all processes; the rank needs its workers until it has saved, and ends them
-    itself."""
+    """Slurm signals all processes; a rank needs its workers until it has saved, and ends them itself."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -238,11 +228,7 @@ def _next_batch(
     while True:
         try:
             return next(steps)
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-        ) as error:  # the last two: it died while handing over a tensor
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died handing over a tensor
             if not str(error).startswith("DataLoader timed out after"):
                 raise DataError(
                     f"rank {batches.rank}: a loader worker died before step {step} ({error}); if it was "

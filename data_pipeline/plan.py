@@ -1,5 +1,4 @@
-"""Who reads what, at which step: a pure function of integers. No state, no byte read, the same on every
-machine.
+"""Who reads what, at which step: a pure function of integers. No state, no byte read, equal everywhere.
 
 A step's global batch is a list of single-source sub-batches. Which source a sub-batch comes from is fixed by
 quotas over periods of PERIOD sub-batches; which samples it holds, by the source's endless row of epochs: each
@@ -38,8 +37,7 @@ class Mixture:
     """Which sources make a global batch, and in what shares."""
 
     weights: Mapping[str, float] | None = None
-    """Share of the sub-batches of each source, relative to the others; None: its number of samples,
-    capped."""
+    """Share of each source in the sub-batches, relative to the others; None: its capped number of samples."""
     caps: int | Mapping[str, int] | None = None
     """Samples used of a source at most: one number for all, or for some by name."""
     sub_batch_size: int
@@ -78,8 +76,7 @@ class Plan:
                 )
             },
         }
-        """Everything that decides the order; equal for equal orders; stored in checkpoints. share: of PERIOD
-        sub-batches."""
+        """All that decides the order, as checkpoints store it. share: of PERIOD sub-batches."""
 
     @property
     def num_samples(self) -> dict[str, int]:
@@ -87,13 +84,11 @@ class Plan:
         return {name: int(kept.sum()) for name, kept in zip(self.source_names, self._kept_sizes, strict=True)}
 
     def global_batch(self, step: int) -> NDArray[np.int64]:
-        """(global_batch_size, 2): index into `source_names`, index of the sample in that source. Looked up,
-        not replayed."""
+        """(global_batch_size, 2): index into `source_names`, sample in that source. No step is replayed."""
         return self.rank_rows(step, rank=0, world_size=1)
 
     def rank_rows(self, step: int, *, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The rank's consecutive share of the global batch. The global batch does not depend on the number of
-        ranks."""
+        """The rank's consecutive rows of the global batch, which does not depend on the number of ranks."""
         if self._size % world_size:
             raise ValueError(f"global batch of {self._size} rows for {world_size} ranks")
         local, per_step = self._size // world_size, self._size // self._sub_batch
@@ -218,8 +213,7 @@ def _share_out(cap: int | None, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _quotas(weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sub-batches of each source in a period: proportional, at least one, PERIOD in all (largest
-    remainder)."""
+    """Sub-batches of each source in a period: by largest remainder, at least one, PERIOD in all."""
     exact = weights / weights.max() / (weights / weights.max()).sum() * (PERIOD - len(weights))
     quota = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(quota - exact, kind="stable")[: PERIOD - len(weights) - int(quota.sum())]

@@ -26,8 +26,7 @@ from data_pipeline.storage import LocalFolder, StoredFile
 
 log = logging.getLogger(__name__)
 SCHEMES = ("s3", "gs", "gcs", "hf", "http", "https", "memory")
-"""Storages that are read through fsspec. Anything else that looks like a URL is refused, above all
-`pipe:`."""
+"""Storages that are read through fsspec; any other URL is refused, above all `pipe:`."""
 PACKAGES = {
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -37,7 +36,7 @@ PACKAGES = {
     "https": "aiohttp",
 }
 HTTP_TIMEOUT_S = 60
-"""An HTTP server that sends nothing for so long has failed this attempt."""
+"""An HTTP server that sends nothing for longer than this has failed this attempt."""
 FETCHERS = 4
 """Files that one process fetches ahead at the same time."""
 IN_USE_S = 60
@@ -61,7 +60,7 @@ class CacheConfig:
     max_gib: float = 100.0
     """Bound on its size; the files used longest ago make room."""
     fetch_ahead_steps: int = 32
-    """Shards are fetched so many steps before they are read."""
+    """Shards are fetched this many steps before they are read."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_gib < math.inf:
@@ -76,8 +75,7 @@ class CacheConfig:
 
 
 def open_folder(location: str, cache: CacheConfig) -> LocalFolder | CachedFolder:
-    """The folder at a path or URL. Raises ConfigError for an unknown storage: no data path ever runs a
-    command."""
+    """The folder at a path or URL. Raises ConfigError for other storages: no data path runs a command."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?", location)
     is_url = scheme is not None and scheme[1] in SCHEMES and scheme[2]
     is_file = location.startswith("file:///")
@@ -117,9 +115,7 @@ class CachedFolder:
         """See Folder."""
         self._pending.discard(file.sha256)
         while True:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # not fetched yet, or just evicted by another process
+            with contextlib.suppress(FileNotFoundError):  # not fetched yet, or evicted by another process
                 descriptor = os.open(self._path(file), os.O_RDONLY)
                 if os.fstat(descriptor).st_size != file.size_bytes:  # a disk lost its end
                     os.close(descriptor)
@@ -172,8 +168,7 @@ class CachedFolder:
             ) from None
 
     def _fetch(self, source: str, file: StoredFile, *, is_ahead: bool) -> None:
-        """Fetch the file unless it is there. One process at a time; raises StorageError when it cannot be had
-        whole."""
+        """Fetch the file unless it is there, one process at a time. Raises StorageError when it cannot."""
         url = f"{self.location}/{source}/{file.name}"
         try:
             self._dir.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 FIRST_WAIT_S = 0.5
-"""Before the second attempt; doubled before each further one, with up to half of it added at random: 64 to 95
-s in all."""
+"""Before the second attempt; doubled for each further one, plus up to half at random: 64 to 95 s in all."""
 TOLD_FROM = 4
 """The attempt from which on a failure is worth a warning."""
 
@@ -25,8 +24,7 @@ class DamagedError(Exception):
 
 
 def with_retries(url: str, fetch: Any) -> Any:
-    """What `fetch` returns. Another attempt after whatever a storage library raises, unless it cannot
-    help."""
+    """What `fetch` returns, attempted again after any error of a storage library that may pass."""
     wait = FIRST_WAIT_S
     for attempt in range(1, ATTEMPTS + 1):
         try:

@@ -42,8 +42,7 @@ class Folder(Protocol):
         """Path of the file on this machine, fetched if it must be. Raises StorageError."""
 
     def open(self, source: str, file: StoredFile) -> int:
-        """File descriptor of the file; on a local disk readable when its name is gone. Raises OSError or
-        StorageError."""
+        """File descriptor, on a local disk readable without its name. Raises OSError or StorageError."""
 
     def fetch_ahead(self, source: str, file: StoredFile) -> None:
         """Say that the file will be wanted soon; returns at once."""

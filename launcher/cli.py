@@ -13,7 +13,7 @@ VERBS = {
         "launcher.verify",
         "is every shard, index and sample as it was written? Is a download complete?",
     ),
-    "preview": ("launcher.preview", "an HTML page of what the loader yields"),
+    "preview": ("launcher.preview", "an HTML page of a run's batches"),
     "doctor": ("launcher.doctor", "will this machine train? Findings with their remedies"),
     "evaluate": ("launcher.evaluate", "score a run or release on MMEB and MMVP-VLM layouts"),
     "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = "\n".join(f"  agff {verb:<16} {about}" for verb, (_, about) in VERBS.items())
         wanted_help = argv[:1] in ([], ["-h"], ["--help"])
         (sys.stdout if wanted_help else sys.stderr).write(
-            f"usage: agff VERB ...; agff VERB --help tells more\n{lines}\n"
+            f"usage: agff VERB ...; agff VERB --help has the options\n{lines}\n"
         )
         return 0 if wanted_help else 2
     module, _ = VERBS[argv[0]]

@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # started by a `python` in which perhaps nothing of ours is installed
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# These import torch and our other packages when they check: doctor must also speak where that fails.
+# These import torch and our other packages when they check: doctor must also report where that fails.
 from launcher.checks.data import check_run, check_shards
 from launcher.checks.finding import Finding, one_line
 from launcher.checks.job import check_job, check_mpi, check_network
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--skip-ranks", action="store_true", help="start no ranks (they take about 20 s)")
     arguments = parser.parse_args(argv)
-    if not _speaks(os.environ):
+    if not _reports(os.environ):
         return 0
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     sys.stdout.write(f"doctor on {socket.gethostname()}\n")
@@ -107,7 +107,7 @@ def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     except Exception as error:
         found = f"the check failed: {type(error).__name__}: {one_line(error)}"
         return [
-            Finding("error", name, found, "mend the errors above; if none explains it, report this as a bug")
+            Finding("error", name, found, "fix the errors above; if none explains it, report this as a bug")
         ]
 
 
@@ -127,7 +127,7 @@ def table_line(finding: Finding, width: int | None) -> str:
     )
 
 
-def _speaks(environ: Mapping[str, str]) -> bool:
+def _reports(environ: Mapping[str, str]) -> bool:
     """Is this the task of its machine that reports? Wrong variables are a finding, no reason to be silent."""
     local = next(
         (environ[n] for n in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID") if n in environ),

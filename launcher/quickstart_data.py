@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after an error a person can mend."""
+    """Exit code: 0, or 2 after an error a person can fix."""
     args = parse_args(argv)
     # torch and pyarrow take seconds to import: not for --help.
     from launcher.quickstart.assemble import QuickstartConfig, prepare_quickstart

@@ -26,8 +26,7 @@ class LossConfig:
     width: float = 0.1
     """EGA: distance to the positive's similarity at which the extra weight has fallen to 1/e."""
     renormalize: bool = True
-    """EGA: keep the rows of the amplified softmax probabilities; false multiplies each gradient by exactly
-    its weight."""
+    """EGA: amplified probabilities of a row sum to 1 again; false: each gradient is times its weight."""
     bidirectional: bool = False
     """Also score each target against all queries, and average the two losses."""
 
@@ -59,8 +58,7 @@ def contrastive_loss(
     config: LossConfig,
     fusion: FusionConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, pair losses): the mean loss over this rank's rows against all candidates; METRICS; (B,)
-    of each row.
+    """(loss, metrics, pair losses): mean over this rank's rows, METRICS, and (B,) of each row.
 
     Candidates of a query are the targets and the explicit negatives of all ranks; of a target
     (bidirectional), all queries.

@@ -1,5 +1,4 @@
-"""Are the files that a run reads whole: shards, configuration, checkpoints? As far as `doctor` can tell
-without hashes."""
+"""Are the files that a run reads whole: shards, configuration, checkpoints? Nothing is hashed."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ MOST_LINES = 50
 
 
 def check_shards(location: str) -> list[Finding]:
-    """The manifest can be read, and each file it names is there with its size. Remote shards are not
-    fetched."""
+    """Can the manifest be read, and is each of its files there with its size? Nothing is fetched."""
     from agff.errors import AgffError
     from data_pipeline.manifest import check_files, read_manifest, stored_files
     from data_pipeline.remote import CacheConfig, open_folder
@@ -55,10 +53,8 @@ def _remote_problems(location: str, sizes: Mapping[str, int]) -> list[str]:
         except FileNotFoundError:
             return f"{location}/{name}: missing; {remedy}"
         except Exception as error:
-            return (
-                f"{location}/{name}: cannot be asked for: {error!r}; mend the connection or the credentials"
-            )
-        if found not in (None, sizes[name]):  # a web server may not tell
+            return f"{location}/{name}: cannot be reached: {error!r}; fix the connection or the credentials"
+        if found not in (None, sizes[name]):  # a web server may not say
             return f"{location}/{name}: {found:,} bytes, the manifest says {sizes[name]:,}; {remedy}"
         return None
 
@@ -92,7 +88,9 @@ def check_run(run: Path) -> list[Finding]:
     for folder in folders:
         if step is None or int(folder.name.removeprefix("step-")) > step:
             goes_on = (
-                "the run would begin anew" if step is None else f"the run would continue from step {step}"
+                "the run would start from step 0"
+                if step is None
+                else f"the run would continue from step {step}"
             )
             found = f"{folder}: {STATE_FILE} is missing, so this checkpoint does not count: {goes_on}"
             remedy = (

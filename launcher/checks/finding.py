@@ -17,11 +17,11 @@ class Finding:
     found: str
     """What is there and, where it is not well, the rule it breaks."""
     remedy: str = ""
-    """What to type; stands with every warning and error."""
+    """What to type; every warning and error has one."""
 
     def __post_init__(self) -> None:
         if (self.state == "ok") == bool(self.remedy):
-            raise ValueError(f"{self}: a remedy stands with each warning and error, and with nothing else")
+            raise ValueError(f"{self}: each warning and error has a remedy, and nothing else has")
 
 
 def from_message(subject: str, message: str) -> Finding:
@@ -38,8 +38,6 @@ def one_line(text: object) -> str:
 
 
 def last_lines(text: str, count: int) -> str:
-    """The last lines of a program's output that say something."""
-    lines = [
-        one_line(line) for line in text.splitlines() if line.strip(" ^~")
-    ]  # without a traceback's underlines
+    """The last lines of a program's output that say something, without a traceback's underlines."""
+    lines = [one_line(line) for line in text.splitlines() if line.strip(" ^~")]
     return " | ".join(lines[-count:])

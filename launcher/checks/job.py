@@ -87,7 +87,7 @@ def check_network(
         except (OSError, UnicodeError) as error:  # UnicodeError: no host name at all
             found = f"MASTER_ADDR={address} cannot be resolved ({error}); the ranks meet there"
             remedy = (
-                "export MASTER_ADDR=HOST with the host name or IP address of rank 0 (getent hosts HOST tells)"
+                "export MASTER_ADDR=HOST: host name or IP address of rank 0 (getent hosts HOST prints it)"
             )
             findings.append(Finding("error", "MASTER_ADDR", found, remedy))
     return findings
@@ -137,7 +137,7 @@ def check_job(environ: Mapping[str, str], *, num_gpus: int) -> list[Finding]:
 
 
 def _tasks_of_this_machine(environ: Mapping[str, str]) -> int:
-    """Ranks that were started here; 0 when nothing tells."""
+    """Ranks that were started here; 0 when no variable says so."""
     for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
         if number := _number(environ.get(name)):
             return number

@@ -13,7 +13,7 @@ from launcher.checks.finding import Finding, State
 
 GIB = 2**30
 LEAST_SHM_BYTES, ENOUGH_SHM_BYTES = GIB // 8, GIB
-"""NCCL takes some 10 MiB for each pair of ranks; a container has 64 MiB unless told otherwise."""
+"""NCCL takes some 10 MiB for each pair of ranks; a container has 64 MiB unless configured otherwise."""
 LEAST_FREE_FILES = 1000
 ENOUGH_OPEN_FILES = 4096
 OLD_LOCK_S = 600
@@ -98,8 +98,7 @@ def check_shared_memory(
     num_gpus: int = 0,
     statvfs: Callable[[Path], os.statvfs_result] = os.statvfs,
 ) -> list[Finding]:
-    """Size of /dev/shm, through which NCCL's ranks of one machine talk. (Our loader hands batches over
-    without it.)"""
+    """Size of /dev/shm, which NCCL's ranks of one machine use. (Our loader does not.)"""
     if not path.is_dir():
         found = f"{path} is missing; processes share memory there"
         return [Finding("error", "shared memory", found, f"mkdir {path} && mount -t tmpfs tmpfs {path}")]
@@ -168,8 +167,7 @@ def extension_folder(environ: Mapping[str, str], *, home: Path | None = None) ->
 
 
 def process_that_holds(path: Path) -> int | None:
-    """A process of this machine that has the file open, as a build has its lock; None when none can be
-    seen."""
+    """A process of this machine that has the file open, as a build has its lock; None: none is visible."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.path.samefile(link, path):

@@ -80,11 +80,11 @@ def check_ranks(
             if seconds >= limit_s
             else f"rank {failed} ended with code {code}"
         )
-        found = f"{what}: {how}: {last_lines(text, 3) or 'it said nothing'}"
+        found = f"{what}: {how}: {last_lines(text, 3) or 'it printed nothing'}"
         log = (log_folder or Path(tempfile.gettempdir())) / f"doctor-rank-{failed}.log"
         log.write_text(text)
         remedy = (
-            f"mend the errors above, if any; else: less {log}; with NCCL_DEBUG=INFO before the command it "
+            f"fix the errors above, if any; else: less {log}; with NCCL_DEBUG=INFO before the command it "
             "says more"
         )
         return [Finding("error", "ranks", found, remedy)]
@@ -113,9 +113,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def step_on_this_rank(limit_s: float) -> None:
     """What each rank of `check_ranks` does. Collective. It ends by itself, also when doctor was killed."""
     signal.alarm(int(limit_s) + 10)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # DeepSpeed calls collectives by names torch 2.13 renamed
+    # DeepSpeed calls collectives by names that torch 2.13 renamed
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
     import torch.distributed as dist
 

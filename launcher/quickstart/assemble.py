@@ -126,8 +126,7 @@ def _build_once(folder: Path, fingerprint: dict[str, Any], build: Callable[[Path
 
 
 def _rebuild(folder: Path, fingerprint: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Written beside `folder`, then renamed into its place; what a killed process left there is removed
-    first."""
+    """Written beside `folder`, then renamed; what a killed process left there is removed first."""
     prefix = f".{folder.name}-"
     for leftover in folder.parent.glob(f"{prefix}*"):
         shutil.rmtree(leftover)

@@ -1,5 +1,4 @@
-"""A small Qwen2-VL with random weights, written as an ordinary Hugging Face folder: model, tokenizer, image
-processor."""
+"""A small Qwen2-VL with random weights, tokenizer and image processor: an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ MERGE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSizes:
-    """The defaults are the quickstart's: 7.85M parameters, 4 tokens for a 56 px image, 16 for a 112 px
-    sheet."""
+    """The quickstart's: 7.85M parameters, 4 tokens for an image of 56 px, 16 for a sheet of 112 px."""
 
     num_ranks: int = 8192
     """Of the Qwen vocabulary; special tokens come on top."""

@@ -1,5 +1,4 @@
-"""What can be drawn (Unicode's emoji without skin tones), who draws it (seven studios), and what training
-never sees."""
+"""What is drawn (Unicode's emoji without skin tones), who draws it (seven studios), what is held out."""
 
 from __future__ import annotations
 
@@ -91,8 +90,10 @@ STUDIOS = (
 
 
 def load_concepts(names: Mapping[str, Any], annotations: Mapping[str, Any]) -> list[Concept]:
-    """Every concept in Unicode's order. `names`: {emoji: {name, group}}; `annotations`: {emoji: {default:
-    keywords}}."""
+    """Every concept in Unicode's order.
+
+    names: {emoji: {name, group}}; annotations: {emoji: {default: keywords}}.
+    """
     return [
         Concept(
             emoji=emoji,

@@ -1,5 +1,4 @@
-"""The evaluation sets: a studio that training never saw, an older set of a trained foundry, concepts never
-seen."""
+"""The evaluation sets: an unseen studio, an older set of a trained foundry, unseen concepts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The data packages: fetched once by npm at exact versions, checked by SHA-256, read without unpacking to
-disk."""
+"""The data packages: fetched once by npm at exact versions, checked by SHA-256, read without unpacking."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ def fetch_package(package: Package, folder: Path) -> Path:
 
 
 def read_json_members(archive: Path, members: Iterable[str]) -> dict[str, Any]:
-    """{member: parsed JSON} for the files named (without npm's leading `package/`). Nothing is written to
-    disk.
+    """{member: parsed JSON} for the files named (without npm's leading `package/`). Nothing is unpacked.
 
     Raises DataError for an archive with a path that leaves it, and for a missing, oversized or unreadable
     member.

@@ -120,14 +120,12 @@ def write_eval_set(mmeb_eval: Path, name: str, rows: Sequence[EvalRow]) -> None:
 
 
 def write_eval_index(mmeb_eval: Path, sets: Mapping[str, EvalSetInfo]) -> None:
-    """Write `<mmeb_eval>/sets.json`: {set: {meta_task, in_distribution, about, note}}; an addition of
-    ours."""
+    """Write `<mmeb_eval>/sets.json`, which is ours: {set: {meta_task, in_distribution, about, note}}."""
     _write_json(mmeb_eval / "sets.json", {name: asdict(info) for name, info in sets.items()})
 
 
 def write_mmvp(mmvp: Path, pairs: Iterable[MinimalPair]) -> None:
-    """Write Questions.csv and the images; rows 2k-1 and 2k, counted from 1, are a pair, the odd one is its
-    first image."""
+    """Write Questions.csv and the images; rows 2k-1 and 2k, counted from 1, are a pair, odd one first."""
     mmvp.mkdir(parents=True, exist_ok=True)
     with (mmvp / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -1,5 +1,4 @@
-"""The MMVP-VLM set: pairs of concepts that differ in one respect, drawn by a studio that training never
-saw."""
+"""The MMVP-VLM set: pairs of concepts that differ in one respect, drawn by a studio unseen in training."""
 
 from __future__ import annotations
 

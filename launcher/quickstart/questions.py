@@ -1,5 +1,4 @@
-"""Questions about a drawing whose answer is in the concept's name: time, country, colour, direction, key,
-text ..."""
+"""Questions about a drawing whose answer is in the concept's name: time, country, colour, direction ..."""
 
 from __future__ import annotations
 

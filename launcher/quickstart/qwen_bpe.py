@@ -1,5 +1,4 @@
-"""A real Qwen byte-pair vocabulary, cut to its first ranks: still a valid BPE, with a far smaller embedding
-table."""
+"""A real Qwen byte-pair vocabulary, cut to its first ranks: a valid BPE, a far smaller embedding table."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ def bpe_tables(ranks: Mapping[bytes, int]) -> BpeTables:
 
 
 def bpe_pieces(text: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[bytes]:
-    """The byte-pair encoding of `text` with the tokens of rank < `below`: the lowest-ranked pair merges
-    first."""
+    """Byte-pair encoding of `text` with the tokens of rank < `below`; the lowest-ranked pair merges first."""
     pieces = [text[i : i + 1] for i in range(len(text))]
     while len(pieces) > 1:
         joined = [ranks.get(pieces[i] + pieces[i + 1], below) for i in range(len(pieces) - 1)]
@@ -90,7 +88,7 @@ def bpe_pieces(text: bytes, ranks: Mapping[bytes, int], *, below: int) -> list[b
 
 
 def byte_spelling() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in a byte-level BPE (GPT-2's table)."""
+    """Byte -> its printable character in a byte-level BPE (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(NUM_BYTES) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {

@@ -64,8 +64,7 @@ def render_svg(svg: str, *, size_px: int) -> Image.Image:
 def render_studio(
     studio: str, icons: Mapping[str, Any], matched: Iterable[tuple[Concept, str]], *, size_px: int
 ) -> list[Drawing]:
-    """One drawing a matched concept, in the order given; blank ones and twins of an earlier one are left
-    out."""
+    """One drawing a matched concept, in the order given, without blank ones and twins of an earlier one."""
     concepts: list[Concept] = []
     images: list[Image.Image] = []
     for concept, icon in matched:

@@ -1,5 +1,4 @@
-"""Sheets of four drawings by one studio, for grounding: the crop asked for is one of them, pixel for
-pixel."""
+"""Sheets of four drawings by one studio, for grounding: the crop is one of them, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Sheet:
 
 
 def make_sheets(drawings: Sequence[Drawing], *, num_sheets: int, seed: int) -> list[Sheet]:
-    """`num_sheets` sheets with distinct truths (fewer when there are fewer drawings); a fixed choice for a
-    seed.
+    """`num_sheets` sheets with distinct truths (fewer when there are fewer drawings), chosen by the seed.
 
     Half have distractors of the truth's own group, so that the name must be read; one in four asks by
     position. Drawings by different studios never share a sheet.

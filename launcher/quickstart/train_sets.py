@@ -41,8 +41,7 @@ def is_trained_on(drawing: Drawing) -> bool:
 
 
 def write_train_sets(mmeb: Path, drawings: Sequence[Drawing], *, seed: int) -> dict[str, int]:
-    """Write every subset in MMEB-train's layout; {subset: rows}. Drawings that are held out are left out
-    here."""
+    """Write every subset in MMEB-train's layout, without held-out drawings; {subset: rows}."""
     trained = [drawing for drawing in drawings if is_trained_on(drawing)]
     by_subset = {subset: _rows(subset, trained) for subset in SUBSETS if subset != GROUNDING}
     for subset, rows in by_subset.items():
@@ -81,8 +80,7 @@ def _rows_of(subset: str, drawing: Drawing) -> list[TrainRow]:
 
 
 def _place_images(mmeb: Path, subset: str, rows: Sequence[TrainRow], drawings: Sequence[Drawing]) -> None:
-    """The images the rows name. Every subset has its own folder, as in MMEB; the files are hard links to one
-    copy."""
+    """The images the rows name: a folder for each subset, as in MMEB, of hard links to one copy."""
     used = {row.qry_image_path or row.pos_image_path for row in rows}
     first = next(iter(SUBSETS))
     for drawing in drawings:

@@ -1,5 +1,4 @@
-"""The instructions, shared by training and evaluation; short, for the small vocabulary makes 4 to 5 tokens a
-word."""
+"""The instructions of training and evaluation; short, for the small vocabulary has 4 to 5 tokens a word."""
 
 from __future__ import annotations
 

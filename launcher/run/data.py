@@ -57,7 +57,7 @@ class RunData:
 
 
 def open_data(config: RunConfig) -> RunData:
-    """Read the manifest and lay the plan; reads only. Raises DataError, StorageError or ConfigError."""
+    """Read the manifest and make the plan; writes nothing. Raises DataError, StorageError or ConfigError."""
     folder = open_folder(config.data.shards, config.data.cache)
     manifest = read_manifest(folder)
     mixture = Mixture(

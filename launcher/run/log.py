@@ -21,14 +21,13 @@ from agff.trainer import StepReport
 from launcher.run.loss_spikes import LossSpikes, Spike
 
 WORST_PAIRS = 16
-"""Of a step whose loss leaps, that are written down."""
+"""Pairs of a step with a loss spike that are written down."""
 
 log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Observer of the training loop. Each rank makes one and calls it after every step: it is a
-    collective."""
+    """Observer of the training loop; each rank makes one and calls it after every step. Collective."""
 
     def __init__(
         self,
@@ -81,9 +80,8 @@ class RunLog:
     def __call__(self, report: StepReport) -> None:
         """Collective on every step (skipped samples, spikes) and on each `log_every`-th (metrics)."""
         own = torch.stack([report.metrics[0].float(), report.metrics.new_tensor(len(report.skipped)).float()])
-        loss, num_skipped = mean_over_ranks(
-            own
-        ).tolist()  # the same number on every rank: what follows is collective
+        # the same numbers on every rank: what follows is collective
+        loss, num_skipped = mean_over_ranks(own).tolist()
         if num_skipped:
             self._note_skipped(report)
         if spike := self._spikes.judge(loss):

@@ -1,4 +1,4 @@
-"""Telling a step whose loss leaps out of those before it."""
+"""Finding a step whose loss is far above those before it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ class LossSpikes:
     """Judges one loss after the other (ours). Steps before the start of this process do not count."""
 
     def __init__(self, *, deviations: float | None) -> None:
-        """deviations: standard deviations above the mean of the last steps that make a spike; None: nothing
-        does."""
+        """deviations: standard deviations above the last steps' mean that make a spike; None: never."""
         self._limit = deviations
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def judge(self, loss: float) -> Spike | None:
-        """The spike that this step is, if it is one. Losses that are not finite are another matter, and
-        passed over."""
+        """The spike that this step is, if it is one. Losses that are not finite are passed over."""
         if self._limit is None or not math.isfinite(loss):
             return None
         before = list(self._losses)

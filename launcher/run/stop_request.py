@@ -6,8 +6,7 @@ import signal
 from types import FrameType
 
 EXIT_CODE = 75
-"""Stopped on request with everything saved: the same command continues. EX_TEMPFAIL of sysexits.h, "try
-again"."""
+"""Stopped on request, all is saved, the same command continues: EX_TEMPFAIL ("try again") of sysexits.h."""
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -24,8 +23,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def ignore(self) -> None:
-        """The signals do nothing from now on: all is saved, and one that comes as Python ends must not change
-        its code."""
+        """The signals do nothing from now on: all is saved, and none may change Python's exit code."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

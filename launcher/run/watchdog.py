@@ -1,4 +1,4 @@
-"""Naming a rank that stands still: which step, doing what, since when, with the stacks of all its threads."""
+"""Naming a rank that is stalled: which step, doing what, since when, with the stacks of all its threads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import TracebackType
 
 
 class Watchdog:
-    """Speaks when this rank has not reached its next mark for `after_s` seconds; it never ends anything.
+    """Reports when this rank has not reached its next mark for `after_s` seconds; it never ends anything.
 
-    In a stalled job every rank will speak: most of them wait for the others inside a collective, the one
+    In a stalled job every rank will report: most of them wait for the others inside a collective, the one
     whose stack is elsewhere is to blame.
     """
 
@@ -44,7 +44,7 @@ class Watchdog:
                 continue
             self._spoken = True
             sys.stderr.write(
-                f"rank {self._rank} stands still: {self._what} for {stalled:.0f} s; stacks of its threads:\n"
+                f"rank {self._rank} is stalled: {self._what} for {stalled:.0f} s; stacks of its threads:\n"
             )
             sys.stderr.flush()
             faulthandler.dump_traceback(all_threads=True)

@@ -196,7 +196,7 @@ def test_a_fault_that_stays_is_an_error_with_the_address(
         content_of(cached(server, tmp_path / "cache"), "Shapes_text", shard)
     assert server.requests[path] == retries.ATTEMPTS
     assert [
-        re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", told)[1] for told in caplog.messages
+        re.match(rf"{server.url}/{path}: attempt (\d) of 8 failed: ", line)[1] for line in caplog.messages
     ] == list("4567")
     assert files_in(tmp_path / "cache") == [], "nothing half is left"
 
@@ -344,7 +344,9 @@ def test_what_a_dead_run_fetched_ahead_makes_room(
     for ahead in wanted:
         dead.fetch_ahead(*ahead)
     seen = -1
-    while seen != (seen := sum(server.requests.values())):  # until it has filled the cache and stands still
+    while seen != (
+        seen := sum(server.requests.values())
+    ):  # until it has filled the cache and fetches no more
         time.sleep(0.5)
     monkeypatch.setattr(remote, "WAITING_S", 0)  # an hour later
     server.requests.clear()
@@ -446,7 +448,7 @@ def test_fetching_ahead_happens_beside_the_reading(
     server.faults["Shapes_i2t/gone"] = []
     folder.fetch_ahead(
         "Shapes_i2t", Shard(name="gone", size_bytes=1, sha256="ff" * 32, num_samples=1)
-    )  # nobody is told
+    )  # nobody is notified
 
 
 def test_memory_file_system(shards: tuple[Path, Manifest], tmp_path: Path) -> None:

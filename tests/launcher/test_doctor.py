@@ -110,7 +110,7 @@ def test_ranks_are_started_on_what_there_is(
 
     def check(**settings: Any) -> list[Finding]:
         calls.append(settings)
-        return [Finding("error", "ranks", "failed", "mend it")]
+        return [Finding("error", "ranks", "failed", "fix it")]
 
     monkeypatch.setattr(doctor, "check_ranks", check)
     devices = Devices(**{**vars(EIGHT_GPUS), "gpus": ("H200",) * num_gpus})

@@ -1,5 +1,4 @@
-"""What one rank alone runs into ends all of them soon, with its words first; one that stands still is
-named."""
+"""An error of one rank ends all of them soon, with its message first; a stalled rank is named."""
 
 from __future__ import annotations
 
@@ -45,6 +44,6 @@ def test_too_little_memory_on_one_rank_says_which_knob_to_turn(project: Path) ->
 def test_a_rank_that_stands_still_is_named_with_its_stack(project: Path) -> None:
     code, output, _ = run(project, "time.sleep(8)", "--stalled_step_s 3")
     assert code == 0, output
-    assert "rank 1 stands still: in step 2 for" in output
-    stack = output.partition("rank 1 stands still")[2]
+    assert "rank 1 is stalled: in step 2 for" in output
+    stack = output.partition("rank 1 is stalled")[2]
     assert re.search(r"train_[0-9a-f]{8}.py.* in train_step", stack)

@@ -216,7 +216,7 @@ def test_a_checkpoint_without_its_state_does_not_count(run: Path) -> None:
     (run / "checkpoints/step-000002/state.json").unlink()
     findings = check_run(run)
     assert states(findings) == ["error", "error"]
-    assert "would begin anew" in findings[0].found
+    assert "would start from step 0" in findings[0].found
 
 
 @pytest.mark.parametrize("absent", [["data_plan"], ["files"], ["data_plan", "files"]])

@@ -21,6 +21,6 @@ def only(findings: Sequence[Finding]) -> Finding:
 
 
 @pytest.mark.parametrize(("state", "remedy"), [("error", ""), ("warning", ""), ("ok", "pip install it")])
-def test_a_remedy_stands_with_every_fault_and_with_nothing_else(state: State, remedy: str) -> None:
+def test_every_fault_has_a_remedy_and_nothing_else_has(state: State, remedy: str) -> None:
     with pytest.raises(ValueError, match="remedy"):
         Finding(state, "MPI", "found", remedy)

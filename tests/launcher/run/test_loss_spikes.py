@@ -1,4 +1,4 @@
-"""Which losses are told as spikes, and what a run writes about them and about steps that were skipped."""
+"""Which losses are reported as spikes, and what a run writes about them and about steps that were skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def noisy_losses(number: int) -> list[float]:
     return [3 - step / 1000 + generator.gauss(0, 0.1) for step in range(number)]
 
 
-def test_only_what_leaps_out_is_a_spike() -> None:
+def test_only_a_loss_far_above_the_others_is_a_spike() -> None:
     judge = LossSpikes(deviations=6).judge
     assert [judge(loss) for loss in noisy_losses(500)] == [None] * 500
     spike = judge(4.5)
@@ -36,11 +36,11 @@ def test_only_what_leaps_out_is_a_spike() -> None:
     assert judge(math.nan) is judge(math.inf) is None
 
 
-def test_a_new_level_is_told_and_then_usual() -> None:
+def test_a_new_level_is_found_and_then_usual() -> None:
     judge = LossSpikes(deviations=6).judge
-    told = [step for step, loss in enumerate([2.0] * 150 + [4.0] * 150) if judge(loss)]
-    assert told[0] == 150
-    assert told[-1] < 150 + WINDOW // 2
+    found = [step for step, loss in enumerate([2.0] * 150 + [4.0] * 150) if judge(loss)]
+    assert found[0] == 150
+    assert found[-1] < 150 + WINDOW // 2
 
 
 def test_a_loss_that_hardly_moves_and_a_run_that_just_began_have_none() -> None:
@@ -108,7 +108,7 @@ def log_on_a_rank(run: Path) -> None:
         log(report(31, 30.0 + 100 * rank()))
 
 
-def test_a_spike_is_told_once_with_the_worst_pairs_of_all_ranks(tmp_path: Path) -> None:
+def test_a_spike_is_found_once_with_the_worst_pairs_of_all_ranks(tmp_path: Path) -> None:
     run_ranks(log_on_a_rank, tmp_path, world_size=2)
     [written] = [json.loads(line) for line in (tmp_path / "loss_spikes.jsonl").read_text().splitlines()]
     assert (written["step"], written["loss"]) == (31, 80.0)

@@ -41,14 +41,16 @@ log = logging.getLogger(__name__)
 
 def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
     """Step of the newest checkpoint whose files are all as they were written; None when there is none at all.
-    Collective.
+    Collective; rank 0 shows a progress bar when hashing takes long.
 
     Damaged ones are passed over with a loud message and renamed `step-N.damaged`: they no longer count, and
     cost no good one its place. Raises CheckpointError when every one is damaged; then all stay as they are.
     """
     steps = gather_objects(complete_steps(run))[0]  # the ranks may not see the same folder yet
     for index, step in enumerate(steps):
-        problems = check_checkpoint(run, step, part=rank(), num_parts=world_size())
+        problems = check_checkpoint(
+            run, step, part=rank(), num_parts=world_size(), shows_progress=rank() == 0
+        )
         if not max_over_ranks([bool(problems)], device=device)[0]:
             if rank() == 0:
                 for damaged in (

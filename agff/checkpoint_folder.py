@@ -12,6 +12,7 @@ import contextlib
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,42 @@ def remove_unfinished(run: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_checkpoint(run: Path, step: int, *, part: int = 0, num_parts: int = 1) -> list[str]:
-    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint, by size and
-    SHA-256."""
+def check_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    hashes: bool = True,
+    shows_progress: bool = False,
+) -> list[str]:
+    """One line for each missing or changed file among every `num_parts`-th one of a checkpoint.
+
+    hashes: compare size and SHA-256, with a progress bar if asked; else size and the end of what torch.save
+    wrote, and gigabytes stay unread.
+    """
     folder = checkpoint_folder(run) / checkpoint_name(step)
     try:
-        files = read_state(run, step).get("files")
+        state = read_state(run, step)
     except CheckpointError as error:
         return [str(error)]
+    if state["step"] != step:
+        return [f"{folder / STATE_FILE}: is of step {state['step']}"]
+    files = state.get("files")
     if not isinstance(files, dict) or not all(isinstance(written, str) for written in files.values()):
         return [f"{folder / STATE_FILE}: `files` must be a mapping of names to hashes, found {files!r:.60}"]
-    return changed_files(folder, dict(sorted(files.items())[part::num_parts]))
+    own = dict(sorted(files.items())[part::num_parts])
+    if hashes:
+        return changed_files(folder, own, shows_progress=shows_progress)
+    changed = {name: changed_files(folder, {name: own[name]}, max_hashed_bytes=0) for name in own}
+    return [problem for name in own for problem in changed[name] or _unreadable(folder / name)]
+
+
+def _unreadable(path: Path) -> list[str]:
+    """A zip archive, as torch.save writes them, ends with its directory."""
+    if path.suffix != ".pt" or zipfile.is_zipfile(path):
+        return []
+    return [f"{path}: damaged: not a file that torch.save wrote"]
 
 
 def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:

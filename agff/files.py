@@ -84,31 +84,37 @@ def sha256_of(path: Path, *, progress: Callable[[int], object] | None = None) ->
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path, *, progress: Callable[[int], object] | None = None) -> str:
     """Size and SHA-256 of a file, as checkpoints and releases record them. Raises OSError."""
-    return f"{path.stat().st_size} bytes, sha256 {sha256_of(path)}"
+    return f"{path.stat().st_size} bytes, sha256 {sha256_of(path, progress=progress)}"
 
 
 def changed_files(
-    folder: Path, written: Mapping[str, str], *, max_hashed_bytes: int | None = None
+    folder: Path,
+    written: Mapping[str, str],
+    *,
+    max_hashed_bytes: int | None = None,
+    shows_progress: bool = False,
 ) -> list[str]:
     """One line for each file that is absent or not as it was written.
 
     written: name -> `file_fingerprint`. Of files larger than `max_hashed_bytes` (None: of none) the size
-    alone is compared.
+    alone is compared. shows_progress: with a progress bar when it takes long.
     """
     problems = []
-    for name, expected in written.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            only_size = max_hashed_bytes is not None and size > max_hashed_bytes
-            found = f"{size} bytes" if only_size else file_fingerprint(path)
-        except OSError as error:
-            problems.append(f"{path}: cannot read it: {error.strerror}")
-            continue
-        if found != (expected.partition(",")[0] if only_size else expected):
-            problems.append(f"{path}: found {found}, written were {expected}")
+    total_bytes = sum((folder / name).stat().st_size for name in written if (folder / name).is_file())
+    with hashing_bar(f"check {folder.name}", total_bytes, is_shown=shows_progress) as bar:
+        for name, expected in written.items():
+            path = folder / name
+            try:
+                size = path.stat().st_size
+                only_size = max_hashed_bytes is not None and size > max_hashed_bytes
+                found = f"{size} bytes" if only_size else file_fingerprint(path, progress=bar.update)
+            except OSError as error:
+                problems.append(f"{path}: cannot read it: {error.strerror}")
+                continue
+            if found != (expected.partition(",")[0] if only_size else expected):
+                problems.append(f"{path}: found {found}, written were {expected}")
     return problems
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,7 +64,7 @@ def _remote_problems(location: str, sizes: Mapping[str, int]) -> list[str]:
 def check_run(run: Path) -> list[Finding]:
     """Configuration and newest checkpoint of a run can be read."""
     with _deepspeed_is_quiet():
-        from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, latest_step
+        from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, complete_steps
         from launcher.run.folder import CONFIG_FILE, DEEPSPEED_FILE, read_run_config
 
     if not run.is_dir():
@@ -81,7 +80,8 @@ def check_run(run: Path) -> list[Finding]:
         findings.append(
             Finding("error", "run", f"{run}: its configuration cannot be read: {one_line(error)}", remedy)
         )
-    step = latest_step(run)
+    steps = complete_steps(run)
+    step = steps[0] if steps else None
     folders = sorted(
         path for path in checkpoint_folder(run).glob("step-*") if re.fullmatch(r"step-\d+", path.name)
     )
@@ -98,12 +98,8 @@ def check_run(run: Path) -> list[Finding]:
             )
             findings.append(Finding("error" if step is None else "warning", "run", found, remedy))
     if step is not None:
-        older = [
-            f.name for f in folders if (f / STATE_FILE).exists() and int(f.name.removeprefix("step-")) < step
-        ]
-        findings += _check_checkpoint(
-            run, step, f"the run then continues from {older[-1] if older else 'the beginning'}"
-        )
+        older = steps[1] if steps[1:] else 0
+        findings += _check_checkpoint(run, step, f"the run then continues from step {older}")
     if left := sorted(
         path.name for pattern in ("*.partial", "*.universal") for path in checkpoint_folder(run).glob(pattern)
     ):
@@ -121,68 +117,22 @@ def check_run(run: Path) -> list[Finding]:
 
 
 def _check_checkpoint(run: Path, step: int, otherwise: str) -> list[Finding]:
-    from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, read_state
-    from agff.errors import CheckpointError
-
-    folder = checkpoint_folder(run) / f"step-{step:06d}"
-    remedy = f"restore it from a copy, or set the checkpoint aside: mv {folder} {folder}.damaged; {otherwise}"
-    problems, findings = [], []
-    num_ranks, expected = 0, dict[str, str]()
-    try:
-        state = read_state(run, step)
-        num_ranks = state["world_size"]
-        if state["step"] != step:
-            problems.append(f"{folder / STATE_FILE}: is of step {state['step']}")
-        expected = dict(state.get("files", {}))
-        if absent := [key for key in ("data_plan", "files") if key not in state]:
-            found = (
-                f"{folder / STATE_FILE}: {' and '.join(absent)} missing, an older version wrote it; it "
-                "cannot be continued"
-            )
-            findings.append(
-                Finding("warning", "run", found, "convert or evaluate it, or train into another --run_dir")
-            )
-    except CheckpointError as error:
-        problems.append(str(error))
-    except (ValueError, TypeError) as error:
-        problems.append(f"{folder / STATE_FILE}: cannot be read: files: {error!r}")
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} | set(expected)
-    problems += [
-        text for name in sorted(files) if (text := _file_problem(folder / name, expected.get(name, "")))
-    ]
-    names = [Path(name).name for name in files]
-    for rank in range(num_ranks):
-        for pattern in (rf"random-{rank:05d}\.pt", rf".*zero_pp_rank_{rank}_mp_rank_\d+_optim_states\.pt"):
-            if not any(re.fullmatch(pattern, name) for name in names):
-                problems.append(
-                    f"{folder}: a file of rank {rank} is missing ({pattern}); {num_ranks} ranks saved it"
-                )
-    if num_ranks and not any(name.endswith("model_states.pt") for name in names):
-        problems.append(f"{folder}: the model's parameters are missing (*model_states.pt)")
-    return findings + _shortened(
-        [Finding("error", "run", problem, remedy) for problem in problems], f"ls -l {folder}"
+    from agff.checkpoint_folder import (
+        STATE_FILE,
+        check_checkpoint,
+        checkpoint_folder,
+        checkpoint_name,
+        read_state,
     )
 
-
-def _file_problem(path: Path, written: str) -> str | None:
-    """What is wrong with a file of a checkpoint. Its size and its end are looked at, not its hash: it may
-    have gigabytes."""
-    size = re.match(r"(\d+) bytes", written)
-    try:
-        with path.open("rb") as file:
-            is_empty = not file.read(1)
-        found = path.stat().st_size
-        if is_empty:
-            return f"{path}: empty"
-        if size and found != int(size[1]):
-            return f"{path}: {found:,} bytes, it was written with {int(size[1]):,}"
-        if path.suffix == ".pt" and not zipfile.is_zipfile(path):
-            return f"{path}: {found:,} bytes, cut off or damaged: not a file that torch.save wrote"
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: cannot be read: {error}"
-    return None
+    folder = checkpoint_folder(run) / checkpoint_name(step)
+    remedy = f"restore it from a copy, or set the checkpoint aside: mv {folder} {folder}.damaged; {otherwise}"
+    problems = [problem.partition("; ")[0] for problem in check_checkpoint(run, step, hashes=False)]
+    if not problems and "data_plan" not in read_state(run, step):
+        found = f"{folder / STATE_FILE}: data_plan missing, an older version wrote it; it cannot be continued"
+        remedy = "convert or evaluate it, or train into another --run_dir"
+        return [Finding("warning", "run", found, remedy)]
+    return _shortened([Finding("error", "run", problem, remedy) for problem in problems], f"ls -l {folder}")
 
 
 @contextlib.contextmanager

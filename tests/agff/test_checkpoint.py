@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import time
 from functools import partial
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import agff.files
 from agff.checkpoint import _written_files, newest_intact_step, restore_checkpoint, save_checkpoint
 from agff.checkpoint_folder import complete_steps, remove_old_checkpoints, remove_unfinished
 from agff.errors import CheckpointError
@@ -107,13 +110,16 @@ def write_checkpoint(run: Path, step: int, *, is_damaged: bool) -> None:
 
 
 def found_steps(runs: list[Path]) -> list[int | str | None]:
+    """What is found in each run; last, what was shown on stderr when every hash counts as slow."""
+    agff.files.SILENT_S = 0
     found: list[int | str | None] = []
-    for run in runs:
-        try:
-            found.append(newest_intact_step(run, device=torch.device("cpu")))
-        except CheckpointError as error:
-            found.append(f"{error}; on all ranks: {error.on_all_ranks}")
-    return found
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        for run in runs:
+            try:
+                found.append(newest_intact_step(run, device=torch.device("cpu")))
+            except CheckpointError as error:
+                found.append(f"{error}; on all ranks: {error.on_all_ranks}")
+    return [*found, shown.getvalue()]
 
 
 def test_damaged_checkpoints_are_set_aside_and_a_run_without_an_intact_one_does_not_begin_anew(
@@ -124,7 +130,8 @@ def test_damaged_checkpoints_are_set_aside_and_a_run_without_an_intact_one_does_
         write_checkpoint(runs[1], step, is_damaged=is_damaged)
         write_checkpoint(runs[2], step, is_damaged=True)
     (runs[1] / "checkpoints/step-000040/state.json").write_text("{")
-    for empty, some, none in run_ranks(found_steps, runs, world_size=2):
+    for rank, (empty, some, none, shown) in enumerate(run_ranks(found_steps, runs, world_size=2)):
+        assert ("check step-000020: 100%" in shown) == (rank == 0)
         assert (empty, some) == (None, 20)
         assert "all of the 4 checkpoints are damaged or cannot be read" in none
         assert none.endswith("on all ranks: True")

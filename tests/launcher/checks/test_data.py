@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from agff.checkpoint_folder import check_checkpoint
+from agff.files import file_fingerprint
 from data_pipeline.convert import prepare
 from launcher import doctor
 from launcher.checks.data import check_run, check_shards
@@ -47,6 +49,14 @@ def overwrite(path: Path) -> None:
 
 def empty(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def of_another_step(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 3}))
+
+
+def without_hashes(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": ["random-00000.pt"]}))
 
 
 SHARD = "Shapes_VQA/Shapes_VQA-00000.tar"
@@ -165,13 +175,15 @@ def test_a_run_without_checkpoint_is_well(run: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "text"),
     [
-        ("random-00001.pt", cut, "random-00001.pt: "),
-        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", cut, "bytes, it was written with"),
-        ("zero_pp_rank_0_mp_rank_00_model_states.pt", empty, "model_states.pt: empty"),
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", Path.unlink, "optim_states.pt: missing"),
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", overwrite, "cut off or damaged"),
+        ("random-00001.pt", cut, "random-00001.pt: found "),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", cut, "optim_states.pt: found "),
+        ("zero_pp_rank_0_mp_rank_00_model_states.pt", empty, "model_states.pt: found 0 bytes"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", Path.unlink, "cannot read it: No such file"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", overwrite, "damaged: not a file that torch.save wrote"),
         ("state.json", cut, "state.json: cannot be read"),
-        ("state.json", empty, "state.json: "),
+        ("state.json", empty, "state.json: cannot be read"),
+        ("state.json", of_another_step, "state.json: is of step 3"),
+        ("state.json", without_hashes, "state.json: `files` must be a mapping of names to hashes"),
     ],
 )
 def test_an_unreadable_checkpoint_is_an_error(
@@ -183,21 +195,22 @@ def test_an_unreadable_checkpoint_is_an_error(
     for finding in findings:
         assert finding.state == "error"
         assert f"mv {run / NEWEST} {run / NEWEST}.damaged" in finding.remedy
-        assert "then continues from step-000002" in finding.remedy
+        assert "then continues from step 2" in finding.remedy
     assert text in findings[0].found
 
 
-@pytest.mark.parametrize("part", ["optim_states", "model_states", "random"])
-def test_a_checkpoint_that_was_never_whole_is_an_error(run: Path, part: str) -> None:
-    checkpoint = run / NEWEST
-    state = json.loads((checkpoint / "state.json").read_text())
-    for path in checkpoint.glob(f"*{part}*"):
-        path.unlink()
-        del state["files"][path.name]
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    findings = check_run(run)
-    assert set(states(findings)) == {"error"}
-    assert all(part in finding.found for finding in findings)
+@pytest.mark.parametrize("damage", [cut, empty, Path.unlink])
+def test_doctor_and_resume_report_the_same_files(run: Path, damage: Callable[[Path], None]) -> None:
+    paths = sorted((run / NEWEST).glob("*.pt"))
+    state = json.loads((run / NEWEST / "state.json").read_text())
+    state["files"] = {path.name: file_fingerprint(path) for path in paths}
+    (run / NEWEST / "state.json").write_text(json.dumps(state))
+    for path in paths:
+        damage(path)
+    hashed = [check_checkpoint(run, 4, part=part, num_parts=2) for part in range(2)]
+    named = [problem.partition(": ")[0] for problems in hashed for problem in problems]
+    assert sorted(named) == [finding.found.partition(": ")[0] for finding in check_run(run)]
+    assert sorted(named) == [str(path) for path in paths]
 
 
 def test_the_remedy_for_a_damaged_checkpoint_works(run: Path) -> None:
@@ -219,13 +232,14 @@ def test_a_checkpoint_without_its_state_does_not_count(run: Path) -> None:
     assert "would start from step 0" in findings[0].found
 
 
-@pytest.mark.parametrize("absent", [["data_plan"], ["files"], ["data_plan", "files"]])
-def test_a_checkpoint_of_an_older_version_is_not_to_be_thrown_away(run: Path, absent: list[str]) -> None:
+def test_a_checkpoint_of_an_older_version_is_not_to_be_thrown_away(run: Path) -> None:
     path = run / NEWEST / "state.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in absent}))
+    state = json.loads(path.read_text())
+    del state["data_plan"]
+    path.write_text(json.dumps(state))
     finding = only(check_run(run))
     assert finding.state == "warning"
-    assert f"{' and '.join(absent)} missing" in finding.found
+    assert "data_plan missing" in finding.found
     assert "mv" not in finding.remedy
 
 

@@ -86,8 +86,8 @@ def check_shards_together(data: RunData, *, hashes: bool) -> None:
     plans = gather_objects(json.dumps(data.plan.description, sort_keys=True))
     if different := [index for index, plan in enumerate(plans) if plan != plans[0]]:
         raise DataError(
-            f"{location}: rank {different[0]} sees other shards there than rank 0 "
-            f"({len(different)} ranks do); copy the same prepared folder to every machine"
+            f"{location}: {len(different)} ranks see other shards there than rank 0: "
+            f"{', '.join(map(str, different))}; copy the same prepared folder to every machine"
         ).shared()
     if not isinstance(data.folder, LocalFolder):
         return

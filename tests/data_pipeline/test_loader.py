@@ -209,7 +209,7 @@ def test_a_token_budget_holds_for_every_chunk_and_loses_nothing(lengths: list[in
         assert max(lengths[i] for i in second) <= min(lengths[i] for i in first)
 
 
-def test_items_stand_in_order_whatever_the_chunks(shards: tuple[Path, Manifest]) -> None:
+def test_items_keep_their_order_whatever_the_chunks(shards: tuple[Path, Manifest]) -> None:
     seen = []
     for chunking in (FixedRows(rows=2), FixedRows(rows=8), TokenBudget(max_tokens=120)):
         batch = batches_of(shards, chunking=chunking)[3]

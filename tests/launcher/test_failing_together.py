@@ -41,7 +41,7 @@ def test_too_little_memory_on_one_rank_says_which_knob_to_turn(project: Path) ->
     assert "Tried to allocate 2.00 GiB. Lower batch.chunk_size (now 2; the result does not change)" in output
 
 
-def test_a_rank_that_stands_still_is_named_with_its_stack(project: Path) -> None:
+def test_a_stalled_rank_is_named_with_its_stack(project: Path) -> None:
     code, output, _ = run(project, "time.sleep(8)", "--stalled_step_s 3")
     assert code == 0, output
     assert "rank 1 is stalled: in step 2 for" in output

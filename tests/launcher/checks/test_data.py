@@ -1,4 +1,4 @@
-"""Shards and run folders are damaged; each damage is found, and its remedy is one."""
+"""Shards and run folders are damaged; each damage is found, and its remedy helps."""
 
 from __future__ import annotations
 

@@ -20,35 +20,43 @@ from tests.drawings import write_drawings
 from tests.ranks import run_ranks
 
 
-def said_of_copies(folders: list[Path]) -> str:
-    """What rank r says, which sees `folders[r]`."""
-    folder = LocalFolder(folders[dist.get_rank()])
-    manifest = read_manifest(folder)
-    plan = Plan(manifest, Mixture(sub_batch_size=4), seed=0, global_batch_size=8)
-    try:
-        check_shards_together(RunData(folder=folder, manifest=manifest, plan=plan), hashes=True)
-    except DataError as error:
-        return str(error)
-    return "well"
+def found_in_copies(cases: list[list[Path]]) -> list[str]:
+    """What each case raises on rank r, which sees its `folders[r]`; "" when nothing is wrong."""
+    found = []
+    for folders in cases:
+        folder = LocalFolder(folders[dist.get_rank()])
+        manifest = read_manifest(folder)
+        plan = Plan(manifest, Mixture(sub_batch_size=4), seed=0, global_batch_size=8)
+        data = RunData(folder=folder, manifest=manifest, plan=plan)
+        try:
+            check_shards_together(data, hashes=True)
+            found.append("")
+        except DataError as error:
+            found.append(str(error))
+    return found
 
 
 @pytest.mark.timeout(300)
-def test_every_copy_of_the_shards_is_looked_at_whole_and_by_the_ranks_that_see_it(tmp_path: Path) -> None:
-    prepare(write_drawings(tmp_path / "d").mmeb, tmp_path / "a", rows_per_shard=10)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    own = [tmp_path / "a", tmp_path / "a", tmp_path / "b"]
-    assert run_ranks(said_of_copies, own, world_size=3) == ["well"] * 3
-    damaged = sorted((tmp_path / "b").glob("*/*.tar"))
-    for shard in damaged:
+def test_every_copy_of_the_shards_is_read_whole_by_the_ranks_that_see_it(tmp_path: Path) -> None:
+    whole, copy, damaged, other = (tmp_path / name for name in ("whole", "copy", "damaged", "other"))
+    prepare(write_drawings(tmp_path / "d").mmeb, whole, rows_per_shard=10)
+    prepare(tmp_path / "d/mmeb", other, rows_per_shard=20)
+    shutil.copytree(whole, copy)
+    shutil.copytree(whole, damaged)
+    shards = sorted(damaged.glob("*/*.tar"))
+    for shard in shards:
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.write_bytes(content)
-    assert len(damaged) > 9
-    for folder, said in zip(own, run_ranks(said_of_copies, own, world_size=3), strict=True):
-        first, *lines = said.splitlines()
-        assert first == f"{folder}: {len(damaged)} files are not those of the manifest:"
-        for line, shard in zip(lines, damaged, strict=True):
+    assert len(shards) > 9
+    cases = [[whole, whole, copy], [whole, whole, damaged], [whole, other, other]]
+    for rank, found in enumerate(run_ranks(found_in_copies, cases, world_size=3)):
+        assert found[0] == ""
+        first, *lines = found[1].splitlines()
+        assert first == f"{cases[1][rank]}: {len(shards)} files are not those of the manifest:"
+        for line, shard in zip(lines, shards, strict=True):
             assert line.startswith(f"  {os.uname().nodename}: {shard}: SHA-256 of the shard is")
+        assert "2 ranks see other shards there than rank 0: 1, 2; copy the same" in found[2]
 
 
 def test_hashing_the_shards_is_shown_when_it_takes_long(

@@ -1,0 +1,144 @@
+"""Training on one rank: from the process group to the last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from agff.checkpoint import newest_intact_step, restore_checkpoint, save_checkpoint
+from agff.checkpoint_folder import remove_old_checkpoints, remove_unfinished
+from agff.collectives import rank as engine_rank
+from agff.engine import Engine, start_process_group
+from agff.errors import TrainingError
+from agff.objectives.contrastive import METRICS, contrastive_loss
+from agff.processor import ItemProcessor
+from agff.trainer import train
+from launcher.run.backbone_identity import backbone_of_run
+from launcher.run.config import ResolvedRun
+from launcher.run.data import RunData, check_shards_together
+from launcher.run.folder import (
+    check_data_plan,
+    check_run_folder_together,
+    hold_run_folder,
+    write_run_folder,
+)
+from launcher.run.log import RunLog
+from launcher.run.model import build_model
+from launcher.run.ranks import RankInfo
+from launcher.run.stop_request import StopRequest
+from launcher.run.watchdog import Watchdog
+
+Outcome = Literal["trained", "nothing left", "stopped"]
+
+
+def train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo) -> Outcome:
+    """Train the rest of the run, and leave the process group. Collective.
+
+    `rank` must be exported (launcher/run/ranks.py). A SIGTERM or SIGUSR1 stops all ranks after a save.
+    """
+    stop = StopRequest()
+    stop.listen()
+    try:
+        return _train(run, data, processor, rank, stop)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(_out_of_memory(run, error)) from None
+
+
+def _train(
+    run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo, stop: StopRequest
+) -> Outcome:
+    device = start_process_group(rank.local_rank, timeout_s=run.config.collective_timeout_s)
+    check_shards_together(data, hashes=run.config.data.check_hashes)
+    with hold_run_folder(run.run_dir, patience_s=min(120.0, run.config.collective_timeout_s / 2)):
+        check_run_folder_together(run)  # another job may have begun a run here since
+        if rank.rank == 0:
+            remove_unfinished(run.run_dir)
+        start_step = newest_intact_step(run.run_dir, device=device) or 0
+        had_steps_left = start_step < run.config.num_steps
+        is_done = not had_steps_left or _train_from(start_step, run, data, processor, rank, device, stop)
+        dist.barrier()
+        stop.ignore()
+    dist.destroy_process_group()
+    if not had_steps_left:
+        return "nothing left"
+    return "trained" if is_done else "stopped"
+
+
+def _train_from(
+    start_step: int,
+    run: ResolvedRun,
+    data: RunData,
+    processor: ItemProcessor,
+    rank: RankInfo,
+    device: torch.device,
+    stop: StopRequest,
+) -> bool:
+    """The rest of the run; False when stopped on request. Collective."""
+    config = run.config
+    if start_step:
+        check_data_plan(run, data.plan.description, step=start_step)
+    state = {
+        "data_plan": data.plan.description,
+        "backbone_sha256": backbone_of_run(run, start_step=start_step),
+    }
+    if rank.rank == 0:
+        write_run_folder(run)
+    torch.manual_seed(config.seed)
+    engine = Engine(
+        build_model(run, processor),
+        deepspeed_config=run.deepspeed,
+        optimizer=config.optimizer,
+        num_steps=config.num_steps,
+        autocast_dtype=run.autocast_dtype,
+        device=device,
+    )
+    torch.manual_seed(config.seed + 1 + rank.rank)  # dropout differs between ranks, weights do not
+    trainable_only = config.backbone.lora is not None
+    if start_step:
+        restore_checkpoint(engine, run.run_dir, step=start_step, trainable_only=trainable_only)
+    observer = RunLog(
+        run.run_dir,
+        METRICS,
+        start_step=start_step,
+        num_steps=config.num_steps,
+        log_every=config.log_every,
+        log_samples=config.log_samples,
+        spike_deviations=config.loss_spike_deviations,
+    )
+    batches = data.batches(run, processor, rank=rank.rank, start_step=start_step)
+    with observer, closing(batches), Watchdog(rank.rank, after_s=config.stalled_step_s) as watchdog:
+        return train(
+            engine,
+            partial(contrastive_loss, config=config.loss, fusion=config.fusion),
+            batches,
+            start_step=start_step,
+            num_steps=config.num_steps,
+            save_every=config.save_every,
+            max_skipped_in_a_row=config.max_skipped_in_a_row,
+            observe=observer,
+            save=partial(_save, engine, run, state),
+            should_stop=lambda: bool(stop),
+            mark=watchdog.mark,
+        )
+
+
+def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int) -> None:
+    """A checkpoint, then what it makes superfluous goes. Collective."""
+    is_lora = run.config.backbone.lora is not None
+    save_checkpoint(engine, run.run_dir, step=step, state=state, trainable_only=is_lora)
+    if engine_rank() == 0:
+        remove_old_checkpoints(run.run_dir, keep_last=run.config.keep_last, keep_every=run.config.keep_every)
+
+
+def _out_of_memory(run: ResolvedRun, error: torch.OutOfMemoryError) -> str:
+    batch, first = run.config.batch, str(error).splitlines()[0]
+    now = "chunk_size" if batch.chunk_size else "max_tokens_per_chunk"
+    return (
+        f"{first} Lower batch.{now} (now {getattr(batch, now)}; the result does not change) or "
+        "processor.max_pixels, or use more ranks, or ds_configs/zero3_offload.json"
+    )

@@ -15,6 +15,7 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from agff.batch import ModelInputs
+from agff.errors import ConfigError
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 
 
@@ -22,8 +23,8 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return this rank's
     device.
 
-    A collective that takes longer than `timeout_s` fails: the other ranks are gone or hang. A rank
-    that sees one device alone takes it, and writes 0 into LOCAL_RANK.
+    A collective that takes longer than `timeout_s` fails: the other ranks are gone or hang. A rank that sees
+    one device alone takes it, and writes 0 into LOCAL_RANK. Raises ConfigError when the ranks cannot meet.
 
     Collective. On a CPU no operator is compiled: the shared-memory all-reduce is left out, gloo does its
     work.
@@ -37,15 +38,32 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
         local_rank = 0
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = "0"  # DeepSpeed takes its device from there
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        raise ConfigError(_cannot_meet(str(error))) from None
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     accelerator.set_device(local_rank)
     return torch.device(accelerator.device_name(local_rank))
+
+
+def _cannot_meet(reason: str) -> str:
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in reason:
+        return (
+            f"MASTER_PORT={port} is taken on this machine, perhaps by another training; choose another port "
+            "for all ranks: export MASTER_PORT=29501 (mpirun -x MASTER_PORT, deepspeed --master_port, "
+            "torchrun --master-port)"
+        )
+    return (
+        f"the ranks cannot meet at MASTER_ADDR={address} MASTER_PORT={port}: {reason.splitlines()[0]}; rank "
+        "0 must run on that machine, and the others must reach that port"
+    )
 
 
 class Engine:

@@ -40,7 +40,7 @@ class RankInfo:
 def rank_from_environment(environ: Mapping[str, str]) -> RankInfo:
     """The rank that the environment describes; without a launcher a world of one. Pure; raises ConfigError.
 
-    RANK, LOCAL_RANK and WORLD_SIZE (torchrun, deepspeed) win. Then Open MPI's variables, which also stand
+    RANK, LOCAL_RANK and WORLD_SIZE (torchrun, deepspeed) win. Then Open MPI's variables, which are also set
     inside a Slurm job when mpirun was called there. Slurm's own count only inside a step that srun started:
     in a batch script or an `salloc` shell they describe the whole job, and one process would wait for ranks
     that nobody starts.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
+from agff.engine import start_process_group
 from agff.errors import ConfigError
 from launcher.run.ranks import RankInfo, export, first_host, rank_from_environment
 
@@ -105,3 +108,24 @@ def test_partial_or_contradictory_variables_are_refused(environ: dict[str, str],
 )
 def test_first_host_of_a_slurm_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_cannot_meet_name_the_port(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    """Rank 0 finds its port taken; rank 1 finds nobody there."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if rank == "0":
+            other.listen()
+        port = other.getsockname()[1]
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        message = (
+            rf"^MASTER_PORT={port} is taken .*export MASTER_PORT="
+            if rank == "0"
+            else rf"^the ranks cannot meet at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: "
+        )
+        with pytest.raises(ConfigError, match=message):
+            start_process_group(0, timeout_s=1)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import jsonargparse
 import torch.distributed as dist
 
 from agff.errors import AgffError, ConfigError
 from launcher.run.config import RunConfig
+from launcher.run.config_file import hint_of, read_recipe
+from launcher.run.typed_values import expected, is_optional, setting_names
 
 RECIPES = Path(__file__).parent / "recipes"
 DEEPSPEED_CONFIGS = Path(__file__).parent.parent / "ds_configs"
@@ -29,26 +31,12 @@ same command is given again.
 """
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Reports a wrong setting as one ConfigError, so that only rank 0 prints it."""
+class RecipeParser(argparse.ArgumentParser):
+    """The options of a command that takes a recipe and dotted overrides; made by `recipe_parser`."""
 
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        text = " ".join(line.strip() for line in message.splitlines() if line.strip())
-        command = "preview" if self.prog == "preview" else "train"
-        raise ConfigError(f"{text}; every setting and its meaning: launcher/{command}.py --help")
-
-    def read(self, parse: Callable[[], jsonargparse.Namespace]) -> jsonargparse.Namespace:
-        """Add the settings of RunConfig, parse, and build their dataclasses, whose own checks raise
-        ConfigError."""
-        self.add_class_arguments(RunConfig, fail_untyped=True, sub_configs=False)
-        try:
-            return self.instantiate(parse())
-        except ValueError as error:
-            if isinstance(
-                error.__cause__, ConfigError
-            ):  # the check of an optional group, wrapped by the library
-                raise error.__cause__ from None
-            raise ConfigError(str(error)) from None
+    def error(self, message: str) -> NoReturn:
+        """Raise it as ConfigError, so that only rank 0 prints it."""
+        raise ConfigError(f"{message}; every setting and its meaning: agff {self.prog} --help")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,52 +53,46 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     parser = recipe_parser("train", DESCRIPTION)
     parser.add_argument(
         "--deepspeed",
-        type=Path,
-        default=DEEPSPEED_CONFIGS / "zero3.json",
-        help="DeepSpeed JSON: mechanism only",
+        default="zero3",
+        help="DeepSpeed JSON, mechanism only: a file, or the name of one in ds_configs",
     )
-    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; not for people")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything, print the start-up table and stop before the first step",
     )
     config, own = parse_recipe(parser, argv)
-    return TrainArguments(config=config, deepspeed=own.deepspeed, dry_run=own.dry_run)
+    deepspeed = _file_of("--deepspeed", own.deepspeed, DEEPSPEED_CONFIGS, ".json")
+    return TrainArguments(config=config, deepspeed=deepspeed, dry_run=own.dry_run)
 
 
-def recipe_parser(command: str, description: str) -> _Parser:
+def recipe_parser(command: str, description: str) -> RecipeParser:
     """Takes `--recipe`; the command adds options of its own, and `parse_recipe` the settings of a run."""
-    parser = _Parser(prog=command, description=description, allow_abbrev=False)
+    parser = RecipeParser(prog=command, description=description, add_help=False, allow_abbrev=False)
     parser.add_argument(
-        "--recipe",
-        action="config",
-        help="YAML file, or the name of one in launcher/recipes (default: quickstart)",
+        "--recipe", default="quickstart", help="YAML file, or the name of one in launcher/recipes"
     )
     return parser
 
 
-def parse_recipe(parser: _Parser, argv: Sequence[str]) -> tuple[RunConfig, jsonargparse.Namespace]:
-    """The recipe with its dotted overrides, and the command's own options. Raises ConfigError."""
-    parsed = parser.read(lambda: parser.parse_args(_with_recipe(argv)))
-    return _run_config(parsed), parsed
+def parse_recipe(parser: RecipeParser, argv: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """The recipe with its dotted overrides, and the command's own options. `--help` exits.
 
-
-def config_from_values(values: dict[str, Any]) -> RunConfig:
-    """The RunConfig that `as_dict` turned into plain values."""
-    parser = _Parser()
-    return _run_config(parser.read(lambda: parser.parse_object(values)))
-
-
-def _run_config(parsed: jsonargparse.Namespace) -> RunConfig:
-    return RunConfig(**{field.name: parsed[field.name] for field in fields(RunConfig)})
+    What the parser does not know must be settings. Raises one ConfigError that lists all that are wrong.
+    """
+    if {"-h", "--help"} & set(argv):
+        _print_help(parser)
+    own, rest = parser.parse_known_args(argv)
+    recipe = _file_of("--recipe", own.recipe, RECIPES, ".yaml")
+    return read_recipe(recipe, list(_overrides(rest))), own
 
 
 def report(error: AgffError) -> int:
     """Print the error; return the exit code, 2.
 
-    What all ranks share is said by rank 0 alone. Before the ranks have met nobody knows whether they share
-    it, so the first rank of each machine speaks: a folder may be missing on one machine only. After that each
+    What all ranks share is printed by rank 0 alone. Before the ranks have met nobody knows whether they share
+    it, so the first rank of each machine prints: a folder may be missing on one machine only. After that each
     rank that has one of its own.
     """
     rank, is_first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
@@ -123,21 +105,42 @@ def report(error: AgffError) -> int:
     return 2
 
 
-def _with_recipe(argv: Sequence[str]) -> list[str]:
-    """The arguments with the recipe first, as a path, so that overrides win wherever it stood."""
-    rest, recipe = [], "quickstart"
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--recipe":
-            recipe = next(arguments, "")
-        elif argument.startswith("--recipe="):
-            recipe = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    path = Path(recipe)
-    if not path.suffix:
-        path = RECIPES / f"{recipe}.yaml"
+def _print_help(parser: RecipeParser) -> NoReturn:
+    """The command's options, and every setting with its meaning, type and default."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    full = jsonargparse.ArgumentParser(
+        prog=parser.prog, description=parser.description, usage="%(prog)s [OPTION | --SETTING VALUE] ...",
+        parents=[parser],
+    )  # fmt: skip
+    full.add_class_arguments(RunConfig, fail_untyped=True, sub_configs=False)
+    for name in setting_names(RunConfig):  # a section that may be null is one option to jsonargparse
+        if "." in name and is_optional(hint_of(name.rpartition(".")[0])):
+            full.add_argument(f"--{name}", help=f"(type: {expected(hint_of(name))})")
+    full.print_help()
+    raise SystemExit(0)
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of `--NAME TEXT` and `--NAME=TEXT`. Raises ConfigError."""
+    rest = iter(arguments)
+    for argument in rest:
+        name, has_text, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not name:
+            raise ConfigError(f"{argument!r} follows no option; write --NAME VALUE")
+        if not has_text:
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                raise ConfigError(f"--{name} needs a value, for example --{name} true")
+            text = following
+        yield name, text
+
+
+def _file_of(option: str, value: str, folder: Path, suffix: str) -> Path:
+    """A file, or the name of one of ours. Raises ConfigError."""
+    path = Path(value) if Path(value).suffix or Path(value).is_file() else folder / f"{value}{suffix}"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"--recipe {recipe}: no such recipe; give a YAML file or one of {known}")
-    return ["--recipe", str(path), *rest]
+        known = ", ".join(sorted(file.stem for file in folder.glob(f"*{suffix}")))
+        raise ConfigError(f"{option} {value}: no such file; give a file or one of {known}")
+    return path

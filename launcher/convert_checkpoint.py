@@ -15,7 +15,7 @@ from agff.checkpoint_folder import read_state
 from agff.errors import AgffError, CheckpointError
 from agff.release import check_golden, load, plain_backbone, save_release
 from launcher.command_line import report
-from launcher.run.folder import read_run_config
+from launcher.run.config_file import read_run_config
 from launcher.run.trained_model import load_run
 
 

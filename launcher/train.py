@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rank = rank_from_environment(os.environ)
         if rank.world_size > 1:
-            export(rank, os.environ)  # also tells `report` which rank speaks
+            export(rank, os.environ)  # also tells `report` which rank prints
         return run_command(parse_train_arguments(argv), argv, rank)
     except AgffError as error:
         return _leave(report(error), with_others=error.on_all_ranks)

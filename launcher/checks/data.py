@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -65,7 +64,7 @@ def check_run(run: Path) -> list[Finding]:
     """Configuration and newest checkpoint of a run can be read."""
     with _deepspeed_is_quiet():
         from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, complete_steps
-        from launcher.run.folder import CONFIG_FILE, DEEPSPEED_FILE, read_run_config
+        from launcher.run.config_file import CONFIG_FILE, DEEPSPEED_FILE, read_run_config, stored_deepspeed
 
     if not run.is_dir():
         return [
@@ -74,7 +73,7 @@ def check_run(run: Path) -> list[Finding]:
     findings = []
     try:
         read_run_config(run)
-        json.loads((run / DEEPSPEED_FILE).read_text())
+        stored_deepspeed(run)
     except Exception as error:
         remedy = f"restore {CONFIG_FILE} and {DEEPSPEED_FILE} from a copy, or choose another --run_dir"
         findings.append(

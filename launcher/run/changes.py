@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAY_CHANGE_ON_RESUME = (
+    "run_dir",
     "save_every",
     "keep_last",
     "keep_every",
@@ -25,7 +26,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache.max_gib",
     "data.cache.fetch_ahead_steps",
 )
-"""Settings that leave the mathematics of a run as it is."""
+"""Settings that leave the mathematics of a run as it is. Any other setting is refused when it changed."""
 FOLLOW_FROM_THE_BATCH = ("deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu")
 """Filled in from the global batch and the number of ranks, which are compared themselves."""
 DECIDE_THE_ORDER = (
@@ -46,14 +47,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     found = []
     for key in sorted({*old, *new}):
         name, before, after = prefix + key, old.get(key), new.get(key)
-        if (
-            name in (*MAY_CHANGE_ON_RESUME, *DECIDE_THE_ORDER, *FOLLOW_FROM_THE_BATCH)
-            or name == "run_dir"
-            or before == after
-        ):
+        if name in (*MAY_CHANGE_ON_RESUME, *DECIDE_THE_ORDER, *FOLLOW_FROM_THE_BATCH) or before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{name}.")
         else:
-            found.append(f"{name}: {before} -> {after}")
+            found.append(f"{name}: {before if key in old else 'not stored'} -> {after}")
     return found

@@ -33,8 +33,8 @@ class BatchConfig:
     """Items encoded at once; memory grows with it, the result does not change. Below the local batch:
     GradCache."""
     max_tokens_per_chunk: int | None = None
-    """Instead of chunk_size: as many items of similar length at once as have so many tokens, padding
-    included. GradCache."""
+    """Instead of chunk_size: as many items of similar length at once as have this many tokens together,
+    padding included. GradCache."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):
@@ -72,7 +72,7 @@ class DataConfig:
     """Compare every local shard's SHA-256 with the manifest before the first step; false compares names and
     sizes only. Remote shards are always compared when they are fetched."""
     stalled_after_s: float = 300
-    """A batch that does not come for so long stops all ranks, with the name of the shard that a worker hangs
+    """A batch that takes longer than this stops all ranks, with the name of the shard that a worker hangs
     at."""
     accept_changes: bool = False
     """Continue a run although its shards, mixture, seed or global batch changed: steps count on, the order is
@@ -110,12 +110,12 @@ class RunConfig:
     max_skipped_in_a_row: int = 10
     """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
     loss_spike_deviations: float | None = 6.0
-    """A loss so many standard deviations above the mean of the last 100 steps is told, with its worst pairs.
-    null: never."""
+    """A loss more than this many standard deviations above the mean of the last 100 steps is logged with its
+    worst pairs. null: never."""
     collective_timeout_s: float = 1800
-    """A rank that waits so long for the others ends: they are gone, or cut off."""
+    """A rank that waits longer than this for the others ends: they are gone, or cut off."""
     stalled_step_s: float = 900
-    """A rank that stays in one step or one save for so long tells what it does, with the stacks of its
+    """A rank that stays longer than this in one step or one save logs what it does, with the stacks of its
     threads."""
     log_every: int = 1
     """Steps between entries in TensorBoard and the progress bar."""
@@ -249,7 +249,7 @@ def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
                 "raise the one or lower the other"
             )
         return TokenBudget(max_tokens=max_tokens)
-    assert chunk_size is not None, "BatchConfig has seen to it"
+    assert chunk_size is not None, "BatchConfig checks it"
     if chunk_size < local_batch_size and local_batch_size % chunk_size:
         divisors = [size for size in range(1, local_batch_size + 1) if local_batch_size % size == 0]
         nearest_sizes = sorted(divisors, key=lambda size: abs(size - chunk_size))[:2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -13,19 +12,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agff.checkpoint_folder import read_state
 from agff.collectives import raise_together, rank
-from agff.errors import CheckpointError, ConfigError
-from agff.files import write_text
+from agff.errors import ConfigError
 from data_pipeline.plan import plan_changes
-from launcher.command_line import config_from_values
 from launcher.run.changes import differences
-from launcher.run.config import ResolvedRun, RunConfig, as_dict
+from launcher.run.config import ResolvedRun, as_dict
+from launcher.run.config_file import (
+    CONFIG_FILE,
+    DEEPSPEED_FILE,
+    stored_deepspeed,
+    stored_values,
+    with_paths,
+)
 
-CONFIG_FILE = "config.yaml"
-DEEPSPEED_FILE = "deepspeed.json"
 LOCK_FILE = ".lock"
 WRITTEN_FIRST = (LOCK_FILE, DEEPSPEED_FILE, f"{DEEPSPEED_FILE}.*.partial", f"{CONFIG_FILE}.*.partial")
 """What a start that was killed may leave in a folder that is no run yet."""
@@ -43,8 +43,11 @@ def check_run_folder(run: ResolvedRun) -> None:
         raise ConfigError(
             f"{folder} exists and holds no run ({CONFIG_FILE} is missing); choose another --run_dir"
         )
-    changed = differences(_stored_values(folder), as_dict(run.config))
-    changed += differences(_stored_deepspeed(folder), run.deepspeed, "deepspeed.")
+    old, new = (
+        with_paths(values, os.path.realpath) for values in (stored_values(folder), as_dict(run.config))
+    )
+    changed = differences(old, new)
+    changed += differences(stored_deepspeed(folder), run.deepspeed, "deepspeed.")
     if changed:
         raise ConfigError(
             f"{folder} belongs to another configuration: {'; '.join(changed)}. "
@@ -63,7 +66,7 @@ def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int
     if changed and not run.config.data.accept_changes:
         problem = ConfigError(
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to "
-            "continue exactly, choose another --run_dir to start anew, or continue in the new order with "
+            "continue exactly, choose another --run_dir for a new run, or continue in the new order with "
             "--data.accept_changes true"
         )
     raise_together(problem)
@@ -124,31 +127,3 @@ def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
     with file or nullcontext():  # closed, it is free again; as it is when this process dies
         raise_together(problem)
         yield
-
-
-def write_run_folder(run: ResolvedRun) -> None:
-    """Record the final configuration, before the first step. The configuration comes last: with it the folder
-    is a run."""
-    for name, text in (
-        (DEEPSPEED_FILE, json.dumps(run.deepspeed, indent=2) + "\n"),
-        (CONFIG_FILE, yaml.safe_dump(as_dict(run.config), sort_keys=False)),
-    ):
-        write_text(run.run_dir / name, text)
-
-
-def read_run_config(folder: Path) -> RunConfig:
-    """The configuration a run was started with. Raises CheckpointError when the folder is no run."""
-    try:
-        return config_from_values(_stored_values(folder))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no run folder ({CONFIG_FILE} is missing) and no release folder"
-        ) from None
-
-
-def _stored_values(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / CONFIG_FILE).read_text())
-
-
-def _stored_deepspeed(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / DEEPSPEED_FILE).read_text())

@@ -13,8 +13,8 @@ from agff.embedder import Embedder
 from agff.errors import CheckpointError
 from agff.release import load
 from launcher.run.backbone_identity import check_backbone
+from launcher.run.config_file import CONFIG_FILE, read_run_config
 from launcher.run.data import build_processor
-from launcher.run.folder import CONFIG_FILE, read_run_config
 from launcher.run.model import untrained_model
 
 

@@ -20,12 +20,12 @@ from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.run.backbone_identity import backbone_of_run
 from launcher.run.config import ResolvedRun
+from launcher.run.config_file import write_run_config
 from launcher.run.data import RunData, check_shards_together
 from launcher.run.folder import (
     check_data_plan,
     check_run_folder_together,
     hold_run_folder,
-    write_run_folder,
 )
 from launcher.run.log import RunLog
 from launcher.run.model import build_model
@@ -87,7 +87,7 @@ def _train_from(
         "backbone_sha256": backbone_of_run(run, start_step=start_step),
     }
     if rank.rank == 0:
-        write_run_folder(run)
+        write_run_config(run)
     torch.manual_seed(config.seed)
     engine = Engine(
         build_model(run, processor),

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from agff.checkpoint import consolidated_weights
+from agff.files import partial_path
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
 from launcher.run.stop_request import EXIT_CODE
@@ -304,12 +305,7 @@ def test_release_loads_without_deepspeed(
     trained: tuple[int, Path, str], project: Path, tmp_path: Path
 ) -> None:
     _, run, _ = trained
-    monkey = Path.cwd()
-    os.chdir(project)
-    try:
-        assert convert_main([str(run), str(tmp_path / "release")]) == 0
-    finally:
-        os.chdir(monkey)
+    assert convert_main([str(run), str(tmp_path / "release")]) == 0, "from another folder than the run's"
     script = f"""
 import sys
 sys.modules["deepspeed"] = None
@@ -438,12 +434,9 @@ def test_dry_run_prints_the_table_and_writes_nothing(
 ) -> None:
     run = in_project / "runs/mmeb_qwen2vl_2b-zero3"
     run.mkdir(parents=True)
-    for name in (
-        ".lock",
-        "deepspeed.json",
-        "config.yaml.host-1.partial",
-    ):  # what a start leaves that was killed at once
-        (run / name).touch()
+    # what a start leaves that was killed at once
+    for path in (run / ".lock", run / "deepspeed.json", partial_path(run / "config.yaml")):
+        path.touch()
     before = sorted(in_project.rglob("*"))
     recipe = ["--recipe", "mmeb_qwen2vl_2b", "--backbone.path", ".cache/quickstart/backbone"]
     shards = ["--data.shards", ".cache/quickstart/shards", "--data.sub_batch_size", "8"]

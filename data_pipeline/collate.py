@@ -16,7 +16,7 @@ class FixedRows:
     """Chunks of equally many items, in order: queries, targets, explicit negatives."""
 
     rows: int
-    """Divides the local pairs, so that all ranks have equal chunks, the negatives' aside."""
+    """Below the local pairs it divides them, so that all ranks have equal chunks, the negatives' aside."""
 
     def cut(self, items: Sequence[Item], process: ProcessItems) -> list[list[int]]:
         """Indices of the items of each chunk."""
@@ -59,8 +59,8 @@ def collate(
     skipped: Sequence[SkippedSample] = (),
 ) -> Batch:
     """The local pairs of one step. Raises DataError when an item does not fit the backbone."""
-    one_pass = isinstance(chunking, FixedRows) and chunking.rows == len(examples)
-    if isinstance(chunking, FixedRows) and len(examples) % chunking.rows:
+    one_pass = isinstance(chunking, FixedRows) and chunking.rows >= len(examples)
+    if isinstance(chunking, FixedRows) and not one_pass and len(examples) % chunking.rows:
         raise ValueError(f"{len(examples)} pairs in chunks of {chunking.rows}")
     negatives = [(example.negative, example.negative_id) for example in examples if example.negative]
     items = [

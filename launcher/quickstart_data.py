@@ -17,7 +17,7 @@ Fetch emoji drawn by seven studios (npm packages at pinned versions and hashes),
   data/mmeb/       training pairs in MMEB-train's layout: SUBSET/original-*.parquet + images/SUBSET/Train/
   data/mmeb_eval/  evaluation sets in MMEB-eval's layout: SET/test-*.parquet + images/ + sets.json
   data/mmvp/       minimal pairs in MMVP-VLM's layout: Questions.csv + "MLLM_VLM Images"/
-  backbone/        a Qwen2-VL of 7.85M random weights with a real Qwen tokenizer, a Hugging Face folder
+  backbone/        a Qwen2-VL of 4.74M random weights with a real Qwen tokenizer, a Hugging Face folder
 
 Training never sees one concept in ten, nor the studios fxemoji and noto-v1. These sets have the formats of
 MMEB and MMVP, not their difficulty. What is complete is left alone, so a second call returns at once. Needs

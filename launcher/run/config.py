@@ -13,6 +13,7 @@ import torch
 
 from agff.backbone import BackboneConfig
 from agff.errors import ConfigError
+from agff.item_text import TextRule
 from agff.objectives.contrastive import LossConfig
 from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig
@@ -31,7 +32,7 @@ class BatchConfig:
     """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
     chunk_size: int | None = None
     """Items encoded at once; memory grows with it, the result does not change. Below the local batch:
-    GradCache."""
+    GradCache. Three local batches hold all queries, targets and explicit negatives: one forward."""
     max_tokens_per_chunk: int | None = None
     """Instead of chunk_size: as many items of similar length at once as have this many tokens together,
     padding included. GradCache."""
@@ -129,6 +130,7 @@ class RunConfig:
     backbone: BackboneConfig
     prompts: PromptConfig = field(default_factory=PromptConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    texts: TextRule = field(default_factory=TextRule)
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig
@@ -168,7 +170,7 @@ class ResolvedRun:
     @property
     def one_pass(self) -> bool:
         """The whole local batch keeps its graph; else two passes (GradCache)."""
-        return isinstance(self.chunking, FixedRows) and self.chunking.rows == self.local_batch_size
+        return isinstance(self.chunking, FixedRows) and self.chunking.rows >= self.local_batch_size
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -257,7 +259,7 @@ def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
             f"chunk_size={chunk_size} does not divide the local batch of {local_batch_size} rows; "
             f"use {' or '.join(map(str, sorted(nearest_sizes)))} (--batch.chunk_size)"
         )
-    return FixedRows(rows=min(chunk_size, local_batch_size))
+    return FixedRows(rows=chunk_size)
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def _shards(config: DataConfig) -> str:
 def _chunks(run: ResolvedRun) -> str:
     if isinstance(run.chunking, TokenBudget):
         return f"chunks of {run.chunking.max_tokens:,} tokens, "
+    if run.chunking.rows > run.local_batch_size:
+        return f"chunks of up to {run.chunking.rows} items, "
     return f"chunk {run.chunking.rows} x {run.local_batch_size // run.chunking.rows} chunks = "
 
 
@@ -94,6 +96,6 @@ def _parameter_gathers(run: ResolvedRun) -> str:
     passes = "forward, backward" if run.one_pass else "forward, forward, backward"
     if isinstance(run.chunking, TokenBudget):
         return f"up to {per_chunk} per chunk ({passes})"
-    num_chunks = 2 * run.local_batch_size // run.chunking.rows
+    num_chunks = -(-2 * run.local_batch_size // run.chunking.rows)
     more = ", more with explicit negatives" if run.config.data.with_negatives else ""
     return f"up to {per_chunk * num_chunks} per step: {num_chunks} chunks x ({passes}){more}"

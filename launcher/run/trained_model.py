@@ -55,7 +55,7 @@ def load_run(run: Path) -> tuple[Embedder, int]:
     model = untrained_model(config, dtype=torch.float32, attention="sdpa")  # whatever it trained with
     weights = consolidated_weights(run, step=step)
     _fill(model, weights, f"{run}: checkpoint of step {step}")
-    return Embedder(model, processor, config.fusion), step
+    return Embedder(model, processor, config.fusion, texts=config.texts), step
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:

@@ -27,11 +27,11 @@ NO_IMAGE_ON_RANK_1 = range(4, 8)
 CASES = [
     (chunking, LossConfig(amplification=amplification, bidirectional=bidirectional), num_fine)
     for (chunking, (amplification, bidirectional), num_fine) in product(
-        (1, 2, 4, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
+        (1, 2, 4, 12, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
     )
 ]
-"""4 items are a whole local batch of two ranks. With a budget the ranks have different numbers of chunks;
-explicit negatives are on the first ranks only."""
+"""4 items are a whole local batch of two ranks, 12 its queries, targets and negatives. With a budget the
+ranks have different numbers of chunks; explicit negatives are on the first ranks only."""
 
 
 class PlainEngine:
@@ -239,7 +239,7 @@ def train_all_stages() -> dict[tuple[int, int], tuple[dict[str, Tensor], list[An
     return {
         (stage, chunk_size): train_with_zero(stage, chunk_size)
         for stage in (1, 2, 3)
-        for chunk_size in (1, 4)
+        for chunk_size in (1, 4, 12)
     }
 
 

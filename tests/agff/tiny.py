@@ -158,7 +158,7 @@ def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Ba
         negative_ids_N=torch.tensor([row["negative_id"] for row in with_negative], dtype=torch.int64),
         addresses=tuple(f"rows:{row['query_id']}" for row in rows),
         filler=chunk([[]], [None], num_fine),
-        one_pass=chunking == len(rows),
+        one_pass=isinstance(chunking, int) and chunking >= len(rows),
     )
 
 

@@ -43,7 +43,7 @@ def test_overrides_win_over_the_recipe_wherever_it_is_given(order: int) -> None:
         (["--data.caps", "{A: 12}"], "data.caps", {"A": 12}),
         (["--backbone.lora.rank", "4"], "backbone.lora.rank", 4),
         (["--backbone.lora", "{rank: 4}", "--backbone.lora", "null"], "backbone.lora", None),
-        (["--loss", "{width: 0.2}"], "loss.temperature", 0.05),
+        (["--loss", "{width: 0.2}"], "loss.temperature", 0.07),
         (["--loss", "{width: 0.2}"], "loss.width", 0.2),
         (["--num_steps", "30", "--num_steps", "40"], "num_steps", 40),
     ],

@@ -38,9 +38,9 @@ def test_every_recipe_parses_and_can_be_resolved(recipe: str) -> None:
         (
             ["--batch.chunk_size", "24"],
             2,
-            "chunk_size=24 does not divide the local batch of 64 rows; use 16 or 32",
+            "chunk_size=24 does not divide the local batch of 32 rows; use 16 or 32",
         ),
-        (["--data.sub_batch_size", "48"], 2, "128 is not a multiple of data.sub_batch_size=48"),
+        (["--data.sub_batch_size", "48"], 2, "64 is not a multiple of data.sub_batch_size=48"),
         (
             ["--optimizer.warmup_steps", "300", "--num_steps", "300"],
             2,

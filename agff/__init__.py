@@ -1,20 +1,29 @@
 """Learning core of AGFF-Embed: tensors in, tensors out.
 
 fused_similarity   four global/fine similarities joined by log-sum-exp
+info_nce           cross-entropy of the positive among the candidates
 ega_loss           InfoNCE with amplified gradients of hard negatives
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
-from typing import Any
+from __future__ import annotations
 
-from agff.losses import ega_loss
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agff.losses import ega_loss, info_nce
 from agff.similarity import fused_similarity
 
-__all__ = ["ega_loss", "fused_similarity", "load"]
+if TYPE_CHECKING:
+    import torch
+
+    from agff.embedder import Embedder
+
+__all__ = ["ega_loss", "fused_similarity", "info_nce", "load"]
 
 
-def load(folder: Any, **options: Any) -> Any:
+def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:
     """See `agff.release.load`; imported on first use, because it needs transformers."""
     from agff.release import load as load_release
 
-    return load_release(folder, **options)
+    return load_release(folder, device=device, check=check)

@@ -57,7 +57,7 @@ def backbone_sha256(folder: Path) -> str:
     the bytes are read anyway when the model is loaded next. Of a `pytorch_model.bin`, a pickle, the file's
     bytes count. Raises ConfigError for weights that are absent or cannot be read.
     """
-    paths = weight_files(folder)
+    paths = _weight_files(folder)
     num_threads = min(16, len(os.sched_getaffinity(0)))
     with (
         ExitStack() as opened,
@@ -77,7 +77,7 @@ def backbone_sha256(folder: Path) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers loads the weights from, in its own order of preference. Raises
     ConfigError."""
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -161,7 +161,7 @@ def _adapter_message(folder: Path) -> str:
     adapter, merged = f"{folder}-adapter", f"{folder}-merged"
     code = MERGE.format(model_class=model_class)
     try:
-        weight_files(folder)
+        _weight_files(folder)
     except ConfigError:
         command = shlex.join(["python", "-c", code, str(base), str(folder), merged])
         return (

@@ -22,7 +22,7 @@ def info_nce(
     positive_index_B: of each row's positive among the C candidates. negative_mask_BC: True = may act as a
     negative; the positive is never masked. float32 or better inside.
     """
-    logits_BC = masked_logits(
+    logits_BC = _masked_logits(
         similarity_BC, positive_index_B, temperature=temperature, negative_mask_BC=negative_mask_BC
     )
     loss_B = F.cross_entropy(logits_BC, positive_index_B, reduction="none")
@@ -64,7 +64,7 @@ def ega_loss(
     )
     if amplification > 0:
         with torch.no_grad():
-            logits_BC = masked_logits(
+            logits_BC = _masked_logits(
                 similarity_BC, positive_index_B, temperature=temperature, negative_mask_BC=negative_mask_BC
             )
             weight_BC = ega_weights(similarity_BC, positive_index_B, amplification=amplification, width=width)
@@ -97,7 +97,7 @@ def ega_weights(
         return weight_BC.scatter(1, positive_index_B[:, None], 1.0)
 
 
-def masked_logits(
+def _masked_logits(
     similarity_BC: Tensor, positive_index_B: Tensor, *, temperature: float, negative_mask_BC: Tensor | None
 ) -> Tensor:
     """(B, C) similarity / temperature; -inf at candidates that are no negatives, never at the positive."""

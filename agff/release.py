@@ -57,7 +57,7 @@ def save_release(
     """
     folder.mkdir(parents=True)
     save_file({"embeddings": embedder.encode(list(golden_items().values()))}, folder / GOLDEN_FILE)
-    model, processor = merge_adapters(embedder.model).to(dtype), embedder.processor
+    model, processor = _merge_adapters(embedder.model).to(dtype), embedder.processor
     vectors = model.prompted_embedding.vectors.detach().cpu().clone()
     save_file({"vectors": vectors}, folder / PROMPTS_FILE)
     backbone = plain_backbone(model)
@@ -145,7 +145,7 @@ def golden_items() -> dict[str, AnyItem]:
     }
 
 
-def merge_adapters(model: EmbeddingModel) -> EmbeddingModel:
+def _merge_adapters(model: EmbeddingModel) -> EmbeddingModel:
     """The same model with its adapters, if it has any, merged into the weights."""
     if hasattr(model.backbone, "merge_and_unload"):
         model.backbone = model.backbone.merge_and_unload()
@@ -155,7 +155,7 @@ def merge_adapters(model: EmbeddingModel) -> EmbeddingModel:
 def plain_backbone(model: EmbeddingModel) -> Any:
     """The backbone with its own embedding, key names as transformers knows them; the model is used up by
     it."""
-    backbone = merge_adapters(model).backbone
+    backbone = _merge_adapters(model).backbone
     backbone.set_input_embeddings(model.prompted_embedding.base)
     return backbone
 

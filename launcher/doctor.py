@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def findings(runs: Sequence[Path], shards: str | None, *, with_ranks: bool) -> Iterator[Finding]:
     """What each check finds about this machine, one check after the other."""
-    yield from guarded("versions", check_versions)
+    yield from _guarded("versions", check_versions)
     num_gpus = 0
 
     def check_own_devices() -> list[Finding]:
@@ -79,7 +79,7 @@ def findings(runs: Sequence[Path], shards: str | None, *, with_ranks: bool) -> I
         num_gpus = len(devices.gpus)
         return check_devices(devices)
 
-    yield from guarded("GPUs", check_own_devices)
+    yield from _guarded("GPUs", check_own_devices)
     named: list[tuple[str, Callable[[], list[Finding]]]] = [
         ("MPI", partial(check_mpi, os.environ)),
         ("disk", lambda: check_disk(places(os.environ, runs))),
@@ -97,10 +97,10 @@ def findings(runs: Sequence[Path], shards: str | None, *, with_ranks: bool) -> I
     if with_ranks and num_gpus < 2:
         named.append(("ranks", check_ranks))
     for name, check in named:
-        yield from guarded(name, check)
+        yield from _guarded(name, check)
 
 
-def guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     """The findings of a check; one that itself fails is a finding and hides no other."""
     try:
         return check()

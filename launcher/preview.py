@@ -38,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, own = parse_recipe(parser, sys.argv[1:] if argv is None else argv)
         steps = _steps(config, start=own.start_step, count=own.steps)
         prepare_quickstart_if_named(config)
-        sys.stdout.write(write_preview(config, steps, own.out) + "\n")
+        sys.stdout.write(_write_preview(config, steps, own.out) + "\n")
     except AgffError as error:
         return report(error)
     return 0
 
 
-def write_preview(config: RunConfig, steps: range, out: Path) -> str:
+def _write_preview(config: RunConfig, steps: range, out: Path) -> str:
     """Write the page; returns the line that reports it. Raises DataError, StorageError or ConfigError."""
     data, processor = open_data(config), build_processor(config)
     view = SampleView(

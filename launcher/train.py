@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = rank_from_environment(os.environ)
         if rank.world_size > 1:
             export(rank, os.environ)  # also tells `report` which rank prints
-        return run_command(parse_train_arguments(argv), argv, rank)
+        return _run_command(parse_train_arguments(argv), argv, rank)
     except AgffError as error:
         return _leave(report(error), with_others=error.on_all_ranks)
     except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
@@ -72,7 +72,7 @@ def _leave(code: int, *, with_others: bool) -> int:
     return code
 
 
-def run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) -> int:
+def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) -> int:
     """Check everything that can be checked alone, then train. Returns the exit code.
 
     Nothing is written before, but the quickstart's own data where they are absent.

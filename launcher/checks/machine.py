@@ -166,7 +166,7 @@ def extension_folder(environ: Mapping[str, str], *, home: Path | None = None) ->
     return Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "torch_extensions"
 
 
-def process_that_holds(path: Path) -> int | None:
+def _process_that_holds(path: Path) -> int | None:
     """A process of this machine that has the file open, as a build has its lock; None: none is visible."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -180,7 +180,7 @@ def process_that_holds(path: Path) -> int | None:
 def check_build_locks(
     folder: Path,
     *,
-    holder: Callable[[Path], int | None] = process_that_holds,
+    holder: Callable[[Path], int | None] = _process_that_holds,
     now: Callable[[], float] = time.time,
 ) -> list[Finding]:
     """Locks that a killed build of an operator left."""

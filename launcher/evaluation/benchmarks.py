@@ -48,10 +48,10 @@ def read_benchmarks(
 def text_to_image_set(benchmarks: Sequence[Benchmark]) -> EvalSet | None:
     """The first set of texts with images as candidates."""
     sets = (benchmark for benchmark in benchmarks if isinstance(benchmark, EvalSet))
-    return next(filter(is_text_to_image, sets), None)
+    return next(filter(_is_text_to_image, sets), None)
 
 
-def is_text_to_image(eval_set: EvalSet) -> bool:
+def _is_text_to_image(eval_set: EvalSet) -> bool:
     """No query has an image, every candidate has one."""
     return all(eval_set.items[query].image is None for query in eval_set.queries) and all(
         eval_set.items[item].image is not None for row in eval_set.candidates for item in row

@@ -116,18 +116,18 @@ def eval_sets(drawings: Sequence[Drawing], *, seed: int) -> list[EvalSet]:
 def _rows(eval_set: EvalSet, sheets: Sequence[Sheet]) -> list[EvalRow]:
     match eval_set.kind:
         case "t2i":
-            return t2i_rows(eval_set.name, eval_set.drawings)
+            return _t2i_rows(eval_set.name, eval_set.drawings)
         case "i2t":
-            return i2t_rows(eval_set.name, eval_set.drawings)
+            return _i2t_rows(eval_set.name, eval_set.drawings)
         case "group":
-            return group_rows(eval_set.name, eval_set.drawings)
+            return _group_rows(eval_set.name, eval_set.drawings)
         case "vqa":
-            return vqa_rows(eval_set.name, eval_set.drawings)
+            return _vqa_rows(eval_set.name, eval_set.drawings)
         case _:
-            return grounding_rows(eval_set.name, eval_set.drawings, sheets)
+            return _grounding_rows(eval_set.name, eval_set.drawings, sheets)
 
 
-def t2i_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
+def _t2i_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     """One query a drawing: find it by its name among all of them."""
     paths = [_image_path(name, drawing.file_name) for drawing in drawings]
     return [
@@ -140,13 +140,13 @@ def t2i_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     ]
 
 
-def i2t_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
+def _i2t_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     """One query a drawing: find its name among those of all of them."""
     names = [drawing.concept.text for drawing in drawings]
     return [_text_row(name, drawing, wording.name_it(), drawing.concept.text, names) for drawing in drawings]
 
 
-def group_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
+def _group_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     """One query a drawing: its group among all groups."""
     groups = list(dict.fromkeys(drawing.concept.group for drawing in drawings))
     return [
@@ -154,7 +154,7 @@ def group_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     ]
 
 
-def vqa_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
+def _vqa_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     """One query a question about a drawing: its answer among the answers to all questions of the set."""
     asked = [(drawing, *pair) for drawing in drawings for pair in questions_of(drawing.concept)]
     answers = list(dict.fromkeys(answer for _, _, answer in asked))
@@ -164,7 +164,7 @@ def vqa_rows(name: str, drawings: Sequence[Drawing]) -> list[EvalRow]:
     ]
 
 
-def grounding_rows(name: str, drawings: Sequence[Drawing], sheets: Sequence[Sheet]) -> list[EvalRow]:
+def _grounding_rows(name: str, drawings: Sequence[Drawing], sheets: Sequence[Sheet]) -> list[EvalRow]:
     """One query a sheet: the drawing asked for among its neighbours on the sheet and all the others."""
     paths = [_image_path(name, drawing.file_name) for drawing in drawings]
     return [

@@ -52,7 +52,7 @@ class TypeCheck:
             return self.keys(value, hint, name)
         if (typing.get_origin(hint) or hint) in (dict, list):
             return self._container(value, hint, name)
-        if not is_of_type(value, hint, is_json=self.is_json):
+        if not _is_of_type(value, hint, is_json=self.is_json):
             self.problem(
                 name, f"expected {expected(hint)}, found {describe(value)}{_other_reading(value, hint)}"
             )
@@ -83,7 +83,7 @@ class TypeCheck:
                 if self.fields_of(member) is not None or typing.get_origin(member) is dict:
                     return self.value(value, member, name)
         for member in members:
-            if is_of_type(value, member, is_json=self.is_json):
+            if _is_of_type(value, member, is_json=self.is_json):
                 return self.value(value, member, name)
         wanted = " or ".join(expected(member) for member in members if member is not type(None))
         wanted += " or null" if type(None) in members else ""
@@ -165,7 +165,7 @@ def setting_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def is_of_type(value: Any, hint: Any, *, is_json: bool = False) -> bool:
+def _is_of_type(value: Any, hint: Any, *, is_json: bool = False) -> bool:
     """Whether a plain value that is no mapping or list has the type of a hint."""
     if typing.get_origin(hint) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in typing.get_args(hint))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from agff.files import locked
@@ -19,9 +20,15 @@ def prepare_quickstart_if_named(config: RunConfig) -> None:
 
     Ranks that call at once wait for the first one; all must see the same folder.
     """
-    marks = {QUICKSTART_SHARDS: MANIFEST_FILE, QUICKSTART_BACKBONE: "config.json"}
-    wanted = {Path(config.data.shards), Path(config.backbone.path)} & marks.keys()
-    if all((path / marks[path]).exists() for path in wanted):
+    marks = {
+        os.path.abspath(QUICKSTART_SHARDS / MANIFEST_FILE),
+        os.path.abspath(QUICKSTART_BACKBONE / "config.json"),
+    }
+    named = {  # a stored configuration names them absolute
+        os.path.abspath(Path(config.data.shards) / MANIFEST_FILE),
+        os.path.abspath(Path(config.backbone.path) / "config.json"),
+    }
+    if all(map(os.path.exists, named & marks)):
         return
     from launcher.quickstart.assemble import prepare_quickstart
 

@@ -98,7 +98,8 @@ def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo)
     if arguments.dry_run:
         if newest := latest_step(run.run_dir):
             check_data_plan(run, data.plan.description, step=newest)
-            backbone_of_run(run, start_step=newest)
+            if rank.rank == 0:  # the ranks have not met: each would hash the backbone
+                backbone_of_run(run, start_step=newest)
         return 0
     if starts_ranks:
         start_cpu_ranks(run.world_size, __file__, argv)

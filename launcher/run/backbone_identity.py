@@ -40,7 +40,7 @@ def check_backbone(run: Path, step: int, folder: Path) -> str:
     others."""
     state = checkpoint_folder(run) / checkpoint_name(step) / STATE_FILE
     expected, found = read_state(run, step).get("backbone_sha256"), backbone_sha256(folder)
-    if expected is None:
+    if not isinstance(expected, str):
         raise CheckpointError(
             f"{state}: does not say which backbone its adapters were trained on, an older version wrote it; "
             f'if it is {folder} as it is now, add "backbone_sha256": "{found}" to that file'

@@ -103,7 +103,7 @@ def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[
     changed = copy.deepcopy(dict(values))
     for name in PATHS:
         section, key = name.split(".")
-        path = changed.get(section, {}).get(key)
+        path = _get(changed, name)
         if isinstance(path, str) and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):  # a URL stays
             changed[section][key] = change(path)
     return changed

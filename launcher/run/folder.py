@@ -12,9 +12,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from agff.checkpoint_folder import read_state
+from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, checkpoint_name, read_state
 from agff.collectives import raise_together, rank
-from agff.errors import ConfigError
+from agff.errors import AgffError, CheckpointError, ConfigError
 from data_pipeline.plan import plan_changes
 from launcher.run.changes import differences
 from launcher.run.config import ResolvedRun, as_dict
@@ -37,6 +37,8 @@ def check_run_folder(run: ResolvedRun) -> None:
     """Reads only. Raises ConfigError when the folder holds something else, or a run of another
     configuration."""
     folder = run.run_dir
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --run_dir")
     if not folder.exists() or all(any(map(path.match, WRITTEN_FIRST)) for path in folder.iterdir()):
         return
     if not (folder / CONFIG_FILE).exists():
@@ -58,18 +60,33 @@ def check_run_folder(run: ResolvedRun) -> None:
 def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
     """Whether the run can continue after `step` steps. Reads only. Collective.
 
-    data_plan: `Plan.description` of this rank's manifest. Raises the same ConfigError on every rank when it
-    was another one on any of them, and data.accept_changes is not set.
+    data_plan: `Plan.description` of this rank's manifest. Raises the same error on every rank: ConfigError
+    when it was another one on any of them, and data.accept_changes is not set; CheckpointError when the
+    checkpoint cannot say which it was.
     """
-    folder = run.run_dir
-    changed, problem = plan_changes(read_state(folder, step)["data_plan"], data_plan), None
+    problem: AgffError | None = None
+    try:
+        _check_data_plan(run, data_plan, step=step)
+    except AgffError as error:
+        problem = error
+    raise_together(problem)
+
+
+def _check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
+    folder, old = run.run_dir, read_state(run.run_dir, step).get("data_plan")
+    if not isinstance(old, dict):
+        state = checkpoint_folder(folder) / checkpoint_name(step) / STATE_FILE
+        raise CheckpointError(
+            f"{state}: data_plan missing, an older version wrote it; it cannot be continued: convert or "
+            "evaluate it, or train into another --run_dir"
+        )
+    changed = plan_changes(old, data_plan)
     if changed and not run.config.data.accept_changes:
-        problem = ConfigError(
+        raise ConfigError(
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to "
             "continue exactly, choose another --run_dir for a new run, or continue in the new order with "
             "--data.accept_changes true"
         )
-    raise_together(problem)
 
 
 def check_run_folder_together(run: ResolvedRun) -> None:
@@ -79,7 +96,7 @@ def check_run_folder_together(run: ResolvedRun) -> None:
     if rank() == 0:
         try:
             check_run_folder(run)
-        except ConfigError as error:
+        except AgffError as error:
             problem = error
     raise_together(problem)
 
@@ -88,16 +105,21 @@ def check_run_folder_together(run: ResolvedRun) -> None:
 def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
     """Keep other jobs out of this run, whose folder is made when absent. Collective.
 
-    Raises the same ConfigError on every rank when another process holds it for longer than `patience_s`: a
-    machine that lost its power keeps its locks on a network file system for a while. Where the file system
-    has no locks, nothing is held.
+    Raises the same ConfigError on every rank when it cannot be written, or another process holds it for
+    longer than `patience_s`: a machine that lost its power keeps its locks on a network file system for a
+    while. Where the file system has no locks, nothing is held.
     """
     file, problem = None, None
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK_FILE).open("a+")
+        except OSError as error:
+            problem = ConfigError(
+                f"{folder}: cannot write there: {error.strerror} ({error.filename}); choose another --run_dir"
+            )
         deadline = time.monotonic() + patience_s
-        while True:
+        while file is not None:
             try:
                 fcntl.lockf(
                     file, fcntl.LOCK_EX | fcntl.LOCK_NB

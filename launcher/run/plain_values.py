@@ -213,7 +213,7 @@ class _NodeReader:
                 return text.lower() == "true"
             case "int":
                 return int(text)
-        return float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1].isalpha() else text)
+        return float(text.replace(".", "") if text[-1].isalpha() else text)  # .Inf, -.inf, .NaN
 
     def _problem(self, node: yaml.Node, text: str) -> None:
         self.problems.append(f"{self._name}:{_line(node)}: {text}")

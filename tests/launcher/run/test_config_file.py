@@ -287,3 +287,19 @@ def test_paths_are_stored_absolute_and_a_run_is_read_and_continued_from_anywhere
 def test_a_url_stays_as_it_is(location: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "--data.shards", location, "--backbone.path", str(tmp_path))
     assert read_run_config(tmp_path / "run").data.shards == location
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".Inf", "+.INF", ".nan", ".NaN", ".NAN"])
+def test_numbers_that_are_not_finite_are_refused_in_every_spelling(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate: expected a number, .*it must be finite"):
+        read_recipe(recipe_with(tmp_path, "optimizer.learning_rate", text))
+
+
+@pytest.mark.parametrize("section", ["backbone", "data"])
+@pytest.mark.parametrize("value", ["null", "text", "[1]"])
+def test_a_stored_section_that_is_none_is_named(section: str, value: str, tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run")
+    path = tmp_path / "run" / CONFIG_FILE
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), section: yaml.safe_load(value)}))
+    with pytest.raises(ConfigError, match=rf"belongs to another configuration: .*{section}: "):
+        check_run_folder(resolved(config, tmp_path / "run"))

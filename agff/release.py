@@ -55,7 +55,7 @@ def save_release(
     The golden vectors are the embedder's as it comes, in float32; then adapters are merged and the weights
     rounded to `dtype`. origin: JSON values that say where the weights come from (run, step, backbone).
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({"embeddings": embedder.encode(list(golden_items().values()))}, folder / GOLDEN_FILE)
     model, processor = _merge_adapters(embedder.model).to(dtype), embedder.processor
     vectors = model.prompted_embedding.vectors.detach().cpu().clone()
@@ -101,7 +101,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
     vectors.data.copy_(_read_tensor(folder / PROMPTS_FILE, "vectors", vectors.shape))
     embedder = Embedder(model.to(device), processor, contract.fusion, texts=contract.texts)
     if check:
-        check_golden(embedder, folder, dtype=contract.dtype)
+        try:
+            check_golden(embedder, folder, dtype=contract.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; to look at it all the same, pass check=False") from None
     return embedder
 
 
@@ -122,7 +125,7 @@ def check_golden(embedder: Embedder, folder: Path, *, dtype: str) -> float:
         raise CheckpointError(
             f"{folder}: the loaded model does not reproduce its golden vectors: cosine {', '.join(failed)}, "
             f"at least {MIN_COSINE[dtype]} in {dtype}; weights, tokenizer or image processor are not the "
-            f"released ones{rounding}; {CONVERT_AGAIN}; to look at it all the same, pass check=False"
+            f"released ones{rounding}; {CONVERT_AGAIN}"
         )
     return cosine_N.min().item()
 

@@ -4,15 +4,20 @@ folder."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from agff.checkpoint_folder import read_state
+from agff.embedder import Embedder
 from agff.errors import AgffError, CheckpointError
+from agff.files import partial_path
 from agff.release import check_golden, load, plain_backbone, save_release
 from launcher.command_line import report
 from launcher.run.config_file import read_run_config
@@ -23,32 +28,54 @@ def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
     """Write the release and prove it: read it back, compare every weight, and its vectors with the
     checkpoint's; return their smallest cosine.
 
-    Raises CheckpointError when OUT exists, the run has no checkpoint that can be loaded, or what was read
-    back is not what was written.
+    Raises CheckpointError when OUT exists or cannot be written, which is tried before anything is read, when
+    the run has no checkpoint that can be loaded, or what was read back is not what was written. Then nothing
+    is left of it.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists already; choose another folder or remove it")
-    embedder, step = load_run(run)
-    config = read_run_config(run)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    origin = {
-        "run": config.name,
-        "step": step,
-        "seed": config.seed,
-        "backbone": config.backbone.path,
-        "backbone_sha256": read_state(run, step).get("backbone_sha256", "not recorded"),
-    }
-    live = save_release(embedder, partial, origin=origin, dtype=dtype).state_dict()
-    released = load(partial, check=False)
-    cosine = check_golden(released, partial, dtype=str(dtype).removeprefix("torch."))
+    partial = partial_path(out)
+    try:
+        with _named_errors(out):
+            partial.mkdir(parents=True)
+        embedder, step = load_run(run)
+        config = read_run_config(run)
+        origin = {
+            "run": config.name,
+            "step": step,
+            "seed": config.seed,
+            "backbone": config.backbone.path,
+            "backbone_sha256": read_state(run, step).get("backbone_sha256") or "not recorded",
+        }
+        with _named_errors(out):
+            cosine = _write_and_compare(embedder, partial, origin, dtype)
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return cosine
+
+
+def _write_and_compare(embedder: Embedder, folder: Path, origin: dict[str, Any], dtype: torch.dtype) -> float:
+    live = save_release(embedder, folder, origin=origin, dtype=dtype).state_dict()
+    released = load(folder, check=False)
+    cosine = check_golden(released, folder, dtype=str(dtype).removeprefix("torch."))
     for name, weight in plain_backbone(released.model).state_dict().items():
         if not torch.equal(weight, live[name]):
             raise CheckpointError(
-                f"{partial}: weight {name} read back differs from the checkpoint's; nothing was released"
+                f"{folder}: weight {name} read back differs from the checkpoint's; nothing was released"
             )
-    partial.rename(out)
     return cosine
+
+
+@contextlib.contextmanager
+def _named_errors(out: Path) -> Iterator[None]:
+    """A place that cannot be written, or a full disk; safetensors has an error of its own for it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out}: cannot be written: {error}; choose another folder or make room"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

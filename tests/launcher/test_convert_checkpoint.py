@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -124,3 +125,36 @@ def test_a_checkpoint_of_another_model_names_the_weights(
     (run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     assert main([str(run), str(tmp_path / "release")]) == 2
     assert "embed_tokens.vectors is [5, 32], in the model [3, 32]; the backbone" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "no-run"), str(tmp_path / "file/release")]) == 2
+    assert f"error: {tmp_path}/file/release: cannot be written: " in capsys.readouterr().err
+
+
+def test_what_cannot_be_released_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "no-run"), str(tmp_path / "release")]) == 2
+    assert "no-run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_is_named_and_leaves_nothing(
+    project: Path,
+    train_once: Callable[[int], tuple[Path, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("agff.release.save_file", save)
+    assert main([str(train_once(3)[0]), str(tmp_path / "release")]) == 2
+    assert "release: cannot be written: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

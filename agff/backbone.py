@@ -29,6 +29,10 @@ class LoraConfig:
             raise ConfigError(
                 f"backbone.lora.rank={self.rank} must be >= 1; for full tuning leave backbone.lora null"
             )
+        if self.alpha < 1:
+            raise ConfigError(f"backbone.lora.alpha={self.alpha} must be >= 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"backbone.lora.dropout={self.dropout} must be >= 0 and < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,16 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
             attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by their names
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder}: cannot load a backbone: {str(error).splitlines()[0]}") from None
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigError(f"{folder}: cannot load a backbone: {reason}") from None
+    if others := sorted(name for name, *_ in found["mismatched_keys"]):
+        raise ConfigError(
+            f"{folder}: {len(others)} weights have another shape than config.json says, "
+            f"{', '.join(others[:3])}; they are of another model: download the folder again"
+        )
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
             f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "

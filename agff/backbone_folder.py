@@ -18,14 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from agff.errors import ConfigError
-from agff.files import sha256_of
+from agff.files import hashing_bar, sha256_of
 
 ADAPTER_FILE = "adapter_config.json"
-SILENT_S = 5
-"""A progress bar appears when the weights take longer to hash."""
 
 
 def check_backbone_folder(folder: Path) -> None:
@@ -62,13 +59,7 @@ def backbone_sha256(folder: Path) -> str:
     with (
         ExitStack() as opened,
         ThreadPoolExecutor(num_threads) as pool,
-        tqdm(
-            total=sum(path.stat().st_size for path in paths),
-            desc=f"hash {folder.name}",
-            unit="B",
-            unit_scale=True,
-            delay=SILENT_S,
-        ) as bar,
+        hashing_bar(f"hash {folder.name}", sum(path.stat().st_size for path in paths), is_shown=True) as bar,
     ):
         lines = []
         for line, size in pool.map(_line_of, _parts(paths, opened)):

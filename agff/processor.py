@@ -36,6 +36,9 @@ class ProcessorConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 16:
             raise ConfigError(f"processor.max_tokens={self.max_tokens} must be >= 16")
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"processor.{name}={getattr(self, name)} must be >= 1, or null")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
             raise ConfigError(
                 f"processor.min_pixels={self.min_pixels} must be <= processor.max_pixels={self.max_pixels}"
@@ -82,11 +85,14 @@ class ItemProcessor:
                 prompts,
                 limits,
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except ConfigError:
+            raise
+        except Exception as error:  # of a damaged file the libraries raise whatever they stumble over
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise ConfigError(
-                f"{folder}: not a backbone folder with tokenizer and image processor: {reason}"
-            ) from None
+                f"{folder}: not a backbone folder with tokenizer and image processor: {reason}; download the "
+                "folder again"
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor in their own formats; any transformers program reads them."""

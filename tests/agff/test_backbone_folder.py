@@ -241,3 +241,14 @@ def test_an_adapter_of_other_programs_is_refused_too(tmp_path: Path, content: st
     (tmp_path / backbone_folder.ADAPTER_FILE).write_text(content)
     with pytest.raises(ConfigError, match=r"t\.AutoModelForImageTextToText\.from_pretrained\(base\)"):
         check_backbone_folder(tmp_path)
+
+
+def test_weights_of_another_shape_are_named(backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbone, folder)
+    weights = load_file(folder / WEIGHTS)
+    name = next(name for name in sorted(weights) if name.endswith("up_proj.weight"))
+    weights[name] = weights[name][:-1].contiguous()
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 weights have another shape than config\.json says, .*up_proj"):
+        load_backbone(folder, dtype=torch.float32, attention="sdpa")

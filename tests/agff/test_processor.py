@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,17 @@ def test_text_only_chunks_give_the_vision_tower_an_exactly_zero_gradient() -> No
     vision = [p.grad for name, p in model.named_parameters() if "visual" in name]
     assert vision
     assert all(gradient is not None and (gradient == 0).all() for gradient in vision)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_damaged_file_of_the_backbone_is_an_error_of_the_folder(
+    folder: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    """Or harmless; whatever the libraries stumble over is no error of ours."""
+    shutil.copytree(folder, tmp_path / "backbone")
+    (tmp_path / "backbone" / name).write_text(content)
+    with contextlib.suppress(ConfigError):
+        ItemProcessor.from_folder(tmp_path / "backbone", prompts=PROMPTS, limits=ProcessorConfig())

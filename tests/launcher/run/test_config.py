@@ -94,3 +94,22 @@ def test_precision_follows_the_machine(hardware: Hardware, wanted: str, expected
 def test_bf16_on_a_gpu_without_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="no bf16 arithmetic"):
         Hardware(has_gpu=True, gpu_has_bf16=False, cpu_has_bf16=True).choose_precision("bf16")
+
+
+OUT_OF_RANGE = [
+    ("backbone.lora.alpha", "0"),
+    ("backbone.lora.dropout", "1.0"),
+    ("backbone.lora.dropout", "-0.1"),
+    ("optimizer.weight_decay", "-0.1"),
+    ("optimizer.beta1", "1.0"),
+    ("optimizer.beta2", "-0.1"),
+    ("optimizer.epsilon", "0.0"),
+    ("processor.min_pixels", "0"),
+    ("processor.max_pixels", "-1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused_before_a_library_meets_them(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value} must be >"):
+        quickstart(f"--{name}", value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,7 +59,8 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     """The model of a Hugging Face folder without its language-model head, in evaluation mode.
 
     With an active ZeRO-3 configuration of transformers the parameters are partitioned while loading; then a
-    collective. Raises ConfigError when the folder holds no model, or not all of its weights.
+    collective. Raises ConfigError when the folder holds no model, or not all of its weights,
+    or those of another one.
     """
     from transformers import AutoModel
 
@@ -74,17 +77,25 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigError(f"{folder}: cannot load a backbone: {reason}") from None
+    except RuntimeError as error:  # under ZeRO-3, on rank 0, which has the weights
+        if not (others := re.findall(r"size mismatch for ([^:\s]+):", str(error))):
+            raise
+        raise ConfigError(_other_shapes(folder, others)) from None
     if others := sorted(name for name, *_ in found["mismatched_keys"]):
-        raise ConfigError(
-            f"{folder}: {len(others)} weights have another shape than config.json says, "
-            f"{', '.join(others[:3])}; they are of another model: download the folder again"
-        )
+        raise ConfigError(_other_shapes(folder, others))
     if missing := sorted(found["missing_keys"]):
         raise ConfigError(
             f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
             "they would start at random: download the folder again"
         )
     return model
+
+
+def _other_shapes(folder: Path, names: Sequence[str]) -> str:
+    return (
+        f"{folder}: {len(names)} weights have another shape than config.json says, {', '.join(names[:3])}; "
+        "they are of another model: download the folder again"
+    )
 
 
 def choose_trainable(backbone: Any, config: BackboneConfig) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_bac
 from agff.batch import Item, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.engine import Engine, start_process_group
+from agff.errors import ConfigError
 from agff.families import family_of
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
@@ -152,10 +154,33 @@ def loaded_in_parts(folder: Path) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in backbone.named_parameters()}
 
 
-def observe_all(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Tensor]], list[Observed]]:
+def refusal_in_parts(folder: Path, changed: Path) -> str:
+    """What loading under ZeRO-3 says of weights that are wider than the configuration. Collective."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    if dist.get_rank() == 0:
+        shutil.copytree(folder, changed)
+        config = json.loads((changed / "config.json").read_text())
+        config["intermediate_size"] //= 2
+        (changed / "config.json").write_text(json.dumps(config))
+    dist.barrier()
+    partitioned = HfDeepSpeedConfig(zero_config(3, 1, clip=1.0))
+    message = ""
+    try:
+        load_backbone(changed, dtype=torch.float32, attention="sdpa")
+    except ConfigError as error:  # on rank 0 alone, when all have been through the collectives
+        message = str(error)
+    del partitioned
+    return message
+
+
+def observe_all(
+    folders: dict[str, Path],
+) -> tuple[dict[str, dict[str, Tensor]], list[Observed], str]:
     start_process_group(dist.get_rank())
     weights = {family: loaded_in_parts(folder) for family, folder in folders.items()}
-    return weights, [observe(folders[family], *case) for family, *case in CASES]
+    observed = [observe(folders[family], *case) for family, *case in CASES]
+    return weights, observed, refusal_in_parts(folders["qwen2_vl"], folders["qwen2_vl"].parent / "changed")
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +195,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def observed(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Tensor]], list[Observed]]:
+def observed(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Tensor]], list[Observed], str]:
     return run_ranks(observe_all, folders, world_size=2)[0]
 
 
 def test_every_layer_that_needs_a_gradient_is_recomputed_and_a_frozen_tower_has_no_graph(
-    observed: tuple[Any, list[Observed]],
+    observed: tuple[Any, list[Observed], str],
 ) -> None:
     for case, found in zip(CASES, observed[1], strict=True):
         _, _, training, checkpointing = case
@@ -188,8 +213,12 @@ def test_every_layer_that_needs_a_gradient_is_recomputed_and_a_frozen_tower_has_
         assert found == expected, case
 
 
+def test_weights_of_another_shape_are_named_under_zero_3_too(observed: tuple[Any, Any, str]) -> None:
+    assert "6 weights have another shape than config.json says, " in observed[2]
+
+
 def test_published_folders_load_partitioned_with_the_same_weights(
-    folders: dict[str, Path], observed: tuple[dict[str, dict[str, Tensor]], Any]
+    folders: dict[str, Path], observed: tuple[dict[str, dict[str, Tensor]], Any, str]
 ) -> None:
     for family, folder in folders.items():
         expected = load_backbone(folder, dtype=torch.float32, attention="sdpa")

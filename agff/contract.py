@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -118,7 +119,7 @@ def _from_json(kind: Any, values: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type. True and false are no numbers."""
+    """Whether a JSON value is of an annotated type. True, false, NaN and Infinity are no numbers."""
     if hint is Any:
         return True
     if get_origin(hint) is dict:
@@ -128,7 +129,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if hint is float:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and math.isfinite(value)
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

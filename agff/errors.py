@@ -57,14 +57,16 @@ def all_or_errors(make: Callable[[Value], Result], values: Iterable[Value]) -> l
     return results
 
 
-def listed(what: str, findings: Sequence[str], *, see_all: str) -> str:
+def listed(what: str, findings: Sequence[str], *, see_all: str | None = None) -> str:
     """Text of an error with several findings of one kind: `what`, then each finding on a line of its own.
 
-    A single finding is the whole text. see_all: the command that lists more than MOST_LISTED of them.
+    A single finding is the whole text. see_all: the command that lists more than MOST_LISTED of them; without
+    one all are here.
     """
     if len(findings) == 1:
         return findings[0]
-    lines = [f"{what}:", *findings[:MOST_LISTED]]
-    if len(findings) > MOST_LISTED:
-        lines.append(f"and {len(findings) - MOST_LISTED} more; {see_all} lists all")
+    most = len(findings) if see_all is None else MOST_LISTED
+    lines = [f"{what}:", *findings[:most]]
+    if len(findings) > most:
+        lines.append(f"and {len(findings) - most} more; {see_all} lists all")
     return "\n  ".join(lines)

@@ -99,9 +99,16 @@ def changed_files(
     """One line for each file that is absent or not as it was written.
 
     written: name -> `file_fingerprint`. Of files larger than `max_hashed_bytes` (None: of none) the size
-    alone is compared. shows_progress: with a progress bar when it takes long.
+    alone is compared. shows_progress: with a progress bar when it takes long. Names that lead out of the
+    folder are refused, and nothing is read.
     """
-    problems = []
+    problems = [
+        f"{folder}: {name!r} is not the name of a file in it"
+        for name in written
+        if Path(name).is_absolute() or ".." in Path(name).parts
+    ]
+    if problems:
+        return problems
     total_bytes = sum((folder / name).stat().st_size for name in written if (folder / name).is_file())
     with hashing_bar(f"check {folder.name}", total_bytes, is_shown=shows_progress) as bar:
         for name, expected in written.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from agff.errors import ConfigError
+from agff.errors import ConfigError, listed
 
 _SCALARS = {
     "null": r"~|null|Null|NULL|",
@@ -127,10 +127,8 @@ def read_text(path: Path, what: str) -> str:
 
 def fail_with_all(problems: Sequence[str]) -> None:
     """Raises one ConfigError that lists every problem, a line each; nothing when there is none."""
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
     if problems:
-        raise ConfigError("\n  ".join([f"{len(problems)} problems:", *problems]))
+        raise ConfigError(listed(f"{len(problems)} problems", problems))
 
 
 def describe(value: Any) -> str:

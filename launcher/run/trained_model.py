@@ -41,7 +41,7 @@ def load_run(run: Path) -> tuple[Embedder, int]:
         raise CheckpointError(
             f"{run}: the run has no complete checkpoint yet; let it train to its first save (save_every)"
         )
-    if problems := check_checkpoint(run, step):
+    if problems := check_checkpoint(run, step, shows_progress=True):
         raise CheckpointError(
             "\n".join(problems)
             + f"\n{run}: the newest checkpoint is damaged; training again falls back to an older one"

@@ -27,3 +27,8 @@ def test_what_is_not_listed_is_counted_with_the_command_that_lists_it() -> None:
     lines = listed("57 files are missing", findings, see_all="verify.py DIR").splitlines()
     assert len(lines) == 1 + MOST_LISTED + 1
     assert lines[-1].strip() == "and 7 more; verify.py DIR lists all"
+
+
+def test_without_such_a_command_all_are_listed() -> None:
+    findings = [f"setting {index} is unknown" for index in range(MOST_LISTED + 7)]
+    assert len(listed("57 problems", findings).splitlines()) == 1 + len(findings)

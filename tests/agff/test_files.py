@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import agff.files
-from agff.files import hashing_bar, sha256_of
+from agff.files import changed_files, hashing_bar, sha256_of
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**18, 700_001])
@@ -32,3 +32,11 @@ def test_bar_appears_only_when_it_takes_long_and_is_wanted(
         shown = capsys.readouterr().err
         assert ("check shards: 100%" in shown and "2.00M/2.00M" in shown) == (is_shown and not silent_s)
         assert bool(shown) == (is_shown and not silent_s)
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/dev/zero"])
+def test_names_that_lead_out_of_the_folder_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "release").mkdir()
+    problems = changed_files(tmp_path / "release", {name: "0 bytes"})
+    assert problems == [f"{tmp_path}/release: {name!r} is not the name of a file in it"]

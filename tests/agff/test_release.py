@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import warnings
@@ -261,6 +262,7 @@ def test_each_value_of_the_contract_is_checked(release: Path, tmp_path: Path) ->
         (lambda values: values.update(dtype="float33"), "dtype=\"float33\" must be 'float32' or 'bfloat16'"),
         (lambda values: values["prompts"].update(num_fine=True), "prompts.num_fine=true must be int"),
         (lambda values: values["prompts"].update(num_fine="2"), 'prompts.num_fine="2" must be int'),
+        (lambda values: values["fusion"].update(beta=math.nan), "fusion.beta=NaN must be float"),
         (lambda values: values["prompts"].update(num_fine=-1), "prompts.num_fine=-1 must be >= 0"),
         (lambda values: values["prompts"].update(num_fine=3), "`vectors` is torch.float32 [3, 32], must be"),
         (lambda values: values.update(more=1), "more unknown to this version"),

@@ -129,8 +129,9 @@ def read_header(image: bytes | Path, address: str, *, formats: Sequence[str]) ->
 
 
 def is_as_model_sees(image: Image.Image) -> bool:
-    """Whether an image is RGB and has no orientation left to apply."""
-    return image.mode == "RGB" and image.getexif().get(Base.Orientation, 1) == 1
+    """Whether an image is RGB, with no colour that is transparent and no orientation left to apply."""
+    is_opaque_rgb = image.mode == "RGB" and not image.has_transparency_data
+    return is_opaque_rgb and image.getexif().get(Base.Orientation, 1) == 1
 
 
 @contextmanager

@@ -189,6 +189,13 @@ def test_every_mode_becomes_rgb_and_the_image_that_was_given_stays(mode: str) ->
     assert (given.mode, given.size, given.tobytes(), dict(given.info)) == before
 
 
+def test_rgb_with_a_transparent_colour_is_not_as_the_model_sees_it() -> None:
+    keyed = Image.new("RGB", (4, 4), "red")
+    keyed.info["transparency"] = (255, 0, 0)
+    assert not images.is_as_model_sees(keyed)
+    assert open_image(keyed, "x").getpixel((0, 0)) == (255, 255, 255)
+
+
 BLEND = 255 - 128  # white behind black of alpha 128
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,16 @@ def test_missing_part_of_a_set_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path, "S", [text_row()])
     (tmp_path / "S/test-00000-of-00001.parquet").rename(tmp_path / "S/test-00000-of-00002.parquet")
     with pytest.raises(DataError, match=r"S/test: 1 of 2 parts missing: -00001-of-00002"):
+        read(tmp_path)
+
+
+def test_part_copied_over_another_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, "S", [text_row()])
+    whole = tmp_path / "S/test-00000-of-00001.parquet"
+    for number in range(2):
+        shutil.copy(whole, tmp_path / f"S/test-0000{number}-of-00002.parquet")
+    whole.unlink()
+    with pytest.raises(DataError, match=r"00001-of-00002.parquet: has the same bytes as test-00000-of-0000"):
         read(tmp_path)
 
 

@@ -33,8 +33,8 @@ def _check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: b
         for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
             if isinstance(pair, Pair):
                 sides = (pair.query, pair.target, pair.negative)
-                images = {str(side.image.relative_to(root)) for side in sides if side and side.image}
-                rows_of_image.update(images)
+                named = {str(side.image.relative_to(root)) for side in sides if side and side.image}
+                rows_of_image.update(named)
             else:
                 problems.append(f"{subset}: row {number}: {pair}")
     except DataError as error:  # a damaged page: the rows before it are checked all the same

@@ -152,6 +152,14 @@ def test_max_queries_leaves_out_the_items_of_the_rest(tmp_path: Path) -> None:
             "row 0: image path '/etc/a.jpg' leaves",
         ),
         (
+            {"qry_img_path": "/9j/4AAQSkZJRg" * 400, "qry_text": "<|image_1|>\n"},
+            "row 0: image path '/9j/4AAQSkZJRg/9j/",
+        ),
+        (
+            {"qry_img_path": "iVBORw0KGgo" * 400, "qry_text": "<|image_1|>\n"},
+            "cannot be read under {root}/images: File name too long",
+        ),
+        (
             {"qry_img_path": "here.jpg", "qry_text": "no place"},
             "row 0: qry_text: <|image_1|> appears 0 times",
         ),
@@ -165,10 +173,12 @@ def test_unusable_item_is_named_with_set_file_and_row(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     touch(tmp_path / "here.jpg")
+    (tmp_path / "images").mkdir()
     write_set(tmp_path, "S", [text_row(**changes), text_row(**changes)])
     eval_set = read(tmp_path)
     (line,) = eval_set.lines(eval_set.findings)
-    assert message in line
+    assert message.replace("{root}", str(tmp_path)) in line
+    assert len(line) < 600, "not the whole of an image that was written into the column"
 
 
 @pytest.mark.parametrize(

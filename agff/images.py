@@ -77,7 +77,8 @@ _KEY_IN_PILLOWS_DEPTH: dict[str, Callable[[int], int]] = {
     "L;4": lambda level: level * 17,
     "RGB;16B": lambda level: level >> 8,
 }
-"""PNG's transparent level is in the file's depth, Pillow's levels have 8 bits; by raw mode."""
+"""PNG's transparent level is in the file's depth, Pillow's levels have 8 bits; by raw mode. Of a PIL
+image that was loaded before, nobody knows the file's depth any more."""
 
 
 def open_image(image: str | Path | Image.Image, address: str) -> Image.Image:

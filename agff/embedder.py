@@ -127,7 +127,8 @@ def as_item(value: AnyItem, texts: TextRule = MMEB_TEXTS, *, address: str = "") 
             raise _error(address, "neither text nor image")
         return Item(text=str(text), address=address)
     if not isinstance(image, Image.Image):
-        address = f"{address}: {image}" if address else str(image)
+        file = f"{image!s:.300}"  # somebody may give a whole image in base64
+        address = f"{address}: {file}" if address else file
     return Item(text=texts.beside_image(text or ""), image=open_image(image, address), address=address)
 
 

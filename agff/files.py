@@ -58,8 +58,12 @@ def publish(partial: Path, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, in one piece: a kill leaves the old file or the whole new one."""
     partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
-    publish(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class _CountedFile(io.FileIO):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
 
@@ -58,6 +58,17 @@ class ImageHeader:
 _TAIL_BYTES = 1024
 _END_OF = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 """How a whole file ends. Neither occurs in compressed data: a cut file has it there by accident only."""
+_UPRIGHT_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation. Pillow's exif_transpose also writes the other tags again, and fails where one of them
+has another type than it expects."""
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _NOT_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
@@ -66,7 +77,8 @@ _KEY_IN_PILLOWS_DEPTH: dict[str, Callable[[int], int]] = {
     "L;4": lambda level: level * 17,
     "RGB;16B": lambda level: level >> 8,
 }
-"""PNG's transparent level is in the file's depth, Pillow's levels have 8 bits; by raw mode."""
+"""PNG's transparent level is in the file's depth, Pillow's levels have 8 bits; by raw mode. Of a PIL
+image that was loaded before, nobody knows the file's depth any more."""
 
 
 def open_image(image: str | Path | Image.Image, address: str) -> Image.Image:
@@ -129,8 +141,9 @@ def read_header(image: bytes | Path, address: str, *, formats: Sequence[str]) ->
 
 
 def is_as_model_sees(image: Image.Image) -> bool:
-    """Whether an image is RGB and has no orientation left to apply."""
-    return image.mode == "RGB" and image.getexif().get(Base.Orientation, 1) == 1
+    """Whether an image is RGB, with no colour that is transparent and no orientation left to apply."""
+    is_opaque_rgb = image.mode == "RGB" and not image.has_transparency_data
+    return is_opaque_rgb and image.getexif().get(Base.Orientation, 1) == 1
 
 
 @contextmanager
@@ -221,8 +234,9 @@ def _check_pixels(image: Image.Image, address: str) -> None:
 def _as_model_sees(image: Image.Image, address: str) -> Image.Image:
     """A new image that carries nothing but its pixels."""
     _load(image)
-    if image.getexif().get(Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    upright_by = _UPRIGHT_BY.get(image.getexif().get(Base.Orientation, 1))
+    if upright_by is not None:  # one of them is 0
+        image = image.transpose(upright_by)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey(image, address)
     elif image.mode == "La":

@@ -212,7 +212,7 @@ def _image_as_model_sees(item: Item) -> Image.Image:
     assert image is not None
     if not is_as_model_sees(image):
         raise item.error(
-            f"the image has mode {image.mode} or an orientation to apply; it must be RGB and upright, as "
-            "agff.images.open_image makes it"
+            f"the image has mode {image.mode}, a transparent colour or an orientation to apply; it must be "
+            "opaque RGB and upright, as agff.images.open_image makes it"
         )
     return image

@@ -20,6 +20,8 @@ _BEAT_S = 5.0
 """The holder rewrites its claim this often."""
 _SILENT_S = 30.0
 """A claim that has not changed for this long has lost its holder."""
+_SETTLE_S = 2.0
+"""Without locks, several may find a folder free at the same moment: who wrote last by then holds it."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """Of a file system without locks, for example Lustre mounted without them."""
 _CLAIM_BYTES = 256
@@ -37,13 +39,16 @@ def claimed(path: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         has_locks = _lock(stack, path)
-        found = _read(path)
-        if found and not (has_locks and f" on {socket.gethostname()}," in found):
-            _wait_for_silence(path, found)
         holder = (
             f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
-        _write(path, f"{holder}\n0")
+        is_held = False
+        while not is_held:
+            found = _read(path)
+            if found and not (has_locks and f" on {socket.gethostname()}," in found):
+                _wait_for_silence(path, found)
+            _write(path, f"{holder}\n0")
+            is_held = has_locks or _is_still(path, holder)
         is_over = threading.Event()
         beats = threading.Thread(target=_beat, args=(path, holder, is_over), daemon=True)
         beats.start()
@@ -77,6 +82,12 @@ def _wait_for_silence(path: Path, found: str) -> None:
         time.sleep(_BEAT_S / 5)
         if (now := _read(path)) != found:
             found, changed_at = now, time.monotonic()
+
+
+def _is_still(path: Path, holder: str) -> bool:
+    """False when another process claims the folder too. A file that is gone protects nothing any more."""
+    time.sleep(_SETTLE_S)
+    return not path.exists() or _read(path).startswith(holder)
 
 
 def _warn(path: Path, found: str) -> None:

@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,10 @@ def check_folder(
         if problem := file_problem(folder, name, source.index, hashes=True):
             problems.append(problem)
         else:
-            indexed = _indexed_samples(folder, manifest, name)
+            try:
+                indexed = _indexed_samples(folder, manifest, name)
+            except DataError as error:  # an index and a manifest of two conversions
+                problems.append(str(error))
         checks += [
             functools.partial(
                 _check_shard, folder, name, shard, indexed=samples, name_of_hash=name_of_hash, deep=deep
@@ -240,7 +243,7 @@ def repair_indexes(folder: LocalFolder, manifest: Manifest) -> tuple[Manifest, l
 
 
 def in_parallel(checks: Sequence[Callable[[], Any]], processes: int | None, unit: str) -> Iterator[Any]:
-    """Results in the order of the checks, with a progress bar."""
+    """Results in the order of the checks, with a progress bar. Raises DataError when a process dies."""
     with (
         ProcessPoolExecutor(processes) as pool,
         tqdm(total=len(checks), desc="verify", unit=unit, disable=not checks) as bar,
@@ -248,4 +251,10 @@ def in_parallel(checks: Sequence[Callable[[], Any]], processes: int | None, unit
         futures = [pool.submit(check) for check in checks]
         for _ in as_completed(futures):
             bar.update()
-        yield from (future.result() for future in futures)
+        try:
+            results = [future.result() for future in futures]
+        except BrokenExecutor as error:
+            raise DataError(
+                f"a checker died ({error}); if it was killed for memory, lower --processes and check again"
+            ) from None
+    yield from results

@@ -29,12 +29,16 @@ def _check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: b
     decode every image too."""
     rows_of_image: Counter[str] = Counter()
     problems = []
-    for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
-        if isinstance(pair, Pair):
-            sides = (pair.query, pair.target, pair.negative)
-            rows_of_image.update({str(side.image.relative_to(root)) for side in sides if side and side.image})
-        else:
-            problems.append(f"{subset}: row {number}: {pair}")
+    try:
+        for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
+            if isinstance(pair, Pair):
+                sides = (pair.query, pair.target, pair.negative)
+                named = {str(side.image.relative_to(root)) for side in sides if side and side.image}
+                rows_of_image.update(named)
+            else:
+                problems.append(f"{subset}: row {number}: {pair}")
+    except DataError as error:  # a damaged page: the rows before it are checked all the same
+        problems.append(str(error))
     names_in: dict[str, set[str]] = {}
     missing: dict[str, list[str]] = {}
     wanted: Counter[str] = Counter()
@@ -63,7 +67,7 @@ def _check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: b
 def _names_in(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in os.scandir(folder) if entry.is_file()}
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
         return set()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from agff.errors import AgffError, ConfigError
+from agff.files import write_text
 from agff.processor import ItemProcessor
 from data_pipeline.reader import ShardReader
 from launcher.command_line import parse_recipe, recipe_parser, report
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write_preview(config: RunConfig, steps: range, out: Path) -> str:
     """Write the page; returns the line that reports it. Raises DataError, StorageError or ConfigError."""
+    if not out.parent.is_dir():  # before anything is drawn
+        raise ConfigError(f"--out {out}: cannot write the page: no such folder; choose another file")
     data, processor = open_data(config), build_processor(config)
     view = SampleView(
         plan=data.plan,
@@ -59,9 +62,10 @@ def _write_preview(config: RunConfig, steps: range, out: Path) -> str:
         shown = [view.step(number, bar) for number in steps]
     settings = _settings(config, processor, steps)
     content = page(config.name, data.folder.location, data.manifest, data.plan, settings, shown)
+    # a text may hold half of a surrogate pair, which no UTF-8 file can
+    content = content.encode("utf-8", errors="backslashreplace").decode("utf-8")
     try:
-        # a text may hold half of a surrogate pair, which no UTF-8 file can
-        out.write_text(content, encoding="utf-8", errors="backslashreplace")
+        write_text(out, content)
     except OSError as error:
         raise ConfigError(
             f"--out {out}: cannot write the page: {error.strerror}; choose another file"

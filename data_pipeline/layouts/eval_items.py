@@ -145,15 +145,21 @@ def _fitting_text(text: str, *, has_image: bool) -> tuple[str, str | None]:
 
 def _find_image(image: str, roots: tuple[Path, ...]) -> tuple[Path, str | None]:
     """(file, None), or (where it should be, the reason why there is none)."""
+    # an image written into the column in base64 is no line to read; its ends tell it from others
+    shown = repr(image if len(image) <= 300 else f"{image[:200]}...{image[-80:]}")
     relative = PurePosixPath(image)
     if relative.is_absolute() or ".." in relative.parts or "\0" in image:
-        reason = f"image path {image!r} leaves the images folder; paths must be relative and inside it"
+        reason = f"image path {shown} leaves the images folder; paths must be relative and inside it"
         return Path(image), reason
     for root in roots:
-        if (path := root / relative).is_file():
-            return path, None
+        path = root / relative
+        try:
+            if path.is_file():
+                return path, None
+        except OSError as error:  # a name too long, no permission
+            return path, f"image {shown} cannot be read under {root}: {error.strerror}"
     tried = " and ".join(str(root) for root in roots)
-    return roots[0] / relative, f"image {image!r} not found under {tried}"
+    return roots[0] / relative, f"image {shown} not found under {tried}"
 
 
 def refuse_all(findings: Collection[str], *, remedy: str) -> None:

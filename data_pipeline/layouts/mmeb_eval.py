@@ -23,7 +23,7 @@ from agff.errors import DataError
 from data_pipeline.layouts.columns import ColumnKind, column_names, image_cell, read_rows
 from data_pipeline.layouts.eval_items import EmbeddedImage, ItemTable, UniqueItems, refuse_all
 from data_pipeline.layouts.mmeb_sets import SetInfo
-from data_pipeline.layouts.parts import check_parts
+from data_pipeline.layouts.parts import check_parts, copies
 
 _COLUMNS = {
     "qry_text": ColumnKind(is_image=False, many=False),
@@ -122,10 +122,13 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(address, row) of all tables of a set."""
     paths = sorted(folder.glob("*.parquet"))
     check_parts(paths)
+    with_rows: dict[Path, None] = {}
     for path in paths:
         is_instructed = any(name in _INSTRUCTIONS for name in column_names(path))
         for number, row in read_rows(path, {**_COLUMNS, **(_INSTRUCTIONS if is_instructed else {})}):
+            with_rows[path] = None
             yield f"{folder.name}/{path.name}:row {number}", row
+    refuse_all(copies(with_rows), remedy="")
 
 
 def _instruction(row: dict[str, Any], role: str) -> str | None:

@@ -37,6 +37,10 @@ _MMEB_SETS = {
 }
 
 
+_KEYS = ("meta_task", "in_distribution", "note", "about")
+"""Of a set in sets.json; "about" is for people."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
     """Where a set's score belongs in the report."""
@@ -102,6 +106,9 @@ def _read_sets_json(root: Path) -> dict[str, SetInfo]:
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
         common_note = _typed(content, "note", str, optional=True)
+        for name, entry in content.items():
+            if unknown := [key for key in entry if key not in _KEYS] if isinstance(entry, dict) else []:
+                raise ValueError(f"unknown keys {unknown} of {name}; a set has {', '.join(_KEYS)}")
         return {
             name: SetInfo(
                 meta_task=_typed(entry, "meta_task", str),

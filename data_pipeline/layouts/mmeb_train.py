@@ -13,8 +13,7 @@ which part is which. A null cell is an absent value, as "" is.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,10 +22,9 @@ import pyarrow.parquet as pq
 
 from agff.batch import IMAGE_PLACEHOLDER, text_problem
 from agff.errors import DataError
-from agff.files import sha256_of
 from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
 from data_pipeline.layouts.columns import ColumnKind, schema_findings
-from data_pipeline.layouts.parts import check_parts
+from data_pipeline.layouts.parts import check_parts, copies
 
 _REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 _OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
@@ -98,7 +96,7 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
                 with_rows += [path] if file.metadata.num_rows else []
         except (OSError, ValueError) as error:
             findings.append(f"{path}: cannot read the parquet file: {error}; download it again")
-    findings += _findings_of_copies(with_rows)
+    findings += copies(with_rows)
     if not findings and not total:
         findings = [f"{root / subset}: {split}-*.parquet: no rows; name the other subsets with --subsets"]
     if findings:
@@ -107,7 +105,7 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
 
 
 def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
-    """Parts that are absent, or there in two versions."""
+    """Parts that are absent, or there in two versions; tables that belong to no split."""
     findings = []
     try:
         check_parts(paths)
@@ -116,18 +114,12 @@ def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
     others = [path for path in paths if not re.fullmatch(rf"{split}-\d+-of-\d+", path.stem)]
     if len(others) < len(paths):
         findings += [f"{path}: is none of the parts beside it; remove it" for path in others]
-    return findings
-
-
-def _findings_of_copies(paths: Iterable[Path]) -> list[str]:
-    """Files with the bytes of another one. Only files of equal size are read."""
-    of_size, findings = defaultdict(list), []
-    for path in paths:
-        of_size[path.stat().st_size].append(path)
-    first_with: dict[str, Path] = {}
-    for path in (path for same_size in of_size.values() if len(same_size) > 1 for path in same_size):
-        if (first := first_with.setdefault(sha256_of(path), path)) != path:
-            findings.append(f"{path}: has the same bytes as {first.name}; download it again, or remove it")
+    splits = " or ".join(f"{name}-*.parquet" for name in SPLITS)
+    findings += [
+        f"{path}: is not named {splits} and would not be read; rename or remove it"
+        for path in sorted(paths[0].parent.glob("[!.]*.parquet"))
+        if not any(path.match(f"{name}-*.parquet") for name in SPLITS)
+    ]
     return findings
 
 

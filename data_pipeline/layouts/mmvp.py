@@ -7,6 +7,7 @@ or .png. Rows 2k-1 and 2k are a pair, the odd id first.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -168,4 +169,5 @@ def _image(root: Path, row: _Row) -> str:
     png = f"{row.pattern}/{row.question_id}.png"
     jpg = f"{row.pattern}/{row.question_id}.jpg"
     folder = root / "MLLM_VLM Images"
-    return png if (folder / png).is_file() and not (folder / jpg).is_file() else jpg
+    # os.path's: False for a name that no file can have, where Path's raises
+    return png if os.path.isfile(folder / png) and not os.path.isfile(folder / jpg) else jpg

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from agff.errors import DataError
+from agff.files import sha256_of
 
 _PART = re.compile(r"(?P<name>.+)-(?P<index>\d+)-of-(?P<total>\d+)", re.ASCII)
 
@@ -34,6 +35,18 @@ def check_parts(paths: Sequence[Path]) -> None:
     ]
     if findings:
         raise DataError("\n".join(findings))
+
+
+def copies(paths: Iterable[Path]) -> list[str]:
+    """A line for each file that has the bytes of another one. Only files of equal size are read."""
+    of_size, findings = defaultdict(list), []
+    for path in paths:
+        of_size[path.stat().st_size].append(path)
+    first_with: dict[str, Path] = {}
+    for path in (path for same_size in of_size.values() if len(same_size) > 1 for path in same_size):
+        if (first := first_with.setdefault(sha256_of(path), path)) != path:
+            findings.append(f"{path}: has the same bytes as {first.name}; download it again, or remove it")
+    return findings
 
 
 def _gaps(parts: Iterable[re.Match[str]]) -> list[str]:

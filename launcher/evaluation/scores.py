@@ -31,6 +31,8 @@ def encode_used(model: Embedder, table: ItemTable, *, batch_size: int) -> tuple[
     vectors_UMD, refused = encode_items(
         model, [table.items[index] for index in used], batch_size=batch_size, label=table.name
     )
+    if len(used) == len(table.items):  # as usual; a second copy would be gigabytes of a large set
+        return vectors_UMD, refused
     items_NMD = vectors_UMD.new_zeros(len(table.items), *vectors_UMD.shape[1:])
     items_NMD[list(used)] = vectors_UMD
     return items_NMD, {used[position]: reason for position, reason in refused.items()}

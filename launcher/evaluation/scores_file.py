@@ -79,8 +79,11 @@ def check_place(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(None, "a folder is in its place")
-        partial.touch()
-        partial.unlink()
+        try:
+            with locked(partial):  # a file system may have no locks, and `_merge` needs one
+                pass
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"{path}: scores cannot be written there: {error.strerror}; name another file (--out)"

@@ -169,6 +169,10 @@ ODD = {
     "two placeholders": ({"text": "<|image_1|><|image_1|>", "image": IMAGE}, "appears 2 times in text"),
     "image token": ("<|image_pad|>", r"holds the backbone's own image token <\|image_pad\|>"),
     "missing file": (Path("absent.png"), "absent.png: is missing"),
+    "image in base64": (
+        {"image": "iVBORw0KGgo" * 500},
+        "iVBORw0KGgo.{289}: is not the name of a file: File name",
+    ),
     "no image": ({"image": __file__, "text": "x"}, r"test_embedder.py: is text \('from __future__"),
     "thin image": (Image.new("RGB", (2000, 4)), "refuses the image: absolute aspect ratio must be smaller"),
 }

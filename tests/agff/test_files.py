@@ -1,14 +1,16 @@
-"""Hashing a file reports its bytes, and nothing is shown while it is quick."""
+"""Hashing a file reports its bytes, and nothing is shown while it is quick; a failed write leaves nothing."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 import agff.files
-from agff.files import changed_files, hashing_bar, sha256_of
+from agff.files import changed_files, hashing_bar, sha256_of, write_text
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**18, 700_001])
@@ -40,3 +42,18 @@ def test_names_that_lead_out_of_the_folder_are_not_read(tmp_path: Path, name: st
     (tmp_path / "release").mkdir()
     problems = changed_files(tmp_path / "release", {name: "0 bytes"})
     assert problems == [f"{tmp_path}/release: {name!r} is not the name of a file in it"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("file.json", "old")]

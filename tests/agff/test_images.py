@@ -178,6 +178,29 @@ def test_orientation_is_applied_once(kind: str) -> None:
             assert np.array_equal(np.asarray(open_image(again, "x")), np.asarray(seen)), orientation
 
 
+@pytest.mark.parametrize(
+    ("tag", "type_", "count", "value"),
+    [
+        (258, 4, 1, struct.pack("<I", 70_000)),
+        (258, 9, 1, struct.pack("<i", -5)),
+        (258, 7, 4, b"abcd"),
+        (259, 11, 1, struct.pack("<f", 1.5)),
+        (256, 2, 3, b"ab\0\0"),
+        (34665, 4, 1, struct.pack("<I", 999_999)),
+    ],
+    ids=["large", "negative", "bytes", "float", "text", "beyond the end"],
+)
+def test_other_tags_of_another_type_than_usual_cost_no_turned_photo(
+    tag: int, type_: int, count: int, value: bytes
+) -> None:
+    tags = sorted([(ORIENTATION, 3, 1, struct.pack("<HH", 6, 0)), (tag, type_, count, value)])
+    entries = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in tags)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    content = encoded(Image.new("RGB", (8, 4), "red"), "JPEG", exif=exif)
+    assert decode_image(content, "x", formats=FORMATS).size == (4, 8)
+    assert open_image(opened(content), "x").size == (4, 8)
+
+
 @pytest.mark.parametrize("mode", [*MODES, "La", "RGBa", "HSV", "YCbCr", "RGBX"])
 def test_every_mode_becomes_rgb_and_the_image_that_was_given_stays(mode: str) -> None:
     given = scene(mode)
@@ -187,6 +210,13 @@ def test_every_mode_becomes_rgb_and_the_image_that_was_given_stays(mode: str) ->
     assert seen.info == {}
     assert seen is not given
     assert (given.mode, given.size, given.tobytes(), dict(given.info)) == before
+
+
+def test_rgb_with_a_transparent_colour_is_not_as_the_model_sees_it() -> None:
+    keyed = Image.new("RGB", (4, 4), "red")
+    keyed.info["transparency"] = (255, 0, 0)
+    assert not images.is_as_model_sees(keyed)
+    assert open_image(keyed, "x").getpixel((0, 0)) == (255, 255, 255)
 
 
 BLEND = 255 - 128  # white behind black of alpha 128

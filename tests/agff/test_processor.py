@@ -109,7 +109,7 @@ def test_each_item_that_the_backbone_cannot_take_is_named(processor: ItemProcess
         ),
         "c": (
             Item(text="<|image_1|>", image=IMAGE.convert("RGBA"), address="c"),
-            r"mode RGBA .* as agff.images.open_image makes it",
+            r"mode RGBA, .* as agff.images.open_image makes it",
         ),
         "d": (Item(text="<|image_1|>", image=turned, address="d"), "an orientation to apply"),
     }

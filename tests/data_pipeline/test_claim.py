@@ -31,6 +31,7 @@ def test_the_second_waits_for_the_first_and_says_who_that_is(
     monkeypatch.setattr(claim, "_BEAT_S", 0.01)
     if not has_locks:
         monkeypatch.setattr(claim, "locked", no_locks)
+        monkeypatch.setattr(claim, "_SETTLE_S", 0.01)
     warnings: list[str] = []
     second_waits = threading.Event()
 
@@ -95,3 +96,37 @@ def test_a_killed_holder_of_this_machine_is_not_waited_for(
     monkeypatch.setattr(claim, "_wait_for_silence", None)
     with claimed(path):
         assert f"process {os.getpid()} on" in path.read_text()
+
+
+def test_of_two_that_find_a_folder_free_at_the_same_moment_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without locks; the other one wrote last."""
+    path = tmp_path / "lock"
+    slept: list[float] = []
+    monkeypatch.setattr(claim, "locked", no_locks)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            path.write_text("process 7 on far-away, since today\n0")
+
+    warnings: list[str] = []
+    monkeypatch.setattr(claim.log, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(claim.time, "sleep", sleep)
+    monkeypatch.setattr(claim.time, "monotonic", lambda: 10 * sum(slept))
+    with claimed(path):
+        assert f"process {os.getpid()} on" in path.read_text()
+    assert slept[0] == slept[-1] == claim._SETTLE_S
+    assert len(slept) > 2
+    assert warnings[0].startswith(f"{tmp_path} is being written by process 7 on far-away")
+
+
+def test_a_claim_that_goes_with_its_complete_folder_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    monkeypatch.setattr(claim, "locked", no_locks)
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: path.unlink())
+    with claimed(path):
+        pass

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import functools
 import io
+import os
 import re
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agff.errors import DataError
 from data_pipeline.convert import prepare
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import read_manifest, write_index, write_manifest
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
-from data_pipeline.verify import check_folder
+from data_pipeline.verify import check_folder, in_parallel
 from tests.drawings import write_drawings
 
 
@@ -150,3 +154,20 @@ def test_a_record_of_another_shape_is_a_finding_not_a_crash(
         assert any(
             line.startswith("Shapes_text-00000.tar:000000000") and message in line for line in lines
         ), lines
+
+
+def test_an_index_that_its_own_manifest_contradicts_hides_no_other_finding(folder: Path) -> None:
+    manifest = read_manifest(LocalFolder(folder))
+    source = manifest.sources["Shapes_text"]
+    index = write_index(folder / "Shapes_text", [[(0, 512)]])
+    sources = {**manifest.sources, "Shapes_text": replace(source, index=index)}
+    write_manifest(folder, replace(manifest, sources=sources))
+    tar_path(folder, 1).unlink()
+    text = "\n".join(findings(folder))
+    assert "Shapes_text/index.arrow: the index has 1 samples, the manifest" in text
+    assert f"{tar_path(folder, 1)}: shard is missing" in text
+
+
+def test_a_checker_that_dies_is_an_error_that_says_so() -> None:
+    with pytest.raises(DataError, match=r"a checker died .*lower --processes"):
+        list(in_parallel([functools.partial(os._exit, 9)], 1, "shard"))

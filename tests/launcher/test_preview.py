@@ -519,7 +519,7 @@ def test_image_that_does_not_fit_the_backbone_is_shown_as_unusable(backbone: Pat
         (["--data.shards", "/nowhere"], "/nowhere: no shards here (manifest.json is missing)"),
         (["--batch.global_batch_size", "10"], "global_batch_size=10 is not a multiple of"),
         (["--data.weights", '{"Absent": 1}'], "data.weights names Absent, absent from the shards"),
-        (["--out", "/nowhere/page.html"], "--out /nowhere/page.html: cannot write the page: No such file"),
+        (["--out", "/nowhere/page.html"], "--out /nowhere/page.html: cannot write the page: no such folder"),
         (["--backbone.path", "/nowhere"], "/nowhere: no such folder; backbone.path"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,14 @@ def test_max_queries_leaves_out_the_items_of_the_rest(tmp_path: Path) -> None:
             "row 0: image path '/etc/a.jpg' leaves",
         ),
         (
+            {"qry_img_path": "/9j/4AAQSkZJRg" * 400, "qry_text": "<|image_1|>\n"},
+            "row 0: image path '/9j/4AAQSkZJRg/9j/",
+        ),
+        (
+            {"qry_img_path": "iVBORw0KGgo" * 400, "qry_text": "<|image_1|>\n"},
+            "cannot be read under {root}/images: File name too long",
+        ),
+        (
             {"qry_img_path": "here.jpg", "qry_text": "no place"},
             "row 0: qry_text: <|image_1|> appears 0 times",
         ),
@@ -164,10 +173,12 @@ def test_unusable_item_is_named_with_set_file_and_row(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     touch(tmp_path / "here.jpg")
+    (tmp_path / "images").mkdir()
     write_set(tmp_path, "S", [text_row(**changes), text_row(**changes)])
     eval_set = read(tmp_path)
     (line,) = eval_set.lines(eval_set.findings)
-    assert message in line
+    assert message.replace("{root}", str(tmp_path)) in line
+    assert len(line) < 600, "not the whole of an image that was written into the column"
 
 
 @pytest.mark.parametrize(
@@ -228,6 +239,16 @@ def test_missing_part_of_a_set_is_refused(tmp_path: Path) -> None:
     write_set(tmp_path, "S", [text_row()])
     (tmp_path / "S/test-00000-of-00001.parquet").rename(tmp_path / "S/test-00000-of-00002.parquet")
     with pytest.raises(DataError, match=r"S/test: 1 of 2 parts missing: -00001-of-00002"):
+        read(tmp_path)
+
+
+def test_part_copied_over_another_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, "S", [text_row()])
+    whole = tmp_path / "S/test-00000-of-00001.parquet"
+    for number in range(2):
+        shutil.copy(whole, tmp_path / f"S/test-0000{number}-of-00002.parquet")
+    whole.unlink()
+    with pytest.raises(DataError, match=r"00001-of-00002.parquet: has the same bytes as test-00000-of-0000"):
         read(tmp_path)
 
 

@@ -71,6 +71,10 @@ def test_unknown_sets_and_empty_folders_are_refused(tmp_path: Path) -> None:
         ('{"Mine": {"meta_task": "vqa", "in_distribution": true, "note": 1}}', "note = 1"),
         ('{"note": ["a"]}', r"note = \['a'\]"),
         (
+            '{"Mine": {"meta_task": "vqa", "in_distribution": true, "nota": "a"}}',
+            r"unknown keys \['nota'\] of Mine",
+        ),
+        (
             '{"M": {"meta_task": "a", "in_distribution": true}, "M": {"meta_task": "b"}}',
             "the key 'M' twice",
         ),

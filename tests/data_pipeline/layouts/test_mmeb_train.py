@@ -170,6 +170,10 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: pq.write_table(pq.read_table(folder / SECOND), folder / "original-all.parquet"),
         "original-all.parquet: is none of the parts beside it; remove it",
     ),
+    "a table that belongs to no split": (
+        lambda folder: (folder / SECOND).rename(folder / "original.parquet"),
+        "original.parquet: is not named original-*.parquet or diverse_instruction-*.parquet and would not",
+    ),
     "no row at all": (
         lambda folder: [
             pq.write_table(pa.Table.from_pylist([row(x=str(n))])[:0], path)

@@ -58,6 +58,14 @@ def test_missing_image_is_named_and_its_pair_can_be_left_out(tmp_path: Path) -> 
     assert left.used == tuple(sorted((*mmvp.pairs[0].texts, *mmvp.pairs[0].images)))
 
 
+def test_a_type_that_no_folder_can_have_is_named(tmp_path: Path) -> None:
+    long = "T" * 400
+    mmvp = read_mmvp(write(tmp_path, f"{HEADER}1,{long},x\n2,{long},y\n", "T/1.jpg"))
+    lines = mmvp.lines(mmvp.findings)
+    assert len(lines) == 2
+    assert all("cannot be read under" in line and "File name too long" in line for line in lines)
+
+
 def test_byte_order_mark_and_other_columns_are_passed_over(tmp_path: Path) -> None:
     questions = "\ufeffStatement,Note,Question ID,Type\nx,n,1,T\n\ny,n,2,T\n"
     mmvp = read_mmvp(write(tmp_path, questions, "T/1.jpg", "T/2.jpg"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import threading
 from pathlib import Path
@@ -185,3 +187,15 @@ def test_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=rf"{path}: scores cannot be written there: .*\(--out\)"):
             check_place(path)
+
+
+def test_file_system_without_locks_is_found_before_the_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ConfigError, match=r"scores cannot be written there: No locks available; .*--out"):
+        check_place(tmp_path / "scores.json")
+    assert not list(tmp_path.iterdir())

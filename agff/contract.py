@@ -11,9 +11,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from agff.batch import TextRule
 from agff.errors import CheckpointError, ConfigError
 from agff.files import changed_files, file_fingerprint
-from agff.item_text import TextRule
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig

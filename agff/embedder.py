@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.batch import Item, text_problem
+from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem
 from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError, all_or_errors
 from agff.images import open_image
-from agff.item_text import MMEB_TEXTS, TextRule
 from agff.processor import ItemProcessor
 from agff.similarity import FusionConfig, fused_similarity
 
@@ -63,7 +62,7 @@ class Embedder:
         """(N, 1 + K, D) float32 unit embeddings on the CPU; index 0 is the global one.
 
         items: a list, tuple, generator, array or column of items. One item is taken as a list of one: N is 1.
-        A text alone is taken as it is, an image gets the text that `self.texts` says (agff/item_text.py). By
+        A text alone is taken as it is, an image gets the text that `self.texts` says (agff/batch.py). By
         MMEB's rule that is `<|image_1|>`, a line break, the text or else "Represent the given image.", a line
         break; a text that holds `<|image_1|>` is complete. Beyond `max_tokens` a text loses its end.
 

@@ -44,7 +44,7 @@ def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
             "run": config.name,
             "step": step,
             "seed": config.seed,
-            "backbone": config.backbone.path,
+            "backbone": Path(config.backbone.path).name,  # not where it is on this machine
             "backbone_sha256": read_state(run, step).get("backbone_sha256") or "not recorded",
         }
         with _named_errors(out):

@@ -44,9 +44,8 @@ COMMANDS = {
     if "def main(" in path.read_text() and path.stem != "command_line"
 }
 """What a person types; command_line is what they share."""
-KNOWN_OF_AGFF = ("batch", "errors", "files", "images", "item_text")
-"""What the data pipeline may know of the learning core; `item_text`, because what it converts must get the
-texts that evaluation and `encode` give."""
+KNOWN_OF_AGFF = ("batch", "errors", "files", "images")
+"""What the data pipeline may know of the learning core."""
 
 
 def floor(module: str) -> int:

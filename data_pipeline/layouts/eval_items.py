@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from agff.batch import text_problem
+from agff.batch import MMEB_TEXTS, instructed_text, text_problem, without_placeholder
 from agff.errors import DataError
-from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
 
 MOST_LINES = 100
 """Findings that are printed; a wrong folder makes hundreds of thousands of them."""

@@ -20,9 +20,8 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agff.batch import IMAGE_PLACEHOLDER, text_problem
+from agff.batch import IMAGE_PLACEHOLDER, MMEB_TEXTS, instructed_text, text_problem, without_placeholder
 from agff.errors import DataError
-from agff.item_text import MMEB_TEXTS, instructed_text, without_placeholder
 from data_pipeline.layouts.columns import ColumnKind, schema_findings
 from data_pipeline.layouts.parts import check_parts, copies
 

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
-from agff.item_text import MMEB_TEXTS
 from data_pipeline.layouts.eval_items import ItemTable, UniqueItems, refuse_all
 
 _TEXT_PREFIX = "a photo of "

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from agff.batch import IMAGE_PLACEHOLDER
-from agff.item_text import MMEB_TEXTS
+from agff.batch import IMAGE_PLACEHOLDER, MMEB_TEXTS
 
 IMAGE_TARGET = MMEB_TEXTS.image_alone
 """The text of every target that is an image."""

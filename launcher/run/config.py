@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from agff.backbone import BackboneConfig
+from agff.batch import TextRule
 from agff.errors import ConfigError
-from agff.item_text import TextRule
 from agff.objectives.contrastive import LossConfig
 from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig

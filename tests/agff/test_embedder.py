@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 
 from agff.backbone import load_backbone
-from agff.batch import Item
+from agff.batch import MMEB_TEXTS, Item, TextRule
 from agff.embedder import Embedder, as_item
 from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError
-from agff.item_text import MMEB_TEXTS, TextRule
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.release import load, save_release

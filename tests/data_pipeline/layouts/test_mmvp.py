@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
-from agff.item_text import MMEB_TEXTS
 from data_pipeline.layouts.eval_items import EvalItem
 from data_pipeline.layouts.mmvp import read_mmvp
 

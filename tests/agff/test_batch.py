@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from agff.batch import Item, text_problem
+from agff.batch import MMEB_TEXTS, Item, TextRule, instructed_text, text_problem, without_placeholder
 from agff.errors import ConfigError, DataError
-from agff.item_text import MMEB_TEXTS, TextRule, instructed_text, without_placeholder
 
 IMAGE = Image.new("RGB", (56, 56), "red")
 WHAT = "<|image_1|>\nWhat is it?\n"

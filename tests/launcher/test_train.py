@@ -251,7 +251,8 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
     damaged.write_bytes(content)
     result = run_command(f"python launcher/convert_checkpoint.py {run} releases/damaged", project)
     assert result.returncode == 2
-    assert f"the newest checkpoint is damaged: {damaged}" in result.stdout
+    assert f"{damaged}: found " in result.stdout
+    assert f"{run}: the newest checkpoint is damaged; training again falls back" in result.stdout
     result = run_command(f"{command} --run_dir runs/damaged --keep_last 1 --keep_every 7", project)
     assert result.returncode == 0, result.stdout
     assert "DAMAGED CHECKPOINT, going back to the one before it" in result.stdout

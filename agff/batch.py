@@ -150,9 +150,8 @@ class Batch:
             self,
             chunks=self.chunks + (self.filler,) * missing_chunks,
             num_fillers=self.num_fillers + missing_chunks,
-            row_of_item_R=functional.pad(
-                self.row_of_item_R, (0, missing_negatives)
-            ),  # any row: its id keeps it out of the loss
+            # any row: its id keeps it out of the loss
+            row_of_item_R=functional.pad(self.row_of_item_R, (0, missing_negatives)),
             negative_ids_N=functional.pad(self.negative_ids_N, (0, missing_negatives), value=NO_CONTENT),
         )
 

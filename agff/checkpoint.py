@@ -57,9 +57,8 @@ def newest_intact_step(run: Path, *, device: torch.device) -> int | None:
                     checkpoint_folder(run) / checkpoint_name(damaged) for damaged in steps[:index]
                 ):
                     shutil.rmtree(f"{damaged}.damaged", ignore_errors=True)
-                    with contextlib.suppress(
-                        FileNotFoundError
-                    ):  # it was removed, and this machine did not know yet
+                    # it was removed, and this machine did not know yet
+                    with contextlib.suppress(FileNotFoundError):
                         damaged.rename(f"{damaged}.damaged")
                         log.error("set aside as %s.damaged", damaged)
             dist.barrier()
@@ -165,12 +164,13 @@ def _restore_repartitioned(engine: Engine, folder: Path, name: str, *, trainable
     if rank() == 0:
         shutil.rmtree(universal, ignore_errors=True)
         log.warning("%s: resharding the checkpoint for %d ranks", folder / name, world_size())
+        # a request to stop reaches it too; it is done soon
         command = [
             "sh",
             "-c",
             'trap "" USR1 TERM; exec "$@"',
             "sh",
-        ]  # a request to stop reaches it too; it is done soon
+        ]
         command += [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(folder / name), "--output_folder", str(universal)]
         environment = {

@@ -32,9 +32,8 @@ def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.de
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         __compatible_ops__["deepspeed_shm_comm"] = False
-    elif (
-        accelerator.device_count() == 1
-    ):  # Slurm's --gpus-per-task and --gpu-bind show each rank its own device alone
+    elif accelerator.device_count() == 1:
+        # Slurm's --gpus-per-task and --gpu-bind show each rank its own device alone
         local_rank = 0
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = "0"  # DeepSpeed takes its device from there

@@ -99,9 +99,8 @@ def report(error: AgffError) -> int:
     if rank == "0":
         sys.stderr.write(f"error: {error}\n")
     elif not error.on_all_ranks and (is_first_here or dist.is_initialized()):
-        sys.stderr.write(
-            f"\nerror on rank {rank} ({socket.gethostname()}): {error}\n"
-        )  # below the progress bar
+        # below the progress bar
+        sys.stderr.write(f"\nerror on rank {rank} ({socket.gethostname()}): {error}\n")
     return 2
 
 

@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # DeepSpeed calls collectives by names torch 2.13 renamed
+    # DeepSpeed calls collectives by names torch 2.13 renamed
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         rank = rank_from_environment(os.environ)
         if rank.world_size > 1:

@@ -70,9 +70,8 @@ def _rank(
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # DeepSpeed calls collectives by names torch 2.13 renamed
+    # DeepSpeed calls collectives by names torch 2.13 renamed
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         dist.init_process_group(
             "gloo",
@@ -83,9 +82,8 @@ def _rank(
         )
         value = worker(*arguments)
         dist.barrier()
-        results.put(
-            (rank, pickle.dumps(value), None)
-        )  # bytes: tensors would travel as handles of a dead process
+        # bytes: tensors would travel as handles of a dead process
+        results.put((rank, pickle.dumps(value), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
         raise SystemExit(1) from None

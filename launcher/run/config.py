@@ -208,9 +208,8 @@ def resolve(
         "steps_per_print": 10**9,
     }
     if precision == "bf16" and deepspeed_values["zero_optimization"]["stage"] > 1:
-        deepspeed.setdefault(
-            "data_types", {"grad_accum_dtype": "fp32"}
-        )  # else the chunks' gradients are summed in bf16
+        # else the chunks' gradients are summed in bf16
+        deepspeed.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     run_dir = Path(config.run_dir) if config.run_dir else Path("runs") / f"{config.name}-{deepspeed_name}"
     return ResolvedRun(
         config=config,

@@ -121,9 +121,8 @@ def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
         deadline = time.monotonic() + patience_s
         while file is not None:
             try:
-                fcntl.lockf(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # not flock: the loader's processes would inherit that
+                # not flock: the loader's processes would inherit that
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
                 file.write(
                     f"{socket.gethostname()}, process {os.getpid()}, job "

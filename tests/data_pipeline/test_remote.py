@@ -344,9 +344,8 @@ def test_what_a_dead_run_fetched_ahead_makes_room(
     for ahead in wanted:
         dead.fetch_ahead(*ahead)
     seen = -1
-    while seen != (
-        seen := sum(server.requests.values())
-    ):  # until it has filled the cache and fetches no more
+    # until it has filled the cache and fetches no more
+    while seen != (seen := sum(server.requests.values())):
         time.sleep(0.5)
     monkeypatch.setattr(remote, "WAITING_S", 0)  # an hour later
     server.requests.clear()
@@ -446,9 +445,8 @@ def test_fetching_ahead_happens_beside_the_reading(
     content_of(folder, "Shapes_i2t", shard)
     assert server.requests[path] == 1
     server.faults["Shapes_i2t/gone"] = []
-    folder.fetch_ahead(
-        "Shapes_i2t", Shard(name="gone", size_bytes=1, sha256="ff" * 32, num_samples=1)
-    )  # nobody is notified
+    # nobody is notified
+    folder.fetch_ahead("Shapes_i2t", Shard(name="gone", size_bytes=1, sha256="ff" * 32, num_samples=1))
 
 
 def test_memory_file_system(shards: tuple[Path, Manifest], tmp_path: Path) -> None:

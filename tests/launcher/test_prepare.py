@@ -54,9 +54,8 @@ def test_kill_at_twenty_random_moments_leaves_no_trace(tmp_path: Path) -> None:
     kills = 0
     seen = set()
     while kills < 20:
-        more = generator.randint(
-            0, 40
-        )  # counted in shards, not seconds: the same on a slow machine and a fast one
+        # counted in shards, not seconds: the same on a slow machine and a fast one
+        more = generator.randint(0, 40)
         target = len(list(out.glob("*/*.tar"))) + more
         running = start_prepare(*arguments)
         while running.poll() is None and len(list(out.glob("*/*.tar"))) < target:

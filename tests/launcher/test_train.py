@@ -64,9 +64,8 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(
     shutil.copytree(run, unbroken)
     checkpoints = run / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-000002", "step-000004"]
-    (checkpoints / "step-000004").rename(
-        checkpoints / "step-000004.partial"
-    )  # as a kill in mid-save leaves it
+    # as a kill in mid-save leaves it
+    (checkpoints / "step-000004").rename(checkpoints / "step-000004.partial")
     result = run_command(train_command(stage), project)
     assert result.returncode == 0, result.stdout
     assert "2/4" in result.stdout, "it must continue at step 2"
@@ -492,9 +491,8 @@ def test_a_bad_sample_is_skipped_and_logged_and_too_many_stop_all_ranks(
     copy = tmp_path / "project"
     shutil.copytree(project, copy, ignore=shutil.ignore_patterns("runs"))
     shards = copy / ".cache/quickstart/shards"
-    for shard in sorted(
-        (shards / "Shapes_i2t").glob("*.tar")
-    ):  # every image of one source becomes undecodable
+    # every image of one source becomes undecodable
+    for shard in sorted((shards / "Shapes_i2t").glob("*.tar")):
         shard.write_bytes(shard.read_bytes().replace(b"IDAT", b"XXXX"))
     rest = (
         "--data.check_hashes false --data.weights '{Shapes_i2t: 1, Shapes_text: 3}' --data.max_bad_in_a_row 3"

@@ -497,8 +497,7 @@ def test_srun_spreads_prepare_over_nodes_and_writes_the_same_bytes(
 def test_doctor_speaks_once_for_each_node_of_a_job(cluster: Cluster) -> None:
     asked = ("srun", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=8", "bash", "-c")
     doctor = f"{sys.executable} {REPOSITORY}/launcher/doctor.py --skip-ranks"
-    output = cluster.call(
-        "exec", *asked, f"{doctor}; test $? -le 1"
-    )  # what it finds on the machine of this test may vary
+    # what it finds on the machine of this test may vary
+    output = cluster.call("exec", *asked, f"{doctor}; test $? -le 1")
     assert len(re.findall(r"^doctor on ", output, flags=re.MULTILINE)) == 2
     assert len(re.findall(r"^\w+ +job ", output, flags=re.MULTILINE)) >= 2

@@ -87,9 +87,8 @@ def gradient_errors() -> dict[str, float]:
 
 
 def test_gradients_of_many_bf16_chunks_are_summed_in_float32() -> None:
-    assert all(
-        error < 1e-3 for error in run_ranks(gradient_errors, world_size=1)[0].values()
-    )  # summed in bf16: 1e-2
+    # summed in bf16: 1e-2
+    assert all(error < 1e-3 for error in run_ranks(gradient_errors, world_size=1)[0].values())
 
 
 @pytest.mark.timeout(300)

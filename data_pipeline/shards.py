@@ -6,9 +6,9 @@ others' JSON names that member, and where its bytes are in the file: {"image": "
 [offset, size]}.
 
 The bytes are those of `webdataset.TarWriter` with fixed time, user and group; a test holds that. They are
-written with tarfile because TarWriter's streaming mode copies each byte once more: 8 % fewer rows a second,
-measured with 800 JPEGs of 65 kB on one core (4,082 instead of 4,445 in memory, 2,371 instead of 2,768 to
-disk; webdataset 1.0.2, November 2026).
+written with tarfile because TarWriter copies each byte once more: 4,082 instead of 4,445 rows a
+second in memory, 2,371 instead of 2,768 to disk (800 JPEGs of 65 kB on one core of a busy machine; webdataset
+1.0.2, November 2026).
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from agff.prompts import PromptConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
-    """Limits on what one item may cost. They travel inside the release: the same limits in training and in
-    use."""
+    """Limits on what one item may cost; a release carries them, so use has those of the training."""
 
     max_tokens: int = 512
     """Tokens of one item, image and prompts included; a longer text loses its end, an image is never cut."""

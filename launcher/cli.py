@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in VERBS:
         lines = "\n".join(f"  agff {verb:<16} {about}" for verb, (_, about) in VERBS.items())
         wanted_help = argv[:1] in ([], ["-h"], ["--help"])
+        if not wanted_help:
+            sys.stderr.write(f"error: {argv[0]}: no such verb\n")
         (sys.stdout if wanted_help else sys.stderr).write(
             f"usage: agff VERB ...; agff VERB --help has the options\n{lines}\n"
         )

@@ -79,7 +79,8 @@ def _prepare(
     Raises AgffError with all findings: of the place of the scores, of tables, of images, of the processor.
     """
     if arguments.mmeb_eval is None and arguments.mmvp is None:
-        raise ConfigError("nothing to score: name --mmeb_eval DIR, --mmvp DIR or both")
+        wanted = "--example needs images: name" if arguments.example is not None else "nothing to score: name"
+        raise ConfigError(f"{wanted} --mmeb_eval DIR{'' if arguments.example else ', --mmvp DIR or both'}")
     if arguments.mmeb_eval is None and (arguments.mmeb_images or arguments.max_queries):
         raise ConfigError("--mmeb_images and --max_queries are about MMEB's sets: name --mmeb_eval DIR too")
     if arguments.example is None:

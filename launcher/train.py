@@ -90,8 +90,8 @@ def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo)
         _check_gpus_are_usable()
         prepare_quickstart_if_named(arguments.config)
     data = open_data(run.config)
-    check_run_folder(run)
     processor = build_processor(run.config)
+    check_run_folder(run)
     if rank.rank == 0 and (arguments.dry_run or not starts_ranks):
         _say(startup_table(run, data.plan.num_samples, *count_parameters(run.config)))
     if arguments.dry_run:

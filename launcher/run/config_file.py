@@ -196,7 +196,7 @@ def _stored(folder: Path) -> Document:
         return parse_yaml(read_text(path, "the configuration of a run"), str(path))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: no run folder ({CONFIG_FILE} is missing) and no release folder"
+            f"{folder}: neither a run ({CONFIG_FILE} is missing) nor a release (agff_config.json is missing)"
         ) from None
 
 

@@ -125,8 +125,9 @@ def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
                 file.write(
-                    f"{socket.gethostname()}, process {os.getpid()}, job "
-                    f"{os.environ.get('SLURM_JOB_ID', '-')}\n"
+                    f"{socket.gethostname()}, process {os.getpid()}"
+                    + (f", job {job}" if (job := os.environ.get("SLURM_JOB_ID")) else "")
+                    + "\n"
                 )
                 file.flush()
                 break
@@ -138,7 +139,12 @@ def hold_run_folder(folder: Path, *, patience_s: float) -> Iterator[None]:
                         f"another --run_dir, or delete {folder / LOCK_FILE} if that process is gone for good"
                     )
                     break
-                log.warning("%s: waiting for another process that trains in this folder (%s)", folder, holder)
+                log.warning(
+                    "%s: waiting for another process that trains in this folder (%s); kill -TERM makes it "
+                    "save and end",
+                    folder,
+                    holder,
+                )
                 time.sleep(min(10, patience_s))
             except OSError as error:
                 log.warning(

@@ -98,4 +98,5 @@ def _parameter_gathers(run: ResolvedRun) -> str:
         return f"up to {per_chunk} per chunk ({passes})"
     num_chunks = -(-2 * run.local_batch_size // run.chunking.rows)
     more = ", more with explicit negatives" if run.config.data.with_negatives else ""
-    return f"up to {per_chunk * num_chunks} per step: {num_chunks} chunks x ({passes}){more}"
+    chunks = "1 chunk" if num_chunks == 1 else f"{num_chunks} chunks"
+    return f"up to {per_chunk * num_chunks} per step: {chunks} x ({passes}){more}"

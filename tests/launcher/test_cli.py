@@ -28,4 +28,4 @@ def test_a_verb_gets_its_arguments_and_returns_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no run folder")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: neither a run")

@@ -41,7 +41,7 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None:
     try:
         assert held.wait(60)
         with pytest.raises(
-            ConfigError, match=rf"process {other.pid}, job .*or delete .*run/.lock if"
+            ConfigError, match=rf"process {other.pid}\); .*or delete .*run/.lock if"
         ) as caught:
             hold_run_folder(tmp_path / "run", patience_s=0).__enter__()
         assert caught.value.on_all_ranks

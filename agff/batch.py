@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -59,6 +59,11 @@ ModelInputs = Mapping[str, Tensor]
 """Keyword arguments of the backbone for one chunk of rows, plus `prompt_start_B` (agff/processor.py)."""
 
 
+Encoded = Mapping[str, Tensor]
+"""What the model says of the rows of a chunk: named float tensors whose first axis is the row. "embedding",
+(B, M, D) unit vectors, is always there."""
+
+
 class ProcessItems(Protocol):
     """Items -> inputs of one chunk (`agff.processor.ItemProcessor`). Raises `Item.error` of an item it cannot
     represent."""
@@ -101,9 +106,8 @@ class Batch:
     """One `shard.tar:key` a pair."""
     filler: ModelInputs
     """A chunk of one blank row, whose embedding is not used."""
-    one_pass: bool
-    """All chunks are encoded with their graph at once; else GradCache. From the configuration: the same on
-    every rank."""
+    pair_data: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else comes with a pair, by name, for an objective that wants it; first axis B."""
     num_fillers: int = 0
     """How many chunks at the end are `filler`."""
     skipped: tuple[SkippedSample, ...] = ()
@@ -120,6 +124,8 @@ class Batch:
                 f"{num_pairs} query ids, {self.target_ids_B.shape[0]} target ids, {len(self.addresses)} "
                 f"addresses, {self.row_of_item_R.shape[0]} items; expected {num_items} items"
             )
+        if wrong := [name for name, tensor in self.pair_data.items() if len(tensor) != num_pairs]:
+            raise ValueError(f"pair_data {', '.join(wrong)}: first axis must be the {num_pairs} pairs")
 
     @property
     def num_pairs(self) -> int:
@@ -155,12 +161,15 @@ class Batch:
             negative_ids_N=functional.pad(self.negative_ids_N, (0, missing_negatives), value=NO_CONTENT),
         )
 
-    def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of all chunks' rows (in a row) -> those of the queries, of the targets, of the
-        negatives."""
-        query, target, negative = rows[self.row_of_item_R].split(
-            [self.num_pairs, self.num_pairs, self.num_negatives]
-        )
+    def split(self, encoded: Sequence[Encoded]) -> tuple[Encoded, Encoded, Encoded]:
+        """What the model says of each chunk -> of the queries, of the targets, of the explicit negatives."""
+        sizes = [self.num_pairs, self.num_pairs, self.num_negatives]
+        sides: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        for name in encoded[0]:
+            rows = torch.cat([chunk[name] for chunk in encoded])
+            for side, part in zip(sides, rows[self.row_of_item_R].split(sizes), strict=True):
+                side[name] = part
+        query, target, negative = sides
         return query, target, negative
 
     def pin_memory(self) -> Batch:
@@ -168,9 +177,15 @@ class Batch:
         return self.map_tensors(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its ids and its order on `device`. Each chunk moves when it is encoded."""
+        """The same batch with its ids, order and pair data on `device`. A chunk moves when it is
+        encoded."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
         small = ("row_of_item_R", "query_ids_B", "target_ids_B", "negative_ids_N")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in small})
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in small}
+        return replace(self, **moved, pair_data={name: move(x) for name, x in self.pair_data.items()})
 
     def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `move(tensor)` for each tensor, always in the same order."""
@@ -186,6 +201,7 @@ class Batch:
             query_ids_B=move(self.query_ids_B),
             target_ids_B=move(self.target_ids_B),
             negative_ids_N=move(self.negative_ids_N),
+            pair_data={name: move(tensor) for name, tensor in self.pair_data.items()},
         )
 
 

@@ -72,6 +72,22 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values / world_size()
 
 
+def weighted_mean_over_all_rows(value_B: Tensor, weight_B: Tensor) -> Tensor:
+    """This rank's share of sum(weight * value) / sum(weight) over the rows of all ranks: the ranks' mean is
+    that mean, and 0 where all weights are 0.
+
+    The only place with a world size in it: ZeRO averages gradients over ranks, and here a rank may have more
+    eligible rows than another, or none. Values of weight 0 do not count, whatever they are. The gradient goes
+    to the values alone.
+    """
+    weight_B = weight_B.detach().to(value_B.dtype)
+    total = weight_B.sum()
+    if world_size() > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    counted_B = value_B.masked_fill(weight_B == 0, 0)
+    return world_size() * (weight_B * counted_B).sum() / total.masked_fill(total == 0, 1)
+
+
 # torch 2.13 renamed them and warns at every call of the old names
 _gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_sum_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)

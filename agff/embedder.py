@@ -90,7 +90,8 @@ class Embedder:
 
         inputs = self.processor(all_or_errors(item, batch))
         with torch.inference_mode():
-            return self.model({name: tensor.to(self.device) for name, tensor in inputs.items()}).cpu()
+            encoded = self.model({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        return encoded["embedding"].cpu()
 
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
         """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training

@@ -7,21 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agff.batch import Encoded
+from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
 
 
 class EmbeddingModel(nn.Module):
     """Backbone (without language-model head) + soft tokens -> (B, M, D) unit embeddings, the global one at
-    index 0.
+    index 0; and what the head of a training objective reads, if it has one.
 
     A vector is the last hidden state at the last soft token of its block, L2-normalised (README, Method 1,
     our definition).
     """
 
-    def __init__(self, backbone: Any, prompts: PromptConfig) -> None:
+    def __init__(self, backbone: Any, prompts: PromptConfig, head: Head | None = None) -> None:
         super().__init__()
         self.prompts = prompts
         self.backbone = backbone
+        self.head = head
         backbone.set_input_embeddings(PromptedEmbedding(backbone.get_input_embeddings(), prompts.num_tokens))
         steps = torch.arange(1, prompts.num_vectors + 1) * prompts.tokens_per_prompt - 1
         self.register_buffer("block_end_M", steps, persistent=False)
@@ -32,16 +35,33 @@ class EmbeddingModel(nn.Module):
         """The input embedding that holds the soft tokens."""
         return self.backbone.get_input_embeddings()
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, M, D) float32 unit embeddings of one chunk (`ItemProcessor.__call__`).
+    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
+        """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
+        in float32 or better, and the outputs of the head.
 
         Under ZeRO-3 every parameter is gathered on the way: every rank must call it, with the same number of
-        chunks.
+        chunks. Raises ValueError, with its name, for an output of the head that has not one row for each.
         """
         inputs = dict(inputs)
         prompt_start_B = inputs.pop("prompt_start_B")
         inputs["pixel_values"] = inputs["pixel_values"].to(self.prompted_embedding.vectors.dtype)
-        hidden_BTH = self.backbone(**inputs, use_cache=False).last_hidden_state
+        wants_more = self.head is not None and self.head.num_states > 1
+        output = self.backbone(**inputs, use_cache=False, output_hidden_states=wants_more)
+        hidden_BTH = output.last_hidden_state
         block_end_BM = prompt_start_B[:, None] + self.block_end_M
         rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
-        return nn.functional.normalize(hidden_BTH[rows_B1, block_end_BM].float(), dim=-1)
+        state_BMD = hidden_BTH[rows_B1, block_end_BM]
+        state_BMD = state_BMD.to(torch.promote_types(state_BMD.dtype, torch.float32))
+        embedding_BMD = nn.functional.normalize(state_BMD, dim=-1)
+        encoded = {"embedding": embedding_BMD}
+        if self.head is None:
+            return encoded
+        states = output.hidden_states[-self.head.num_states :] if wants_more else (hidden_BTH,)
+        found = self.head(states, {**inputs, "prompt_start_B": prompt_start_B}, embedding_BMD)
+        for name, tensor in found.items():
+            if tensor.shape[:1] != embedding_BMD.shape[:1]:
+                raise ValueError(
+                    f"output {name!r} of {type(self.head).__name__} has shape {tuple(tensor.shape)}; its "
+                    f"first axis must be the {len(embedding_BMD)} rows of the chunk"
+                )
+        return {**encoded, **found}

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
-from agff.batch import ModelInputs
+from agff.batch import Encoded, ModelInputs
 from agff.errors import ConfigError
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 
@@ -95,8 +95,8 @@ class Engine:
             dist_init_required=False,
         )
 
-    def encode(self, inputs: ModelInputs) -> Tensor:
-        """(B, M, D) float32 unit embeddings of one chunk, wherever its tensors are. Under ZeRO-3 a
+    def encode(self, inputs: ModelInputs) -> Encoded:
+        """What the model says of the rows of one chunk, wherever its tensors are. Under ZeRO-3 a
         collective."""
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         with self._autocast():

@@ -1,52 +1,76 @@
 """The two-pass step (GradCache, arXiv 2101.06983): any batch in the memory of one chunk, exact gradient.
 
-Pass 1 encodes every chunk without a graph. The loss gives the gradient at the embeddings. Pass 2 encodes
-again, chunk by chunk, and carries that gradient into the parameters. These functions know no engine: `encode`
-and `backward` are given.
+Pass 1 encodes every chunk; only the last one keeps its graph. The loss gives the gradient at each named
+output. Then the last chunk goes back, and pass 2 encodes the others again, chunk by chunk, and carries their
+gradients into the parameters. One chunk is the plain step. These functions know no engine: `encode` and
+`backward` are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from agff.batch import ModelInputs
+from agff.batch import Encoded, ModelInputs
 
 RandomState = tuple[Tensor, Tensor | None]
+Gradients = Mapping[str, Tensor]
+"""Of a loss, at each named output of one chunk."""
 
 
 def encode_without_graph(
-    encode: Callable[[ModelInputs], Tensor], chunks: Sequence[ModelInputs]
-) -> tuple[list[Tensor], list[RandomState]]:
-    """Embeddings of each chunk, and the random state before each one, so that pass 2 draws the same dropout.
+    encode: Callable[[ModelInputs], Encoded], chunks: Sequence[ModelInputs]
+) -> tuple[list[Encoded], list[RandomState]]:
+    """What the model says of each chunk, and the random state before each one, so that pass 2 draws the same
+    dropout.
 
     Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
     """
-    embeddings, random_states = [], []
+    encoded, random_states = [], []
     for chunk in chunks:
         random_states.append(random_state())
         with torch.no_grad():
-            embeddings.append(encode(chunk))
-    return embeddings, random_states
+            encoded.append(encode(chunk))
+    return encoded, random_states
+
+
+def as_leaves(encoded: Sequence[Encoded]) -> list[Encoded]:
+    """The same values, cut off from their graphs, at which gradients are taken."""
+    return [{name: tensor.detach().requires_grad_() for name, tensor in chunk.items()} for chunk in encoded]
+
+
+def gradients_at(loss: Tensor, leaves: Sequence[Encoded]) -> list[Gradients]:
+    """Gradient of the loss at each named output of each chunk; zeros where the loss does not use one, so that
+    all ranks go back through the same modules."""
+    flat = [tensor for chunk in leaves for tensor in chunk.values()]
+    found = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+    return [{name: next(found) for name in chunk} for chunk in leaves]
+
+
+def surrogate(encoded: Encoded, gradients: Gradients) -> Tensor:
+    """A scalar whose parameter gradient is the chunk's share of the true gradient."""
+    return torch.stack([(encoded[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
 
 
 def backward_through_chunks(
-    encode: Callable[[ModelInputs], Tensor],
+    encode: Callable[[ModelInputs], Encoded],
     chunks: Sequence[ModelInputs],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Gradients],
     random_states: Sequence[RandomState],
     backward: Callable[[Tensor, bool], None],
 ) -> None:
-    """Encode each chunk again and call `backward(surrogate, is_last)`.
+    """Encode each chunk again and call `backward(surrogate, is_last)`. The random state after it is that of
+    before.
 
-    surrogate = sum(embedding * gradient): a scalar whose parameter gradient is the chunk's share of the true
-    gradient. Under ZeRO a collective: every rank must call it with the same number of chunks.
+    Under ZeRO a collective: every rank must call it with the same number of chunks.
     """
+    before = random_state()
     for index, (chunk, gradient, state) in enumerate(zip(chunks, gradients, random_states, strict=True)):
         set_random_state(state)
-        backward((encode(chunk) * gradient).sum(), index == len(chunks) - 1)
+        backward(surrogate(encode(chunk), gradient), index == len(chunks) - 1)
+    set_random_state(before)
 
 
 def random_state() -> RandomState:

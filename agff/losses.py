@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +13,8 @@ def info_nce(
     *,
     temperature: float,
     negative_mask_BC: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Cross-entropy of the positive among the candidates: mean over local rows, or (B,) (reduction "none").
+    """(B,) cross-entropy of the positive among the candidates.
 
     positive_index_B: of each row's positive among the C candidates. negative_mask_BC: True = may act as a
     negative; the positive is never masked. float32 or better inside.
@@ -25,8 +22,7 @@ def info_nce(
     logits_BC = _masked_logits(
         similarity_BC, positive_index_B, temperature=temperature, negative_mask_BC=negative_mask_BC
     )
-    loss_B = F.cross_entropy(logits_BC, positive_index_B, reduction="none")
-    return loss_B if reduction == "none" else loss_B.mean()
+    return F.cross_entropy(logits_BC, positive_index_B, reduction="none")
 
 
 def ega_loss(
@@ -38,12 +34,12 @@ def ega_loss(
     width: float = 0.1,
     renormalize: bool = True,
     negative_mask_BC: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """InfoNCE whose gradient is amplified at hard negatives: Explicit Gradient Amplifier (arXiv 2506.02020).
+    """(B,) InfoNCE whose gradient is amplified at hard negatives: Explicit Gradient Amplifier
+    (arXiv 2506.02020).
 
-    The value is the InfoNCE loss. Its gradient with respect to the similarity is (P_bar - I) / (N
-    temperature), where P_bar re-weights the softmax P by `ega_weights` (README, Method 2: the weights are our
+    The value is the InfoNCE loss. Its gradient with respect to the similarity is (P_bar - I) / temperature,
+    where P_bar re-weights the softmax P by `ega_weights` (README, Method 2: the weights are our
     definition). Amplification 0 is InfoNCE bit for bit. Differentiable once; no gradient flows through the
     weights.
 
@@ -60,7 +56,6 @@ def ega_loss(
         positive_index_B,
         temperature=temperature,
         negative_mask_BC=negative_mask_BC,
-        reduction="none",
     )
     if amplification > 0:
         with torch.no_grad():
@@ -77,7 +72,7 @@ def ega_loss(
         # zero in value: x - x, with the wanted gradient in x alone
         carrier_B = (gradient_BC * similarity_BC.to(gradient_BC.dtype)).sum(dim=1)
         loss_B = loss_B.detach() + (carrier_B - carrier_B.detach())
-    return loss_B if reduction == "none" else loss_B.mean()
+    return loss_B
 
 
 def ega_weights(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +12,9 @@ from agff.batch import Batch, SkippedSample
 from agff.collectives import max_over_ranks, raise_together
 from agff.engine import Engine
 from agff.errors import AgffError, TrainingError
-from agff.step import Objective, train_step
+from agff.objectives.objective import Objective
+from agff.similarity import FusionConfig
+from agff.step import train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,15 @@ class StepReport:
 
     step: int
     """Steps finished, this one included."""
-    metrics: Tensor
-    """The objective's metrics of the local rows."""
+    loss: Tensor
+    """Of the local rows, on the device."""
+    metrics: Mapping[str, Tensor]
+    """The objective's, of the local rows, on the device."""
     pair_losses: tuple[float, ...]
     """Of this rank's pairs, in the order of `addresses`."""
     applied: bool
+    not_finite: tuple[str, ...]
+    """Names of the model's outputs that were not finite on this rank, where the step was not applied."""
     gradient_norm: float
     learning_rate: float
     """What this step used."""
@@ -45,6 +51,7 @@ class StepReport:
 def train(
     engine: Engine,
     objective: Objective,
+    fusion: FusionConfig,
     batches: Iterator[Batch],
     *,
     start_step: int,
@@ -79,13 +86,15 @@ def train(
         mark(f"in step {step + 1}")
         waited = time.perf_counter()
         learning_rate = engine.learning_rate
-        result = train_step(engine, objective, batch)
+        result = train_step(engine, objective, fusion, batch)
         observe(
             StepReport(
                 step=step + 1,
+                loss=result.loss,
                 metrics=result.metrics,
                 pair_losses=tuple(result.pair_loss_B.tolist()),
                 applied=result.applied,
+                not_finite=result.not_finite,
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,
                 num_pairs=batch.num_pairs,

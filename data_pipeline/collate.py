@@ -16,7 +16,6 @@ class FixedRows:
     """Chunks of equally many items, in order: queries, targets, explicit negatives."""
 
     rows: int
-    """Below the local pairs it divides them, so that all ranks have equal chunks, the negatives' aside."""
 
     def cut(self, items: Sequence[Item], process: ProcessItems) -> list[list[int]]:
         """Indices of the items of each chunk."""
@@ -59,9 +58,6 @@ def collate(
     skipped: Sequence[SkippedSample] = (),
 ) -> Batch:
     """The local pairs of one step. Raises DataError when an item does not fit the backbone."""
-    one_pass = isinstance(chunking, FixedRows) and chunking.rows >= len(examples)
-    if isinstance(chunking, FixedRows) and not one_pass and len(examples) % chunking.rows:
-        raise ValueError(f"{len(examples)} pairs in chunks of {chunking.rows}")
     negatives = [(example.negative, example.negative_id) for example in examples if example.negative]
     items = [
         *(example.query for example in examples),
@@ -78,6 +74,5 @@ def collate(
         negative_ids_N=torch.tensor([content_id for _, content_id in negatives], dtype=torch.int64),
         addresses=tuple(example.address for example in examples),
         filler=process([Item(text="")]),
-        one_pass=one_pass,
         skipped=tuple(skipped),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import socket
 import sys
@@ -14,7 +15,8 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from agff.errors import AgffError, ConfigError
-from launcher.run.config import RunConfig
+from agff.objectives import OBJECTIVES
+from launcher.run.config import RunConfig, run_config_of
 from launcher.run.config_file import hint_of, read_recipe
 from launcher.run.typed_values import expected, is_optional, setting_names
 
@@ -82,7 +84,8 @@ def parse_recipe(parser: RecipeParser, argv: Sequence[str]) -> tuple[RunConfig, 
     What the parser does not know must be settings. Raises one ConfigError that lists all that are wrong.
     """
     if {"-h", "--help"} & set(argv):
-        _print_help(parser)
+        named = [after for option, after in itertools.pairwise(argv) if option == "--objective"]
+        _print_help(parser, next((name for name in named if name in OBJECTIVES), "contrastive"))
     own, rest = parser.parse_known_args(argv)
     recipe = _file_of("--recipe", own.recipe, RECIPES, ".yaml")
     return read_recipe(recipe, list(_overrides(rest))), own
@@ -104,8 +107,9 @@ def report(error: AgffError) -> int:
     return 2
 
 
-def _print_help(parser: RecipeParser) -> NoReturn:
-    """The command's options, and every setting with its meaning, type and default."""
+def _print_help(parser: RecipeParser, objective: str) -> NoReturn:
+    """The command's options, and every setting with its meaning, type and default; of the losses, that of the
+    objective."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -113,10 +117,12 @@ def _print_help(parser: RecipeParser) -> NoReturn:
         prog=parser.prog, description=parser.description, usage="%(prog)s [OPTION | --SETTING VALUE] ...",
         parents=[parser],
     )  # fmt: skip
-    full.add_class_arguments(RunConfig, fail_untyped=True, sub_configs=False)
-    for name in setting_names(RunConfig):  # a section that may be null is one option to jsonargparse
-        if "." in name and is_optional(hint_of(name.rpartition(".")[0])):
-            full.add_argument(f"--{name}", help=f"(type: {expected(hint_of(name))})")
+    full.add_class_arguments(RunConfig, fail_untyped=True, sub_configs=False, skip={"loss"})
+    full.add_class_arguments(OBJECTIVES[objective], "loss", fail_untyped=True, sub_configs=False)
+    cls = run_config_of(objective)
+    for name in setting_names(cls):  # a section that may be null is one option to jsonargparse
+        if "." in name and is_optional(hint_of(name.rpartition(".")[0], cls)):
+            full.add_argument(f"--{name}", help=f"(type: {expected(hint_of(name, cls))})")
     full.print_help()
     raise SystemExit(0)
 

@@ -1,1 +1,7 @@
-"""One file per training objective of the family."""
+"""One file per training objective of the family, and their names in a recipe."""
+
+from agff.objectives.contrastive import Contrastive
+from agff.objectives.objective import Objective
+
+OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive}
+"""By the recipe's `objective`."""

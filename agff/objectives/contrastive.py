@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agff.batch import NO_CONTENT, Batch
+from agff.batch import NO_CONTENT, Batch, Encoded
 from agff.collectives import all_gather_rows, rank
 from agff.errors import ConfigError
 from agff.losses import ega_loss, ega_weights
 from agff.negatives import negative_mask
+from agff.objectives.objective import Objective, ObjectiveResult
 from agff.similarity import PATTERNS, FusionConfig, fused_similarity, pattern_shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class Contrastive(Objective):
     """InfoNCE on the fused similarity, and EGA (README, Method)."""
 
     temperature: float = 0.02
@@ -37,61 +38,42 @@ class LossConfig:
         if self.amplification < 0:
             raise ConfigError(f"loss.amplification={self.amplification} must be >= 0; 0 is plain InfoNCE")
 
+    def __call__(
+        self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
+    ) -> ObjectiveResult:
+        """See Objective.
 
-METRICS = (
-    "loss",
-    "similarity/positive",
-    "similarity/hardest_negative",
-    "batch_accuracy",
-    "ega/mean_weight",
-    *(f"pattern_share/{name}" for name in PATTERNS),
-)
-"""What `contrastive_loss` measures, in the order of its second result."""
-
-
-def contrastive_loss(
-    query_BMD: Tensor,
-    target_BMD: Tensor,
-    negative_NMD: Tensor,
-    batch: Batch,
-    *,
-    config: LossConfig,
-    fusion: FusionConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, pair losses): mean over this rank's rows, METRICS, and (B,) of each row.
-
-    Candidates of a query are the targets and the explicit negatives of all ranks; of a target
-    (bidirectional), all queries.
-    Collective: every rank must call it, with the same number of rows and of negatives. The gradient that
-    reaches the embeddings is the sum over ranks of the gradients of their local means (see
-    `all_gather_rows`).
-    """
-    no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
-    pair_loss_B, similarity_BC, mask_BC, positive_index_B = _one_direction(
-        query_BMD,
-        torch.cat([target_BMD, negative_NMD]),
-        batch.query_ids_B,
-        candidate_ids=torch.cat([batch.target_ids_B, batch.negative_ids_N]),
-        partner_ids=torch.cat([batch.query_ids_B, no_partner_N]),
-        config=config,
-        fusion=fusion,
-    )
-    if config.bidirectional:
-        backward_loss_B, *_ = _one_direction(
-            target_BMD,
+        Candidates of a query are the targets and the explicit negatives of all ranks; of a target
+        (bidirectional), all queries. The gradient that reaches the embeddings is the sum over ranks of the
+        gradients of their local means (see `all_gather_rows`).
+        """
+        query_BMD, target_BMD, negative_NMD = (side["embedding"] for side in (query, target, negative))
+        no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
+        pair_loss_B, similarity_BC, mask_BC, positive_index_B = _one_direction(
             query_BMD,
-            batch.target_ids_B,
-            candidate_ids=batch.query_ids_B,
-            partner_ids=batch.target_ids_B,
-            config=config,
+            torch.cat([target_BMD, negative_NMD]),
+            batch.query_ids_B,
+            candidate_ids=torch.cat([batch.target_ids_B, batch.negative_ids_N]),
+            partner_ids=torch.cat([batch.query_ids_B, no_partner_N]),
+            config=self,
             fusion=fusion,
         )
-        pair_loss_B = (pair_loss_B + backward_loss_B) / 2
-    loss = pair_loss_B.mean()
-    with torch.no_grad():
-        measured = [loss, *_similarity_metrics(similarity_BC, mask_BC, positive_index_B, config)]
-        shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
-        return loss, torch.cat([torch.stack(measured).to(shares.dtype), shares]), pair_loss_B.detach()
+        if self.bidirectional:
+            backward_loss_B, *_ = _one_direction(
+                target_BMD,
+                query_BMD,
+                batch.target_ids_B,
+                candidate_ids=batch.query_ids_B,
+                partner_ids=batch.target_ids_B,
+                config=self,
+                fusion=fusion,
+            )
+            pair_loss_B = (pair_loss_B + backward_loss_B) / 2
+        with torch.no_grad():
+            metrics = _similarity_metrics(similarity_BC, mask_BC, positive_index_B, self)
+            shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
+            metrics |= {f"pattern_share/{name}": share for name, share in zip(PATTERNS, shares, strict=True)}
+        return ObjectiveResult(loss=pair_loss_B.mean(), metrics=metrics, pair_loss_B=pair_loss_B.detach())
 
 
 def _one_direction(
@@ -101,7 +83,7 @@ def _one_direction(
     *,
     candidate_ids: Tensor,
     partner_ids: Tensor,
-    config: LossConfig,
+    config: Contrastive,
     fusion: FusionConfig,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """candidates: this rank's, of which the first B are the rows' positives, in order."""
@@ -119,14 +101,13 @@ def _one_direction(
         width=config.width,
         renormalize=config.renormalize,
         negative_mask_BC=mask_BC,
-        reduction="none",
     )
     return loss_B, similarity_BC, mask_BC, positive_index_B
 
 
 def _similarity_metrics(
-    similarity_BC: Tensor, mask_BC: Tensor, positive_index_B: Tensor, config: LossConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    similarity_BC: Tensor, mask_BC: Tensor, positive_index_B: Tensor, config: Contrastive
+) -> dict[str, Tensor]:
     positive_similarity_B = similarity_BC.gather(1, positive_index_B[:, None])[:, 0]
     # a row without any negative has its hardest one at the lowest similarity there is
     hardest_B = similarity_BC.masked_fill(~mask_BC, -1.0).max(dim=1).values
@@ -135,4 +116,9 @@ def _similarity_metrics(
     )
     mean_weight = (weight_BC * mask_BC).sum() / mask_BC.sum().clamp(min=1)
     accuracy = (positive_similarity_B > hardest_B).to(similarity_BC.dtype).mean()
-    return positive_similarity_B.mean(), hardest_B.mean(), accuracy, mean_weight
+    return {
+        "similarity/positive": positive_similarity_B.mean(),
+        "similarity/hardest_negative": hardest_B.mean(),
+        "batch_accuracy": accuracy,
+        "ega/mean_weight": mean_weight,
+    }

@@ -4,8 +4,9 @@ them together."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ import torch
 from agff.backbone import BackboneConfig
 from agff.batch import TextRule
 from agff.errors import ConfigError
-from agff.objectives.contrastive import LossConfig
+from agff.objectives import OBJECTIVES
+from agff.objectives.contrastive import Contrastive
+from agff.objectives.objective import Objective
 from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
@@ -31,11 +34,11 @@ class BatchConfig:
     global_batch_size: int
     """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
     chunk_size: int | None = None
-    """Items encoded at once; memory grows with it, the result does not change. Below the local batch:
-    GradCache. Three local batches hold all queries, targets and explicit negatives: one forward."""
+    """Items encoded at once; memory grows with it, the result does not change. Three local batches hold all
+    queries, targets and explicit negatives: one forward. Below that: GradCache."""
     max_tokens_per_chunk: int | None = None
     """Instead of chunk_size: as many items of similar length at once as have this many tokens together,
-    padding included. GradCache."""
+    padding included."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):
@@ -132,12 +135,18 @@ class RunConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     texts: TextRule = field(default_factory=TextRule)
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    objective: str = "contrastive"
+    """What is trained for: a name of agff.objectives.OBJECTIVES; its settings are the section loss."""
+    loss: Objective = field(default_factory=Contrastive)
     optimizer: OptimizerConfig
     batch: BatchConfig
     data: DataConfig
 
     def __post_init__(self) -> None:
+        if type(self.loss) is not OBJECTIVES.get(self.objective):
+            raise ConfigError(
+                f"objective={self.objective} does not fit loss, which is {type(self.loss).__name__}"
+            )
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed} must be >= 0")
         for name in (
@@ -155,6 +164,22 @@ class RunConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
 
 
+@functools.cache
+def run_config_of(objective: str) -> type[RunConfig]:
+    """RunConfig whose section `loss` is that objective's. Raises ConfigError for an unknown one."""
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"{objective!r} is no objective; known are {', '.join(OBJECTIVES)}")
+    cls = OBJECTIVES[objective]
+    has_defaults = all(
+        setting.default is not MISSING or setting.default_factory is not MISSING
+        for setting in dataclasses.fields(cls)
+    )
+    section = field(default_factory=cls) if has_defaults else field()
+    return dataclasses.make_dataclass(
+        "RunConfig", [("loss", cls, section)], bases=(RunConfig,), frozen=True, kw_only=True
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
     """What will run: nothing is left to be decided."""
@@ -166,11 +191,6 @@ class ResolvedRun:
     world_size: int
     local_batch_size: int
     chunking: Chunking
-
-    @property
-    def one_pass(self) -> bool:
-        """The whole local batch keeps its graph; else two passes (GradCache)."""
-        return isinstance(self.chunking, FixedRows) and self.chunking.rows >= self.local_batch_size
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -251,13 +271,6 @@ def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
             )
         return TokenBudget(max_tokens=max_tokens)
     assert chunk_size is not None, "BatchConfig checks it"
-    if chunk_size < local_batch_size and local_batch_size % chunk_size:
-        divisors = [size for size in range(1, local_batch_size + 1) if local_batch_size % size == 0]
-        nearest_sizes = sorted(divisors, key=lambda size: abs(size - chunk_size))[:2]
-        raise ConfigError(
-            f"chunk_size={chunk_size} does not divide the local batch of {local_batch_size} rows; "
-            f"use {' or '.join(map(str, sorted(nearest_sizes)))} (--batch.chunk_size)"
-        )
     return FixedRows(rows=chunk_size)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from agff.errors import CheckpointError, ConfigError
 from agff.files import write_text
-from launcher.run.config import ResolvedRun, RunConfig, as_dict
+from agff.objectives import OBJECTIVES
+from launcher.run.config import ResolvedRun, RunConfig, as_dict, run_config_of
 from launcher.run.plain_values import (
     Document,
     describe,
@@ -47,13 +48,15 @@ def read_recipe(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
         document = parse_yaml(read_text(path, "the recipe"), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
-    values, problems = copy.deepcopy(document.values), []
+    values, problems = copy.deepcopy(document.values), list[str]()
+    address = _address(document, str(path), {name for name, _ in overrides})
+    cls = _config_class({**values, **dict(overrides)}, address)
     for name, text in overrides:
         try:
-            _override(values, name, text)
+            _override(values, name, text, cls)
         except ConfigError as error:
             problems.append(f"--{name}: {error}")
-    config = _build(values, problems, _address(document, str(path), {name for name, _ in overrides}))
+    config = build(cls, values, lambda name, text: problems.append(address(name, text)))
     fail_with_all(problems)
     return config
 
@@ -61,8 +64,10 @@ def read_recipe(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
 def read_run_config(folder: Path) -> RunConfig:
     """The configuration that a run was started with. Raises CheckpointError when the folder is no run, and
     ConfigError when its configuration is not one of this version."""
-    document, path, problems = _stored(folder), folder / CONFIG_FILE, list[str]()
-    config = _build(document.values, problems, _address(document, str(path), frozenset()))
+    document, problems = _stored(folder), list[str]()
+    address = _address(document, str(folder / CONFIG_FILE), frozenset())
+    cls = _config_class(document.values, address)
+    config = build(cls, document.values, lambda name, text: problems.append(address(name, text)))
     fail_with_all(problems)
     return config
 
@@ -109,10 +114,10 @@ def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[
     return changed
 
 
-def hint_of(name: str) -> Any:
+def hint_of(name: str, cls: type[RunConfig]) -> Any:
     """The type hint of a setting, also of one name in a mapping such as data.weights; None for an unknown
-    one."""
-    hint: Any = RunConfig
+    one. cls: of the run's objective (`run_config_of`)."""
+    hint: Any = cls
     for part in name.split("."):
         inner = dataclass_in(hint)
         if inner is not None:
@@ -125,37 +130,54 @@ def hint_of(name: str) -> Any:
     return hint
 
 
-def _override(values: dict[str, Any], name: str, text: str) -> None:
+def _config_class(values: Mapping[str, Any], address: Callable[[str, str], str]) -> type[RunConfig]:
+    """RunConfig with the settings of the objective that is named."""
+    objective = values.get("objective", "contrastive")
+    try:
+        return run_config_of(str(objective))
+    except ConfigError as error:
+        raise ConfigError(address("objective", str(error))) from None
+
+
+def _override(values: dict[str, Any], name: str, text: str, cls: type[RunConfig]) -> None:
     """Put one override of the command line into the settings. Raises ConfigError."""
-    hint = hint_of(name)
+    hint = hint_of(name, cls)
     if hint is None and name not in MOVED:
-        raise ConfigError(_unknown(name))
+        raise ConfigError(_unknown(name, cls))
     value = parse_yaml_value(text)
     choices = (hint, *typing.get_args(hint))
     if not (value is None and type(None) in choices) and (
         str in choices or typing.get_origin(hint) is typing.Literal
     ):
         value = text  # on the command line nobody quotes
-    _put(values, name, name.split("."), value)
+    _put(values, name, name.split("."), value, cls)
 
 
-def _unknown(name: str) -> str:
-    known = setting_names(RunConfig)
+def _unknown(name: str, cls: type[RunConfig]) -> str:
+    if others := _objectives_with(name):
+        return f"unknown to this objective; it is a setting of {others}"
+    known = setting_names(cls)
     near = [other for other in known if other.split(".")[-1] == name.split(".")[-1]]
     near = near or difflib.get_close_matches(name, known, n=2)
     return f"unknown; did you mean --{' or --'.join(near)}?" if near else "unknown; --help lists all settings"
 
 
-def _put(values: dict[str, Any], name: str, parts: Sequence[str], value: Any) -> None:
+def _objectives_with(name: str) -> str:
+    """Objectives that have this setting of the section `loss`."""
+    owners = [key for key, cls in OBJECTIVES.items() if name in setting_names(cls, "loss.")]
+    return " and ".join(f"objective {key}" for key in owners)
+
+
+def _put(values: dict[str, Any], name: str, parts: Sequence[str], value: Any, cls: type[RunConfig]) -> None:
     first, *rest = parts
     if (
         not rest
         and isinstance(value, dict)
         and isinstance(values.get(first), dict)
-        and dataclass_in(hint_of(name))
+        and dataclass_in(hint_of(name, cls))
     ):
         for key, item in value.items():  # a section: what it does not name stays
-            _put(values[first], f"{name}.{key}", [key], item)
+            _put(values[first], f"{name}.{key}", [key], item, cls)
     elif not rest:
         values[first] = value
     else:
@@ -165,11 +187,7 @@ def _put(values: dict[str, Any], name: str, parts: Sequence[str], value: Any) ->
             raise ConfigError(
                 f"{first} is {describe(values[first])} and has no {rest[0]}; give {first} whole"
             )
-        _put(values[first], name, rest, value)
-
-
-def _build(values: Mapping[str, Any], problems: list[str], address: Callable[[str, str], str]) -> Any:
-    return build(RunConfig, values, lambda name, text: problems.append(address(name, text)))
+        _put(values[first], name, rest, value, cls)
 
 
 def _address(
@@ -180,6 +198,8 @@ def _address(
     def message(name: str, text: str) -> str:
         if name in MOVED:
             text = f"is called {MOVED[name]} now; rename it"
+        elif text.startswith("unknown; ") and (owners := _objectives_with(name)):
+            text = f"unknown to this objective; it is a setting of {owners}"
         parts = name.split(".")
         prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
         if any(prefix in overrides for prefix in prefixes):

@@ -6,7 +6,6 @@ import heapq
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +31,6 @@ class RunLog:
     def __init__(
         self,
         run_dir: Path,
-        metric_names: Sequence[str],
         *,
         start_step: int,
         num_steps: int,
@@ -40,7 +38,6 @@ class RunLog:
         log_samples: bool,
         spike_deviations: float | None,
     ) -> None:
-        self._names = metric_names
         self._log_every = log_every
         self._is_writer = rank() == 0
         self._run_dir = run_dir
@@ -79,7 +76,7 @@ class RunLog:
 
     def __call__(self, report: StepReport) -> None:
         """Collective on every step (skipped samples, spikes) and on each `log_every`-th (metrics)."""
-        own = torch.stack([report.metrics[0].float(), report.metrics.new_tensor(len(report.skipped)).float()])
+        own = torch.stack([report.loss.float(), report.loss.new_tensor(len(report.skipped)).float()])
         # the same numbers on every rank: what follows is collective
         loss, num_skipped = mean_over_ranks(own).tolist()
         if num_skipped:
@@ -106,12 +103,15 @@ class RunLog:
 
     def _measure(self, report: StepReport) -> dict[str, float]:
         own = torch.tensor(
-            [report.num_pairs, report.num_tokens, report.wait_s, report.step_s], device=report.metrics.device
+            [report.num_pairs, report.num_tokens, report.wait_s, report.step_s], device=report.loss.device
         )
-        mean = mean_over_ranks(torch.cat([report.metrics.float(), own])).tolist()
+        measured = {"loss": report.loss, **report.metrics}
+        mean = mean_over_ranks(
+            torch.cat([torch.stack([value.float() for value in measured.values()]), own])
+        ).tolist()
         metrics, (num_pairs, num_tokens, wait_s, step_s) = mean[:-4], mean[-4:]
         return {
-            **{f"train/{name}": value for name, value in zip(self._names, metrics, strict=True)},
+            **{f"train/{name}": value for name, value in zip(measured, metrics, strict=True)},
             "train/gradient_norm": report.gradient_norm,
             "train/learning_rate": report.learning_rate,
             "speed/samples_per_s": world_size() * num_pairs / step_s,
@@ -123,13 +123,16 @@ class RunLog:
 
     def _note_not_finite(self, report: StepReport) -> None:
         """`applied` is the same on all ranks, so they come here together."""
-        losses = gather_objects(report.metrics[0].item())
+        losses = gather_objects(report.loss.item())
+        outputs = sorted({name for names in gather_objects(report.not_finite) for name in names})
         addresses = gather_objects(report.addresses)
         if self._is_writer:
             log.warning(
-                "step %d skipped on all ranks: the gradient was not finite; losses by rank: %s",
+                "step %d skipped on all ranks: the gradient was not finite; losses by rank: %s; outputs of "
+                "the model that were not finite: %s",
                 report.step,
                 losses,
+                ", ".join(outputs) or "none",
             )
             with (self._run_dir / "not_finite.jsonl").open("a") as file:
                 for rank_losses, pairs in zip(losses, addresses, strict=True):

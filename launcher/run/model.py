@@ -35,6 +35,10 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
 
 
 def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) -> EmbeddingModel:
-    """Backbone weights of the folder, adapters and soft tokens as they are created; in training mode."""
+    """Backbone weights of the folder; adapters, soft tokens and head as they are created; in training
+    mode."""
     backbone = load_backbone(Path(config.backbone.path), dtype=dtype, attention=attention)
-    return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts)
+    head = config.loss.build_head(backbone.config)
+    if head is not None:
+        head = head.to(dtype)  # ZeRO wants one precision for all
+    return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts, head)

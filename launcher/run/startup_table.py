@@ -33,9 +33,8 @@ def startup_table(
         ),
         "ranks": f"{run.world_size}, ZeRO stage {run.zero_stage}",
         "batch": (
-            f"{_chunks(run)}local {run.local_batch_size}, x {run.world_size} ranks = global {num_pairs}; "
-        )
-        + ("one pass" if run.one_pass else "two passes (GradCache)"),
+            f"local {run.local_batch_size} x {run.world_size} ranks = global {num_pairs}; {_chunks(run)}"
+        ),
         "negatives per query": f"{num_pairs - 1}, less those that share a target or a query"
         f"{', and the explicit ones of the data' if config.data.with_negatives else ''}; "
         "gradient accumulation would add none, so there is none",
@@ -60,7 +59,8 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
         backbone = AutoModel.from_config(
             AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
         )
-        model = EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts)
+        head = config.loss.build_head(backbone.config)
+        model = EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts, head)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
@@ -81,10 +81,16 @@ def _shards(config: DataConfig) -> str:
 
 def _chunks(run: ResolvedRun) -> str:
     if isinstance(run.chunking, TokenBudget):
-        return f"chunks of {run.chunking.max_tokens:,} tokens, "
-    if run.chunking.rows > run.local_batch_size:
-        return f"chunks of up to {run.chunking.rows} items, "
-    return f"chunk {run.chunking.rows} x {run.local_batch_size // run.chunking.rows} chunks = "
+        return f"chunks of {run.chunking.max_tokens:,} tokens, two passes (GradCache)"
+    num_chunks = -(-_num_items(run) // run.chunking.rows)
+    if num_chunks == 1:
+        return "one chunk, one pass"
+    return f"up to {num_chunks} chunks of {run.chunking.rows} items, two passes (GradCache)"
+
+
+def _num_items(run: ResolvedRun) -> int:
+    """Queries, targets and, at most, explicit negatives of a rank."""
+    return (3 if run.config.data.with_negatives else 2) * run.local_batch_size
 
 
 def _parameter_gathers(run: ResolvedRun) -> str:
@@ -92,11 +98,8 @@ def _parameter_gathers(run: ResolvedRun) -> str:
     once, updated."""
     if run.zero_stage < 3:
         return "1 per step: the updated parameters"
-    per_chunk = 2 if run.one_pass else 3
-    passes = "forward, backward" if run.one_pass else "forward, forward, backward"
+    passes = "forward, forward, backward; the last chunk: forward, backward"
     if isinstance(run.chunking, TokenBudget):
-        return f"up to {per_chunk} per chunk ({passes})"
-    num_chunks = -(-2 * run.local_batch_size // run.chunking.rows)
-    more = ", more with explicit negatives" if run.config.data.with_negatives else ""
-    chunks = "1 chunk" if num_chunks == 1 else f"{num_chunks} chunks"
-    return f"up to {per_chunk * num_chunks} per step: {chunks} x ({passes}){more}"
+        return f"up to 3 per chunk ({passes})"
+    num_chunks = -(-_num_items(run) // run.chunking.rows)
+    return f"up to {3 * num_chunks - 1} per step ({passes})"

@@ -15,7 +15,6 @@ from agff.checkpoint_folder import remove_old_checkpoints, remove_unfinished
 from agff.collectives import rank as engine_rank
 from agff.engine import Engine, start_process_group
 from agff.errors import TrainingError
-from agff.objectives.contrastive import METRICS, contrastive_loss
 from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.run.backbone_identity import backbone_of_run
@@ -103,7 +102,6 @@ def _train_from(
         restore_checkpoint(engine, run.run_dir, step=start_step, trainable_only=trainable_only)
     observer = RunLog(
         run.run_dir,
-        METRICS,
         start_step=start_step,
         num_steps=config.num_steps,
         log_every=config.log_every,
@@ -114,7 +112,8 @@ def _train_from(
     with observer, closing(batches), Watchdog(rank.rank, after_s=config.stalled_step_s) as watchdog:
         return train(
             engine,
-            partial(contrastive_loss, config=config.loss, fusion=config.fusion),
+            config.loss,
+            config.fusion,
             batches,
             start_step=start_step,
             num_steps=config.num_steps,

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import agff.files
 from agff.checkpoint import _written_files, newest_intact_step, restore_checkpoint, save_checkpoint
 from agff.checkpoint_folder import complete_steps, remove_old_checkpoints, remove_unfinished
 from agff.errors import CheckpointError
-from agff.objectives.contrastive import LossConfig, contrastive_loss
+from agff.objectives.contrastive import Contrastive
 from agff.similarity import FusionConfig
 from agff.step import train_step
 from tests.agff.test_step import NO_IMAGE_ON_RANK_1, NUM_ROWS, OPTIMIZER, zero_config
@@ -52,12 +51,12 @@ def losses(stage: int, lora: bool, folder: Path, start_step: int, save_step: int
     )
     if start_step:
         restore_checkpoint(engine, folder, step=start_step, trainable_only=lora)
-    objective = partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig())
+    objective = Contrastive(amplification=2.0)
     measured = []
     for step in range(start_step, NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
         batch = batch_of(rows[rank * local : (rank + 1) * local], min(2, local), 4)
-        loss = train_step(engine, objective, batch).metrics[:1].clone()
+        loss = train_step(engine, objective, FusionConfig(), batch).loss.clone()
         dist.all_reduce(loss)
         measured.append(loss.item() / world_size)
         if step + 1 == save_step:

@@ -63,7 +63,7 @@ def test_value_and_gradient_equal_slow_oracle(amplification: float, renormalize:
         width=0.2,
         renormalize=renormalize,
         negative_mask_BC=mask,
-    )
+    ).mean()
     (gradient,) = torch.autograd.grad(loss, similarity)
     everything = torch.ones(4, 7, dtype=torch.bool)
     expected = oracle(
@@ -75,7 +75,7 @@ def test_value_and_gradient_equal_slow_oracle(amplification: float, renormalize:
 
 def loss_and_gradient(loss_of: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     similarity = similarities().to(dtype).requires_grad_()
-    loss = loss_of(similarity)
+    loss = loss_of(similarity).mean()
     return loss, *torch.autograd.grad(loss, similarity)
 
 
@@ -103,7 +103,9 @@ def test_reported_value_is_info_nce_whatever_the_amplification() -> None:
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_gradient_rows_sum_to_zero(renormalize: bool) -> None:
     similarity = similarities().requires_grad_()
-    ega_loss(similarity, POSITIVE, temperature=TAU, amplification=3.0, renormalize=renormalize).backward()
+    ega_loss(
+        similarity, POSITIVE, temperature=TAU, amplification=3.0, renormalize=renormalize
+    ).sum().backward()
     assert similarity.grad is not None
     torch.testing.assert_close(
         similarity.grad.sum(dim=1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14
@@ -116,7 +118,7 @@ def test_without_renormalization_each_negative_is_multiplied_by_exactly_its_weig
         similarity = similarities().requires_grad_()
         ega_loss(
             similarity, POSITIVE, temperature=TAU, amplification=amplification, renormalize=False
-        ).backward()
+        ).sum().backward()
         gradients.append(similarity.grad)
     weight = ega_weights(similarities(), POSITIVE, amplification=3.0, width=0.1)
     negative = torch.ones(4, 7, dtype=torch.bool).scatter(1, POSITIVE[:, None], False)
@@ -151,8 +153,8 @@ def test_a_row_without_any_negative_has_no_loss_and_no_gradient() -> None:
         amplification=2.0,
         negative_mask_BC=torch.zeros(4, 7, dtype=torch.bool),
     )
-    loss.backward()
-    assert loss.item() == 0
+    loss.sum().backward()
+    assert (loss == 0).all()
     assert similarity.grad is not None
     assert (similarity.grad == 0).all()
 
@@ -160,7 +162,7 @@ def test_a_row_without_any_negative_has_no_loss_and_no_gradient() -> None:
 def test_low_precision_is_computed_in_float32() -> None:
     similarity = similarities().bfloat16().requires_grad_()
     loss = ega_loss(similarity, POSITIVE, temperature=0.02, amplification=2.0)
-    loss.backward()
+    loss.sum().backward()
     assert loss.dtype == torch.float32
     assert similarity.grad is not None
     assert similarity.grad.dtype == torch.bfloat16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -12,11 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agff.objectives.contrastive import LossConfig, contrastive_loss
+from agff.batch import Encoded, ModelInputs
+from agff.objectives.contrastive import Contrastive
+from agff.objectives.objective import Objective
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 from agff.similarity import FusionConfig
 from agff.step import train_step
 from data_pipeline.collate import TokenBudget
+from tests.agff.three_kinds import ThreeKinds, with_eligible
 from tests.agff.tiny import batch_of, global_rows, tiny_model
 from tests.ranks import run_ranks
 
@@ -24,11 +26,15 @@ NUM_ROWS = 8
 NO_IMAGE_ON_RANK_1 = range(4, 8)
 """The second half of the global batch holds no image at all: with two ranks, all of rank 1."""
 
-CASES = [
-    (chunking, LossConfig(amplification=amplification, bidirectional=bidirectional), num_fine)
+CONTRASTIVE = [
+    (chunking, Contrastive(amplification=amplification, bidirectional=bidirectional), num_fine)
     for (chunking, (amplification, bidirectional), num_fine) in product(
         (1, 2, 4, 12, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
     )
+]
+CASES: list[tuple[int | TokenBudget, Objective, int]] = [
+    *CONTRASTIVE,
+    *((chunking, ThreeKinds(), 4) for chunking in (1, 2, 12, TokenBudget(max_tokens=22))),
 ]
 """4 items are a whole local batch of two ranks, 12 its queries, targets and negatives. With a budget the
 ranks have different numbers of chunks; explicit negatives are on the first ranks only."""
@@ -40,13 +46,8 @@ class PlainEngine:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model.double()
 
-    def encode(self, inputs: Any) -> Tensor:
-        inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-        hidden = dict(inputs)
-        start = hidden.pop("prompt_start_B")
-        states = self.model.backbone(**hidden, use_cache=False).last_hidden_state
-        picked = states[torch.arange(len(start))[:, None], start[:, None] + self.model.block_end_M]
-        return torch.nn.functional.normalize(picked, dim=-1)  # EmbeddingModel.forward, without its float32
+    def encode(self, inputs: ModelInputs) -> Encoded:
+        return self.model(inputs)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
@@ -60,22 +61,18 @@ class PlainEngine:
         return True
 
 
-def gradients(
-    chunking: int | TokenBudget, loss: LossConfig, num_fine: int
-) -> tuple[float, dict[str, Tensor]]:
+def gradients(chunking: int | TokenBudget, loss: Objective, num_fine: int) -> tuple[float, dict[str, Tensor]]:
     """(loss, gradient of every parameter) of one step over this rank's share of the global batch."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     rows = global_rows(NUM_ROWS, num_fine, rows_without_image=NO_IMAGE_ON_RANK_1)
     local = rows[rank * NUM_ROWS // world_size : (rank + 1) * NUM_ROWS // world_size]
-    engine = PlainEngine(tiny_model(num_fine))
-    result = train_step(
-        engine,
-        partial(contrastive_loss, config=loss, fusion=FusionConfig()),
-        batch_of(local, chunking, num_fine),
-    )
-    assert result.pair_loss_B.mean().item() == pytest.approx(result.metrics[0].item(), abs=1e-12)
+    engine = PlainEngine(tiny_model(num_fine, head=loss.build_head(None)))
+    batch = with_eligible(batch_of(local, chunking, num_fine))
+    result = train_step(engine, loss, FusionConfig(), batch)
+    if isinstance(loss, Contrastive):
+        assert result.pair_loss_B.mean().item() == pytest.approx(result.loss.item(), abs=1e-12)
     zero = torch.zeros(())
-    return result.metrics[0].item(), {
+    return result.loss.item(), {
         name: zero if p.grad is None else p.grad for name, p in engine.model.named_parameters()
     }
 
@@ -140,18 +137,18 @@ def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_tar
     batch = batch_of(rows, NUM_ROWS, 0)
     with torch.no_grad():
         query, target, negative = (
-            x[:, 0] for x in batch.split(torch.cat([engine.encode(c) for c in batch.chunks]))
+            side["embedding"][:, 0] for side in batch.split([engine.encode(c) for c in batch.chunks])
         )
     place = {j: k for k, j in enumerate(j for j, r in enumerate(rows) if "negative" in r)}
 
     def similarity(i: int, side: str, j: int) -> float:
         return float(query[i] @ (target[j] if side == "target" else negative[place[j]]))
 
-    loss = LossConfig(amplification=0, temperature=0.5)
-    result = train_step(engine, partial(contrastive_loss, config=loss, fusion=FusionConfig()), batch)
+    loss = Contrastive(amplification=0, temperature=0.5)
+    result = train_step(engine, loss, FusionConfig(), batch)
     expected = slow_losses(similarity, rows, temperature=0.5)
     assert result.pair_loss_B.tolist() == pytest.approx(expected, abs=1e-12)
-    assert result.metrics[0].item() == pytest.approx(sum(expected) / NUM_ROWS, abs=1e-12)
+    assert result.loss.item() == pytest.approx(sum(expected) / NUM_ROWS, abs=1e-12)
     without = [{k: v for k, v in row.items() if not k.startswith("negative")} for row in rows]
     assert sum(slow_losses(similarity, without, temperature=0.5)) < sum(expected) - 0.01, (
         "the negatives matter"
@@ -167,18 +164,16 @@ def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
             super().__init__(model)
             self.seen: list[Tensor] = []
 
-        def encode(self, inputs: Any) -> Tensor:
-            noise = torch.rand(())
-            self.seen.append(noise)
-            return super().encode(inputs) * (1 + 0 * noise)
+        def encode(self, inputs: ModelInputs) -> Encoded:
+            self.seen.append(torch.rand(()))
+            return super().encode(inputs)
 
     engine = Recorder(tiny_model(0))
     rows = global_rows(4, 0, rows_without_image=range(0))
-    train_step(
-        engine, partial(contrastive_loss, config=LossConfig(), fusion=FusionConfig()), batch_of(rows, 2, 0)
-    )
-    assert len(engine.seen) == 2 * 6, "queries, targets and negatives in chunks of 2, twice"
-    assert torch.equal(torch.stack(engine.seen[:6]), torch.stack(engine.seen[6:]))
+    train_step(engine, Contrastive(), FusionConfig(), batch_of(rows, 2, 0))
+    assert len(engine.seen) == 6 + 5, "queries, targets and negatives in chunks of 2; twice, but the last"
+    assert torch.equal(torch.stack(engine.seen[:5]), torch.stack(engine.seen[6:]))
+    assert not torch.isin(torch.rand(8), torch.stack(engine.seen)).any(), "the next step draws others"
 
 
 # ---------------------------------------------------------------- the real engine under ZeRO
@@ -204,8 +199,13 @@ def zero_config(stage: int, local_batch_size: int, clip: float) -> dict[str, Any
     }
 
 
-def train_with_zero(stage: int, chunk_size: int) -> tuple[dict[str, Tensor], list[Any]]:
-    """Three optimizer steps on this rank's half; (whole parameters, [(applied, gradient norm)])."""
+def train_with_zero(
+    stage: int, chunk_size: int, with_head: bool = False
+) -> tuple[dict[str, Tensor], list[Any]]:
+    """Three optimizer steps on this rank's half; (whole parameters, [(applied, gradient norm)]).
+
+    with_head: by the objective whose head makes a vector, a loss of a row and a temperature.
+    """
     import deepspeed
 
     from agff.engine import Engine, start_process_group
@@ -214,7 +214,7 @@ def train_with_zero(stage: int, chunk_size: int) -> tuple[dict[str, Tensor], lis
     local = NUM_ROWS // world_size
     device = start_process_group(rank)
     engine = Engine(
-        tiny_model(4),
+        tiny_model(4, head=objective_of(with_head).build_head(None)),
         deepspeed_config=zero_config(stage, local, clip=0.5),
         optimizer=OPTIMIZER,
         num_steps=NUM_STEPS,
@@ -224,28 +224,28 @@ def train_with_zero(stage: int, chunk_size: int) -> tuple[dict[str, Tensor], lis
     log = []
     for step in range(NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
-        batch = batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 4)
-        result = train_step(
-            engine,
-            partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig()),
-            batch,
-        )
+        batch = with_eligible(batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 4))
+        result = train_step(engine, objective_of(with_head), FusionConfig(), batch)
         log.append((result.applied, engine.gradient_norm))
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
         return {name: p.detach().clone() for name, p in engine.model.named_parameters()}, log
 
 
-def train_all_stages() -> dict[tuple[int, int], tuple[dict[str, Tensor], list[Any]]]:
-    return {
-        (stage, chunk_size): train_with_zero(stage, chunk_size)
-        for stage in (1, 2, 3)
-        for chunk_size in (1, 4, 12)
-    }
+def objective_of(with_head: bool) -> Objective:
+    return ThreeKinds() if with_head else Contrastive(amplification=2.0)
 
 
-def reference_training() -> tuple[dict[str, Tensor], list[float]]:
+ZERO_CASES = [(stage, chunk_size, False) for stage in (1, 2, 3) for chunk_size in (1, 4, 12)]
+ZERO_CASES += [(stage, chunk_size, True) for stage in (1, 2, 3) for chunk_size in (2, 12)]
+
+
+def train_all_stages() -> dict[Any, tuple[dict[str, Tensor], list[Any]]]:
+    return {case: train_with_zero(*case) for case in ZERO_CASES}
+
+
+def reference_training(with_head: bool) -> tuple[dict[str, Tensor], list[float]]:
     """The same three steps in one process with plain torch."""
-    model = tiny_model(4)
+    model = tiny_model(4, head=objective_of(with_head).build_head(None))
     optimizer = build_adamw(model.parameters(), OPTIMIZER)
     optimizer.param_groups[0].update(fused=False, foreach=False)  # the plainest loop of torch's three
     schedule = build_schedule(optimizer, OPTIMIZER, num_steps=NUM_STEPS)
@@ -266,20 +266,19 @@ def reference_training() -> tuple[dict[str, Tensor], list[float]]:
 
     for step in range(NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
-        train_step(
-            Engine(),
-            partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig()),
-            batch_of(rows, NUM_ROWS, 4),
-        )
+        batch = with_eligible(batch_of(rows, NUM_ROWS, 4))
+        train_step(Engine(), objective_of(with_head), FusionConfig(), batch)
     return {name: p.detach() for name, p in model.named_parameters()}, norms
 
 
 def test_zero_stages_equal_a_plain_optimizer_after_three_steps() -> None:
-    initial = dict(tiny_model(4).named_parameters())
-    expected, norms = reference_training()
-    assert min(norms) > 0.5, "clipping must be at work"
+    initial = dict(tiny_model(4, head=ThreeKinds().build_head(None)).named_parameters())
+    references = {with_head: reference_training(with_head) for with_head in (False, True)}
     results = run_ranks(train_all_stages, world_size=2)
     for case, (parameters, log) in results[0].items():
+        expected, norms = references[case[-1]]
+        assert min(norms) > 0.5, "clipping must be at work"
+        assert expected.keys() == parameters.keys()
         assert all(applied for applied, _ in log)
         assert [norm for _, norm in log] == pytest.approx(norms, rel=1e-3), case
         for name, parameter in parameters.items():
@@ -349,7 +348,8 @@ def train_with_poison(stage: int, precision: Any, clip: float, value: float) -> 
         before = state_of(engine) if step else []
         result = train_step(
             engine,
-            partial(contrastive_loss, config=LossConfig(amplification=2.0), fusion=FusionConfig()),
+            Contrastive(amplification=2.0),
+            FusionConfig(),
             batch,
         )
         log.append((result.applied, step == 0 or not same(before, state_of(engine))))

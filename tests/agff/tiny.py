@@ -15,6 +15,7 @@ from torch import Tensor
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Batch, ModelInputs
 from agff.embedding_model import EmbeddingModel
+from agff.objectives.objective import Head
 from agff.prompts import PromptConfig
 from data_pipeline.collate import FixedRows, TokenBudget
 from tests.agff.family_folders import flat_qwen, write_published
@@ -65,13 +66,15 @@ def tiny_folder() -> TemporaryDirectory[str]:
     return folder
 
 
-def tiny_model(num_fine: int, *, lora: bool = False, seed: int = 0) -> EmbeddingModel:
+def tiny_model(
+    num_fine: int, *, lora: bool = False, seed: int = 0, head: Head | None = None
+) -> EmbeddingModel:
     """The model of `tiny_folder` as training builds it, float32.
 
     lora: only adapters and soft tokens train."""
     backbone = load_backbone(Path(tiny_folder().name), dtype=torch.float32, attention="sdpa")
     config = BackboneConfig(path="", lora=LoraConfig(rank=2) if lora else None)
-    model = EmbeddingModel(choose_trainable(backbone, config), PromptConfig(num_fine=num_fine))
+    model = EmbeddingModel(choose_trainable(backbone, config), PromptConfig(num_fine=num_fine), head)
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.prompted_embedding.vectors, std=0.5)
     for parameter in model.parameters():  # far from zero, so that no gradient is small by accident
@@ -158,7 +161,6 @@ def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Ba
         negative_ids_N=torch.tensor([row["negative_id"] for row in with_negative], dtype=torch.int64),
         addresses=tuple(f"rows:{row['query_id']}" for row in rows),
         filler=chunk([[]], [None], num_fine),
-        one_pass=isinstance(chunking, int) and chunking >= len(rows),
     )
 
 

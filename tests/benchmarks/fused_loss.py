@@ -60,7 +60,9 @@ def forward_backward(method: str, query_BMD: Tensor, target_CMD: Tensor) -> floa
     query_BMD.grad = target_CMD.grad = None
     similarity_BC = METHODS[method](query_BMD, target_CMD, beta=BETA)
     positive_index_B = torch.arange(query_BMD.shape[0], device=query_BMD.device)
-    loss = ega_loss(similarity_BC, positive_index_B, temperature=TEMPERATURE, amplification=AMPLIFICATION)
+    loss = ega_loss(
+        similarity_BC, positive_index_B, temperature=TEMPERATURE, amplification=AMPLIFICATION
+    ).mean()
     loss.backward()
     return loss.item()
 

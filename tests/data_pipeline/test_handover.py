@@ -36,7 +36,7 @@ def batch_of(seed: int, num_chunks: int, num_negatives: int) -> Batch:
         negative_ids_N=torch.arange(num_negatives),
         addresses=("a", "b"),
         filler=chunk(1),
-        one_pass=False,
+        pair_data={"score": torch.rand(2, generator=generator)},
     )
 
 

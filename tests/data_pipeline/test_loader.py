@@ -214,9 +214,10 @@ def test_items_keep_their_order_whatever_the_chunks(shards: tuple[Path, Manifest
     for chunking in (FixedRows(rows=2), FixedRows(rows=8), TokenBudget(max_tokens=120)):
         batch = batches_of(shards, chunking=chunking)[3]
         assert isinstance(batch, Batch)
-        assert batch.one_pass == (chunking == FixedRows(rows=8))
         batch = batch.padded_to(num_chunks=len(batch.chunks) + 2, num_negatives=batch.num_negatives + 1)
-        query, target, negative = batch.split(torch.cat([chunk["pixels"] for chunk in batch.chunks]))
+        query, target, negative = (
+            side["pixels"] for side in batch.split([{"pixels": chunk["pixels"]} for chunk in batch.chunks])
+        )
         seen.append((query.tolist(), target.tolist(), negative[:-1].tolist()))
         assert batch.negative_ids_N[-1] == NO_CONTENT
         assert batch.num_tokens == sum(int(c["attention_mask"].sum()) for c in batch.chunks[:-2])

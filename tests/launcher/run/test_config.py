@@ -61,7 +61,6 @@ def test_batch_sizes_and_precision_are_filled_into_the_deepspeed_config() -> Non
     assert run.deepspeed["train_micro_batch_size_per_gpu"] == run.local_batch_size == 32
     assert run.deepspeed["gradient_accumulation_steps"] == 1
     assert run.chunking == FixedRows(rows=16)
-    assert not run.one_pass
     assert run.precision == "bf16_autocast"
     assert run.deepspeed["bf16"] == {"enabled": False}
     assert run.run_dir == Path("runs/quickstart-zero3")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from agff.collectives import rank
-from agff.objectives.contrastive import METRICS
 from agff.trainer import StepReport
 from launcher.run.log import WORST_PAIRS, RunLog
 from launcher.run.loss_spikes import WINDOW, LossSpikes
@@ -61,9 +60,11 @@ def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
     ]
     return StepReport(
         step=step,
-        metrics=torch.tensor([loss] + [0.0] * (len(METRICS) - 1)),
+        loss=torch.tensor(loss),
+        metrics={"batch_accuracy": torch.tensor(0.5)},
         pair_losses=tuple(pair[0] for pair in pairs),
         applied=applied,
+        not_finite=() if applied else ("embedding",),
         gradient_norm=1.0,
         learning_rate=1e-3,
         num_pairs=len(pairs),
@@ -78,9 +79,7 @@ def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
 def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = RunLog(
-        tmp_path, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6
-    )
+    log = RunLog(tmp_path, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
     with log, caplog.at_level(logging.WARNING):
         for step in range(1, 41):
             log(report(step, 2.0 + step % 2 * 0.1))
@@ -96,12 +95,11 @@ def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step
     [written] = [json.loads(line) for line in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
     assert (written["step"], written["loss"], len(written["addresses"])) == (42, "nan", 21)
     assert "step 42 skipped on all ranks: the gradient was not finite" in caplog.text
+    assert "outputs of the model that were not finite: embedding" in caplog.text
 
 
 def log_on_a_rank(run: Path) -> None:
-    log = RunLog(
-        run, METRICS, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6
-    )
+    log = RunLog(run, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
     with log:
         for step in range(1, 31):
             log(report(step, 2.0 + step % 2 * 0.1 + rank()))

@@ -1,0 +1,68 @@
+"""What an objective is: named tensors of a step's items in, one loss out; perhaps a head that makes more
+tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from agff.batch import Batch, Encoded, ModelInputs
+from agff.similarity import FusionConfig
+
+
+class Head(nn.Module):
+    """What an objective reads from the backbone's states beside the embeddings. It trains with the model and
+    is no part of a release.
+
+    Under ZeRO it is a module like any other: all its parameters take part in every chunk on every rank, so
+    where nothing is eligible its output must still depend on them, times zero.
+    """
+
+    num_states: ClassVar[int] = 1
+    """How many of the backbone's last hidden states it reads."""
+
+    def forward(self, states: Sequence[Tensor], inputs: ModelInputs, embedding_BMD: Tensor) -> Encoded:
+        """Further named tensors of each row of the chunk; "embedding" is already there.
+
+        states: the last `num_states` hidden states (B, T, H), the last layer's at the end. A learned
+        temperature, or whatever a row does not decide, is expanded to (B,): parameters used outside of a
+        forward get no gradient under ZeRO.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveResult:
+    """What an objective makes of the local rows."""
+
+    loss: Tensor
+    """Differentiable scalar; the ranks' mean is the loss of the global batch."""
+    metrics: Mapping[str, Tensor]
+    """Scalars without gradient, by their names in the log; the same names on every rank and at every step."""
+    pair_loss_B: Tensor
+    """Loss of each local pair, without gradient: names the worst pairs of a loss spike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """Settings of a loss, the recipe's section `loss`, and the loss itself. A subclass and a row of
+    `agff.objectives.OBJECTIVES` is a new one."""
+
+    def build_head(self, backbone_config: Any) -> Head | None:
+        """What must be read from the backbone beside the embeddings; None: nothing."""
+        return None
+
+    @abstractmethod
+    def __call__(
+        self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
+    ) -> ObjectiveResult:
+        """Loss of this rank's rows: B queries, B targets, N explicit negatives, each by name.
+
+        fusion: how the model compares two items. Collective: every rank must call it, with the same B and N.
+        Means over local rows need no world-size factor, since gradients are averaged over ranks
+        (`all_gather_rows`); means over the eligible rows of all ranks are `weighted_mean_over_all_rows`.
+        """

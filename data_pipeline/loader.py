@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -83,9 +82,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         if self.num_steps is not None:
             last = min(last, self.num_steps - 1)
         for coming in range(max(step, self._announced_until) + stride, last + 1, stride):
-            rows = self.plan.rank_rows(coming, rank=self.rank, world_size=self.world_size)
-            for source in np.unique(rows[:, 0]):
-                self.reader.fetch_ahead(self.plan.source_names[source], rows[rows[:, 0] == source, 1])
+            for source, sample in self.plan.rank_rows(coming, rank=self.rank, world_size=self.world_size):
+                self.reader.fetch_ahead(self.plan.source_names[source], int(sample))
             self._announced_until = coming
 
     def _batch(self, step: int) -> Batch:
@@ -95,19 +93,18 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             return self._assemble(step, self._decode_and_process)
 
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
-        numbers = self.plan.row_numbers(rank=self.rank, world_size=self.world_size)
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
         skipped: list[SkippedSample] = []
         examples = [
-            self._example(step, int(number), int(source), int(sample), decode_sample, skipped)
-            for number, (source, sample) in zip(numbers, rows, strict=True)
+            self._example(step, self.rank * len(rows) + row, int(source), int(sample), decode_sample, skipped)
+            for row, (source, sample) in enumerate(rows)
         ]
         return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
     def _example(
         self,
         step: int,
-        row: int,  # of the global batch: any number of ranks draws the same instead
+        row: int,
         source: int,
         sample: int,
         decode_sample: Callable[[RawSample], Example],

@@ -168,7 +168,7 @@ class RunConfig:
 def run_config_of(objective: str) -> type[RunConfig]:
     """RunConfig whose section `loss` is that objective's. Raises ConfigError for an unknown one."""
     if objective not in OBJECTIVES:
-        raise ConfigError(f"{objective!r} is no objective; known are {', '.join(OBJECTIVES)}")
+        raise ConfigError(f"expected one of {', '.join(OBJECTIVES)}, found {objective}")
     cls = OBJECTIVES[objective]
     has_defaults = all(
         setting.default is not MISSING or setting.default_factory is not MISSING

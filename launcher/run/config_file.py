@@ -134,7 +134,7 @@ def _config_class(values: Mapping[str, Any], address: Callable[[str, str], str])
     """RunConfig with the settings of the objective that is named."""
     objective = values.get("objective", "contrastive")
     try:
-        return run_config_of(str(objective))
+        return run_config_of(objective if isinstance(objective, str) else describe(objective))
     except ConfigError as error:
         raise ConfigError(address("objective", str(error))) from None
 

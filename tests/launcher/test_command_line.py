@@ -9,7 +9,7 @@ import pytest
 from agff.errors import ConfigError
 from launcher.cli import main
 from launcher.command_line import RECIPES, parse_train_arguments
-from launcher.run.config import RunConfig
+from launcher.run.config import run_config_of
 from launcher.run.typed_values import setting_names
 
 
@@ -138,5 +138,5 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     output = capsys.readouterr().out
-    assert [name for name in setting_names(RunConfig) if f"--{name} " not in output] == []
+    assert [name for name in setting_names(run_config_of("contrastive")) if f"--{name} " not in output] == []
     assert "Optimizer steps of the whole run" in output

@@ -17,14 +17,14 @@ from launcher.run.changes import (
     MAY_CHANGE_ON_RESUME,
     differences,
 )
-from launcher.run.config import RunConfig, as_dict, resolve
+from launcher.run.config import as_dict, resolve, run_config_of
 from launcher.run.config_file import MOVED, PATHS
 from launcher.run.deepspeed_json import FILLED_IN, MECHANISM, UNSAFE_WRITERS, read_deepspeed_json
 from launcher.run.hardware import Hardware
 from launcher.run.typed_values import setting_names
 from tests.launcher.runs import REPOSITORY
 
-SETTINGS = setting_names(RunConfig)
+SETTINGS = setting_names(run_config_of("contrastive"))
 
 
 def stored() -> dict[str, Any]:

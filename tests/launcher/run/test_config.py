@@ -35,11 +35,6 @@ def test_every_recipe_parses_and_can_be_resolved(recipe: str) -> None:
     [
         (["--batch.global_batch_size", "100"], 64, "100 is not a multiple of 64 ranks; use 64 or 128"),
         (["--batch.global_batch_size", "8"], 64, "8 is not a multiple of 64 ranks; use 64 "),
-        (
-            ["--batch.chunk_size", "24"],
-            2,
-            "chunk_size=24 does not divide the local batch of 32 rows; use 16 or 32",
-        ),
         (["--data.sub_batch_size", "48"], 2, "64 is not a multiple of data.sub_batch_size=48"),
         (
             ["--optimizer.warmup_steps", "300", "--num_steps", "300"],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agff.errors import ConfigError
 from launcher.command_line import RECIPES, parse_train_arguments
-from launcher.run.config import ResolvedRun, RunConfig, resolve
+from launcher.run.config import ResolvedRun, RunConfig, resolve, run_config_of
 from launcher.run.config_file import (
     CONFIG_FILE,
     DEEPSPEED_FILE,
@@ -28,7 +28,7 @@ from launcher.run.plain_values import dump_yaml, parse_json, parse_yaml
 from launcher.run.typed_values import setting_names
 
 QUICKSTART = (RECIPES / "quickstart.yaml").read_text()
-NAMES = setting_names(RunConfig)
+NAMES = setting_names(run_config_of("contrastive"))
 
 
 def recipe_with(tmp_path: Path, setting: str, text: str) -> Path:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from agff.backbone import choose_trainable
 from agff.embedding_model import EmbeddingModel
-from agff.similarity import BLOCK_ELEMENTS
+from agff.fused_loss import block_elements
 from data_pipeline.collate import TokenBudget
 from data_pipeline.remote import open_folder
 from data_pipeline.storage import LocalFolder
@@ -66,11 +66,10 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
 
 
 def _loss_bytes(run: ResolvedRun) -> int:
-    """Upper estimate: about six (B, C) float32 matrices (similarity, logits, softmax, weights, gradient) and
-    two blocks."""
-    matrix = run.local_batch_size * run.config.batch.global_batch_size * 4
-    pairs = matrix * run.config.prompts.num_vectors**2
-    return 6 * matrix + 2 * min(4 * BLOCK_ELEMENTS, pairs)
+    """The one block of float32 that the loss works in; the gradients of the vectors come on top."""
+    return 4 * block_elements(
+        run.local_batch_size, run.config.batch.global_batch_size, run.config.prompts.num_vectors
+    )
 
 
 def _shards(config: DataConfig) -> str:

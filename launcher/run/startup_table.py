@@ -38,7 +38,7 @@ def startup_table(
         "negatives per query": f"{num_pairs - 1}, less those that share a target or a query"
         f"{', and the explicit ones of the data' if config.data.with_negatives else ''}; "
         "gradient accumulation would add none, so there is none",
-        "loss memory": f"about {_loss_bytes(run) / 2**20:,.0f} MiB a rank, whatever the backbone",
+        "loss memory": f"{_loss_bytes(run) / 2**20:,.0f} MiB a rank, beside the gradients of all embeddings",
         "parameter gathers": _parameter_gathers(run),
         "data": (
             f"{total:,} pairs of {len(num_samples)} sources; {config.data.sub_batch_size} pairs in turn from "

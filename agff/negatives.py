@@ -20,6 +20,7 @@ def negative_mask(
     NO_CONTENT for an explicit hard negative, which is nobody's positive. candidate_ids_C: NO_CONTENT where
     there is no candidate.
     """
-    is_positive_BC = positive_ids_B[:, None] == candidate_ids_C[None, :]
-    has_same_row_BC = row_ids_B[:, None] == partner_ids_C[None, :]
-    return ~(is_positive_BC | has_same_row_BC | (candidate_ids_C == NO_CONTENT)[None, :])
+    excluded_BC = positive_ids_B[:, None] == candidate_ids_C[None, :]
+    excluded_BC |= row_ids_B[:, None] == partner_ids_C[None, :]
+    excluded_BC |= candidate_ids_C == NO_CONTENT
+    return excluded_BC.logical_not_()

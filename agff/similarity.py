@@ -6,13 +6,13 @@ log-sum-exp with constant weights:
 
     S = beta * log sum_{m,n} w_mn exp(q_m . t_n / beta),   w_gg = 1/4, w_fg = w_gf = 1/(4 K), w_ff = 1/(4 K^2)
 
-So the gradient is a softmax over M x M pairs, and both passes work on one block of candidates at a time.
+So the gradient is a softmax over M x M pairs. This is the readable definition, and what search uses; training
+runs `agff.fused_loss`, the same mathematics together with the loss and all gradients.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,24 +41,34 @@ PATTERNS = ("global_global", "fine_global", "global_fine", "fine_fine")
 def fused_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> Tensor:
     """(B, C) fused similarity of unit vectors; vector 0 of an item is global, the others are fine-grained.
 
-    Any float dtype in; float32 or better inside and out. Differentiable once in both arguments. Between the
-    mean and the maximum of the four patterns, so within [-1, 1]; without fine vectors (M = 1) it is the plain
-    dot product, exactly. Memory beyond the result and the gradients: a few times BLOCK_ELEMENTS, whatever C.
+    Any float dtype in; float32 or better inside and out. Between the mean and the maximum of the four
+    patterns, so within [-1, 1]; without fine vectors (M = 1) it is the plain dot product, exactly.
+    Memory beyond the result without gradient: a few times BLOCK_ELEMENTS, whatever C; with gradient autograd
+    keeps all pairs of vectors.
 
     beta: softness of the fusion in units of cosine, > 0; towards 0 the fusion becomes a maximum.
     """
+    if beta <= 0:
+        raise ValueError(f"beta={beta} must be > 0")
+    query_BMD, target_CMD = same_float_dtype(query_BMD, target_CMD)
+    with torch.autocast(query_BMD.device.type, enabled=False):
+        if query_BMD.shape[1] == 1:
+            return query_BMD[:, 0] @ target_CMD[:, 0].T
+        fused_BC = query_BMD.new_empty(query_BMD.shape[0], target_CMD.shape[0])
+        for block in _blocks(query_BMD, target_CMD):
+            pairs_BMCM = _scaled_pairs(query_BMD, target_CMD[block], beta)
+            fused_BC[:, block] = beta * pairs_BMCM.logsumexp(dim=(1, 3))
+        return fused_BC
+
+
+def same_float_dtype(query_BMD: Tensor, target_CMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes, float32 at least; ValueError where their shapes do not fit."""
     if query_BMD.ndim != 3 or target_CMD.ndim != 3 or query_BMD.shape[1:] != target_CMD.shape[1:]:
         raise ValueError(
             f"expected (B, M, D) and (C, M, D), got {tuple(query_BMD.shape)} and {tuple(target_CMD.shape)}"
         )
-    if beta <= 0:
-        raise ValueError(f"beta={beta} must be > 0")
     dtype = torch.promote_types(torch.promote_types(query_BMD.dtype, target_CMD.dtype), torch.float32)
-    query_BMD, target_CMD = query_BMD.to(dtype), target_CMD.to(dtype)
-    with torch.autocast(query_BMD.device.type, enabled=False):
-        if query_BMD.shape[1] == 1:
-            return query_BMD[:, 0] @ target_CMD[:, 0].T
-        return _FusedSimilarity.apply(query_BMD, target_CMD, beta)
+    return query_BMD.to(dtype), target_CMD.to(dtype)
 
 
 def pattern_shares(query_BMD: Tensor, target_BMD: Tensor, *, beta: float) -> Tensor:
@@ -76,42 +86,24 @@ def pattern_shares(query_BMD: Tensor, target_BMD: Tensor, *, beta: float) -> Ten
         )
 
 
+def side_weights(num_vectors: int) -> list[float]:
+    """w_m of an item's vectors, w_mn = w_m w_n: half on the global one, half on the fine ones together."""
+    num_fine = num_vectors - 1
+    return [0.5, *[0.5 / num_fine] * num_fine] if num_fine else [1.0]
+
+
+def side_weights_like(like: Tensor, num_vectors: int) -> Tensor:
+    """(M,) `side_weights` as a tensor, filled on the device: a list copied to it would synchronise."""
+    side = side_weights(num_vectors)
+    side_M = like.new_full((num_vectors,), side[-1])
+    side_M[0] = side[0]
+    return side_M
+
+
 def _log_weights(num_vectors: int, *, like: Tensor) -> Tensor:
-    """(M, M) log of the weights w_mn above; the weights sum to 1 (or to w_gg = 1 without fine vectors)."""
-    if num_vectors == 1:
-        return like.new_zeros(1, 1)
-    side = like.new_full((num_vectors,), 0.5 / (num_vectors - 1))
-    side[0] = 0.5
-    return (side[:, None] * side[None, :]).log()
-
-
-class _FusedSimilarity(torch.autograd.Function):
-    """Forward and backward over blocks of candidates; between them only inputs and result are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, query_BMD: Tensor, target_CMD: Tensor, beta: float) -> Tensor:
-        fused_BC = query_BMD.new_empty(query_BMD.shape[0], target_CMD.shape[0])
-        for block in _blocks(query_BMD, target_CMD):
-            fused_BC[:, block] = beta * _scaled_pairs(query_BMD, target_CMD[block], beta).logsumexp(
-                dim=(1, 3)
-            )
-        ctx.save_for_backward(query_BMD, target_CMD, fused_BC)
-        ctx.beta = beta
-        return fused_BC
-
-    @staticmethod
-    def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor, Tensor, None]:
-        query_BMD, target_CMD, fused_BC = ctx.saved_tensors
-        grad_query_BMD, grad_target_CMD = torch.zeros_like(query_BMD), torch.empty_like(target_CMD)
-        for block in _blocks(query_BMD, target_CMD):
-            share_BMCM = _scaled_pairs(query_BMD, target_CMD[block], ctx.beta)
-            share_BMCM.sub_(fused_BC[:, None, block, None] / ctx.beta).exp_().mul_(
-                grad_BC[:, None, block, None]
-            )
-            share = share_BMCM.reshape(query_BMD.shape[0] * query_BMD.shape[1], -1)
-            grad_query_BMD.view(-1, query_BMD.shape[2]).addmm_(share, target_CMD[block].flatten(0, 1))
-            grad_target_CMD[block] = (share.T @ query_BMD.flatten(0, 1)).view_as(target_CMD[block])
-        return grad_query_BMD, grad_target_CMD, None
+    """(M, M) log of the weights w_mn above, which sum to 1."""
+    side_M = side_weights_like(like, num_vectors)
+    return (side_M[:, None] * side_M[None, :]).log()
 
 
 def _blocks(query_BMD: Tensor, target_CMD: Tensor) -> list[slice]:

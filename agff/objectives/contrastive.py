@@ -10,10 +10,10 @@ from torch import Tensor
 from agff.batch import NO_CONTENT, Batch, Encoded
 from agff.collectives import all_gather_rows, rank
 from agff.errors import ConfigError
-from agff.losses import ega_loss, ega_weights
+from agff.fused_loss import RowMeasures, fused_loss
 from agff.negatives import negative_mask
 from agff.objectives.objective import Objective, ObjectiveResult
-from agff.similarity import PATTERNS, FusionConfig, fused_similarity, pattern_shares
+from agff.similarity import PATTERNS, FusionConfig, pattern_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Contrastive(Objective):
         """
         query_BMD, target_BMD, negative_NMD = (side["embedding"] for side in (query, target, negative))
         no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
-        pair_loss_B, similarity_BC, mask_BC, positive_index_B = _one_direction(
+        loss, rows = _one_direction(
             query_BMD,
             torch.cat([target_BMD, negative_NMD]),
             batch.query_ids_B,
@@ -58,8 +58,9 @@ class Contrastive(Objective):
             config=self,
             fusion=fusion,
         )
+        pair_loss_B = rows.loss_B
         if self.bidirectional:
-            backward_loss_B, *_ = _one_direction(
+            backward_loss, backward_rows = _one_direction(
                 target_BMD,
                 query_BMD,
                 batch.target_ids_B,
@@ -68,12 +69,16 @@ class Contrastive(Objective):
                 config=self,
                 fusion=fusion,
             )
-            pair_loss_B = (pair_loss_B + backward_loss_B) / 2
-        with torch.no_grad():
-            metrics = _similarity_metrics(similarity_BC, mask_BC, positive_index_B, self)
-            shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
-            metrics |= {f"pattern_share/{name}": share for name, share in zip(PATTERNS, shares, strict=True)}
-        return ObjectiveResult(loss=pair_loss_B.mean(), metrics=metrics, pair_loss_B=pair_loss_B.detach())
+            loss, pair_loss_B = (loss + backward_loss) / 2, (pair_loss_B + backward_rows.loss_B) / 2
+        shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
+        metrics = {
+            "similarity/positive": rows.positive_B.mean(),
+            "similarity/hardest_negative": rows.hardest_B.mean(),
+            "batch_accuracy": (rows.positive_B > rows.hardest_B).to(shares.dtype).mean(),
+            "ega/mean_weight": rows.weight_sum_B.sum() / rows.num_negatives_B.sum().clamp(min=1),
+            **{f"pattern_share/{name}": share for name, share in zip(PATTERNS, shares, strict=True)},
+        }
+        return ObjectiveResult(loss=loss, metrics=metrics, pair_loss_B=pair_loss_B)
 
 
 def _one_direction(
@@ -85,40 +90,22 @@ def _one_direction(
     partner_ids: Tensor,
     config: Contrastive,
     fusion: FusionConfig,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """candidates: this rank's, of which the first B are the rows' positives, in order."""
-    candidate_CMD = all_gather_rows(candidates)
-    ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
+) -> tuple[Tensor, RowMeasures]:
+    """(mean loss, measures) of the rows. candidates: this rank's, of which the first B are the rows'
+    positives, in order."""
     num_rows = row_BMD.shape[0]
-    positive_index_B = torch.arange(num_rows, device=row_BMD.device) + rank() * candidates.shape[0]
-    mask_BC = negative_mask(row_ids_B, candidate_ids[:num_rows], ids_C, partner_ids_C)
-    similarity_BC = fused_similarity(row_BMD, candidate_CMD, beta=fusion.beta)
-    loss_B = ega_loss(
-        similarity_BC,
-        positive_index_B,
+    ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
+    return fused_loss(
+        row_BMD,
+        all_gather_rows(candidates),
+        torch.arange(num_rows, device=row_BMD.device) + rank() * candidates.shape[0],
+        torch.full((num_rows,), 1 / num_rows, dtype=torch.float64, device=row_BMD.device),
+        negatives_of=lambda rows: negative_mask(
+            row_ids_B[rows], candidate_ids[:num_rows][rows], ids_C, partner_ids_C
+        ),
+        beta=fusion.beta,
         temperature=config.temperature,
         amplification=config.amplification,
         width=config.width,
         renormalize=config.renormalize,
-        negative_mask_BC=mask_BC,
     )
-    return loss_B, similarity_BC, mask_BC, positive_index_B
-
-
-def _similarity_metrics(
-    similarity_BC: Tensor, mask_BC: Tensor, positive_index_B: Tensor, config: Contrastive
-) -> dict[str, Tensor]:
-    positive_similarity_B = similarity_BC.gather(1, positive_index_B[:, None])[:, 0]
-    # a row without any negative has its hardest one at the lowest similarity there is
-    hardest_B = similarity_BC.masked_fill(~mask_BC, -1.0).max(dim=1).values
-    weight_BC = ega_weights(
-        similarity_BC, positive_index_B, amplification=config.amplification, width=config.width
-    )
-    mean_weight = (weight_BC * mask_BC).sum() / mask_BC.sum().clamp(min=1)
-    accuracy = (positive_similarity_B > hardest_B).to(similarity_BC.dtype).mean()
-    return {
-        "similarity/positive": positive_similarity_B.mean(),
-        "similarity/hardest_negative": hardest_B.mean(),
-        "batch_accuracy": accuracy,
-        "ega/mean_weight": mean_weight,
-    }

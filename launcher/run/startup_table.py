@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from agff.backbone import choose_trainable
 from agff.embedding_model import EmbeddingModel
-from agff.similarity import BLOCK_ELEMENTS
+from agff.fused_loss import block_elements
 from data_pipeline.collate import TokenBudget
 from data_pipeline.remote import open_folder
 from data_pipeline.storage import LocalFolder
@@ -38,7 +38,7 @@ def startup_table(
         "negatives per query": f"{num_pairs - 1}, less those that share a target or a query"
         f"{', and the explicit ones of the data' if config.data.with_negatives else ''}; "
         "gradient accumulation would add none, so there is none",
-        "loss memory": f"about {_loss_bytes(run) / 2**20:,.0f} MiB a rank, whatever the backbone",
+        "loss memory": f"{_loss_bytes(run) / 2**20:,.0f} MiB a rank, beside the gradients of all embeddings",
         "parameter gathers": _parameter_gathers(run),
         "data": (
             f"{total:,} pairs of {len(num_samples)} sources; {config.data.sub_batch_size} pairs in turn from "
@@ -66,11 +66,10 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
 
 
 def _loss_bytes(run: ResolvedRun) -> int:
-    """Upper estimate: about six (B, C) float32 matrices (similarity, logits, softmax, weights, gradient) and
-    two blocks."""
-    matrix = run.local_batch_size * run.config.batch.global_batch_size * 4
-    pairs = matrix * run.config.prompts.num_vectors**2
-    return 6 * matrix + 2 * min(4 * BLOCK_ELEMENTS, pairs)
+    """The one block of float32 that the loss works in; the gradients of the vectors come on top."""
+    return 4 * block_elements(
+        run.local_batch_size, run.config.batch.global_batch_size, run.config.prompts.num_vectors
+    )
 
 
 def _shards(config: DataConfig) -> str:

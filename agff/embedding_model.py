@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agff.batch import Encoded
+from agff.batch import Encoded, ModelInputs
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
+from agff.vision import IMAGE_FEATURES, VisionTower, tower_of
 
 
 class EmbeddingModel(nn.Module):
@@ -35,18 +36,34 @@ class EmbeddingModel(nn.Module):
         """The input embedding that holds the soft tokens."""
         return self.backbone.get_input_embeddings()
 
-    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
+    @property
+    def tower(self) -> VisionTower:
+        """The backbone's vision tower."""
+        return tower_of(self.backbone)
+
+    def encode_images(self, inputs: ModelInputs) -> Tensor:
+        """The vision tower's output for a chunk's images; as IMAGE_FEATURES of the inputs it replaces their
+        pixels.
+
+        Under ZeRO-3 the tower is gathered on the way: every rank must call it equally often.
+        """
+        pixels = inputs["pixel_values"].to(self.prompted_embedding.vectors.dtype)
+        return self.tower.encode({**inputs, "pixel_values": pixels})
+
+    def forward(self, inputs: ModelInputs) -> Encoded:
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
         in float32 or better, and the outputs of the head.
 
-        Under ZeRO-3 every parameter is gathered on the way: every rank must call it, with the same number of
-        chunks. Raises ValueError, with its name, for an output of the head that has not one row for each.
+        Inputs that hold IMAGE_FEATURES do without the vision tower. Under ZeRO-3 every parameter is gathered
+        on the way: every rank must call it, with the same number of chunks. Raises ValueError, with its name,
+        for an output of the head that has not one row for each.
         """
-        inputs = dict(inputs)
-        prompt_start_B = inputs.pop("prompt_start_B")
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.prompted_embedding.vectors.dtype)
+        if IMAGE_FEATURES not in inputs:
+            inputs = self.tower.with_features(inputs, self.encode_images(inputs))
+        arguments = self.tower.backbone_inputs(inputs)
+        prompt_start_B = arguments.pop("prompt_start_B")
         wants_more = self.head is not None and self.head.num_states > 1
-        output = self.backbone(**inputs, use_cache=False, output_hidden_states=wants_more)
+        output = self.backbone(**arguments, use_cache=False, output_hidden_states=wants_more)
         hidden_BTH = output.last_hidden_state
         block_end_BM = prompt_start_B[:, None] + self.block_end_M
         rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
@@ -57,7 +74,7 @@ class EmbeddingModel(nn.Module):
         if self.head is None:
             return encoded
         states = output.hidden_states[-self.head.num_states :] if wants_more else (hidden_BTH,)
-        found = self.head(states, {**inputs, "prompt_start_B": prompt_start_B}, embedding_BMD)
+        found = self.head(states, inputs, embedding_BMD)
         for name, tensor in found.items():
             if tensor.shape[:1] != embedding_BMD.shape[:1]:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,9 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from agff.batch import Encoded, ModelInputs
+from agff.collectives import max_over_ranks
 from agff.errors import ConfigError
+from agff.kept_vision import FeatureMemory, KeepVision, with_image_features
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 
 
@@ -77,6 +80,7 @@ class Engine:
         num_steps: int,
         autocast_dtype: torch.dtype | None,
         device: torch.device,
+        keep_vision: KeepVision = "gpu",
     ) -> None:
         """Collective. `deepspeed_config` is final: batch sizes and precision are filled in
         (launcher/run/config.py)."""
@@ -86,6 +90,7 @@ class Engine:
         for buffer in model.buffers():  # of a model that was partitioned while loading DeepSpeed moves none
             buffer.data = buffer.data.to(device)
         self._autocast_dtype = autocast_dtype
+        self.feature_memory = FeatureMemory(keep_vision, device)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(trainable, optimizer),
@@ -98,9 +103,33 @@ class Engine:
     def encode(self, inputs: ModelInputs) -> Encoded:
         """What the model says of the rows of one chunk, wherever its tensors are. Under ZeRO-3 a
         collective."""
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         with self._autocast():
-            return self.deepspeed(inputs)
+            return self.deepspeed(self._on_device(inputs))
+
+    def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
+        """The chunks of a step with the output of a frozen vision tower in place of the pixels, so that the
+        tower runs once for both passes and once for each different image. The same chunks where that saves
+        nothing: a tower that trains, one chunk, keep_vision "off".
+
+        Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
+        """
+        model: Any = self.model
+        if self.feature_memory.where == "off" or len(chunks) == 1 or not model.tower.is_frozen:
+            return chunks
+        is_collective = self.deepspeed.zero_optimization_partition_weights()
+
+        def agree(num_calls: int) -> int:
+            return max_over_ranks([num_calls], device=self.device)[0] if is_collective else num_calls
+
+        self.feature_memory.start_step()
+        with torch.no_grad(), self._autocast():
+            return with_image_features(
+                chunks,
+                model.tower,
+                encode=lambda inputs: model.encode_images(self._on_device(inputs)),
+                keep=self.feature_memory.keep,
+                agree=agree,
+            )
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.
@@ -118,6 +147,7 @@ class Engine:
         optimizer.
         """
         self.deepspeed.step()
+        self.feature_memory.end_step()
         return self.deepspeed.was_step_applied()
 
     @property
@@ -129,6 +159,9 @@ class Engine:
     def learning_rate(self) -> float:
         """What the next step will use."""
         return self.deepspeed.get_lr()[0]
+
+    def _on_device(self, inputs: ModelInputs) -> ModelInputs:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:

@@ -19,6 +19,7 @@ from agff.errors import ConfigError, DataError, all_or_errors
 from agff.families import family_of
 from agff.images import is_as_model_sees
 from agff.prompts import PromptConfig
+from agff.shared_images import share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,8 @@ class ItemProcessor:
         """Inputs of one chunk of rows.
 
         input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token is;
-        and the image processor's own tensors. There is always at least one image: a chunk of texts
+        and the image processor's own tensors, of an image that several rows share once
+        (agff/shared_images.py). There is always at least one image: a chunk of texts
         carries a small blank one behind its shortest row, outside the attention, so that every rank calls the
         same modules under ZeRO-3 (exact: its gradient is zero).
 
@@ -111,9 +113,10 @@ class ItemProcessor:
         thinner than 1:200, or one that agff.images has not opened.
         """
         images = all_or_errors(_image_as_model_sees, (item for item in items if item.image is not None))
-        pixels = self._pixels(items, images)
+        shared = share(images or [self._blank_image()])
+        pixels = self._pixels(items, shared.unique)
         num_image_tokens = self.family.num_image_tokens(pixels)
-        per_item = iter(num_image_tokens)
+        per_item = (num_image_tokens[place] for place in shared.index)
         rows = all_or_errors(
             lambda item: self._row(item, next(per_item) if item.image is not None else 0), items
         )
@@ -133,6 +136,7 @@ class ItemProcessor:
             "mm_token_type_ids": (input_ids == self._image_token_id).to(torch.int32),
             "prompt_start_B": prompt_start_B,
             **{name: pixels[name] for name in self.family.image_inputs},
+            **shared.inputs(num_image_tokens),
         }
 
     def num_tokens(self, item: Item) -> int:
@@ -153,9 +157,9 @@ class ItemProcessor:
         ).input_ids
 
     def _pixels(self, items: Sequence[Item], images: Sequence[Image.Image]) -> dict[str, Any]:
-        """The image processor's tensors of the items' images, or of a blank one."""
+        """The image processor's tensors of the images, which are those of the items or a blank one."""
         try:
-            return dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
+            return dict(self.image_processor(images=list(images), return_tensors="pt"))
         except ValueError as error:  # it cannot resize one of them and does not say which
             all_or_errors(self._num_image_tokens, items)
             raise DataError(f"the backbone's image processor refuses {len(images)} images: {error}") from None

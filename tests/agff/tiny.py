@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from agff.batch import Batch, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig
+from agff.shared_images import IMAGE_IDS
 from data_pipeline.collate import FixedRows, TokenBudget
 from tests.agff.family_folders import flat_qwen, write_published
 
@@ -108,6 +110,7 @@ def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) ->
         "prompt_start_B": torch.tensor(starts),
         "pixel_values": torch.cat(pixels),
         "image_grid_thw": torch.tensor([[1, 2, 2]] * len(pixels)),
+        IMAGE_IDS: torch.tensor([zlib.crc32(image.numpy().tobytes()) for image in pixels]),
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agff.batch import Encoded
+from agff.batch import Encoded, ModelInputs
+from agff.families import family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
 
@@ -23,6 +24,7 @@ class EmbeddingModel(nn.Module):
     def __init__(self, backbone: Any, prompts: PromptConfig, head: Head | None = None) -> None:
         super().__init__()
         self.prompts = prompts
+        self.family = family_of(backbone.config)
         self.backbone = backbone
         self.head = head
         backbone.set_input_embeddings(PromptedEmbedding(backbone.get_input_embeddings(), prompts.num_tokens))
@@ -35,20 +37,20 @@ class EmbeddingModel(nn.Module):
         """The input embedding that holds the soft tokens."""
         return self.backbone.get_input_embeddings()
 
-    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
+    def forward(self, inputs: ModelInputs) -> Encoded:
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
         in float32 or better, and the outputs of the head.
 
         Under ZeRO-3 every parameter is gathered on the way: every rank must call it, with the same number of
         chunks. Raises ValueError, with its name, for an output of the head that has not one row for each.
         """
-        inputs = dict(inputs)
-        prompt_start_B = inputs.pop("prompt_start_B")
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.prompted_embedding.vectors.dtype)
+        arguments = self.family.backbone_arguments(inputs)
+        arguments["pixel_values"] = arguments["pixel_values"].to(self.prompted_embedding.vectors.dtype)
         wants_more = self.head is not None and self.head.num_states > 1
-        output = self.backbone(**inputs, use_cache=False, output_hidden_states=wants_more)
+        # no padding mask: attention is causal, and padding is behind the last prompt
+        output = self.backbone(**arguments, use_cache=False, output_hidden_states=wants_more)
         hidden_BTH = output.last_hidden_state
-        block_end_BM = prompt_start_B[:, None] + self.block_end_M
+        block_end_BM = inputs["prompt_start_B"][:, None] + self.block_end_M
         rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
         state_BMD = hidden_BTH[rows_B1, block_end_BM]
         state_BMD = state_BMD.to(torch.promote_types(state_BMD.dtype, torch.float32))
@@ -57,7 +59,7 @@ class EmbeddingModel(nn.Module):
         if self.head is None:
             return encoded
         states = output.hidden_states[-self.head.num_states :] if wants_more else (hidden_BTH,)
-        found = self.head(states, {**inputs, "prompt_start_B": prompt_start_B}, embedding_BMD)
+        found = self.head(states, inputs, embedding_BMD)
         for name, tensor in found.items():
             if tensor.shape[:1] != embedding_BMD.shape[:1]:
                 raise ValueError(

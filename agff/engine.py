@@ -12,9 +12,10 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
-from torch import Tensor, nn
+from torch import Tensor
 
-from agff.batch import Encoded, ModelInputs
+from agff.batch import Encoded, ModelInputs, to_device
+from agff.embedding_model import EmbeddingModel
 from agff.errors import ConfigError
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 
@@ -70,7 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: EmbeddingModel,
         *,
         deepspeed_config: dict[str, Any],
         optimizer: OptimizerConfig,
@@ -98,9 +99,8 @@ class Engine:
     def encode(self, inputs: ModelInputs) -> Encoded:
         """What the model says of the rows of one chunk, wherever its tensors are. Under ZeRO-3 a
         collective."""
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         with self._autocast():
-            return self.deepspeed(inputs)
+            return self.deepspeed(to_device(inputs, self.device))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.

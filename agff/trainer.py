@@ -98,7 +98,7 @@ def train(
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,
                 num_pairs=batch.num_pairs,
-                num_tokens=batch.num_tokens,
+                num_tokens=batch.num_tokens(num_prompt_tokens=engine.model.prompts.num_tokens),
                 wait_s=waited - started,
                 step_s=time.perf_counter() - started,
                 addresses=batch.addresses,

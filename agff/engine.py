@@ -12,10 +12,9 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
-from torch import Tensor
+from torch import Tensor, nn
 
 from agff.batch import Encoded, ModelInputs, to_device
-from agff.embedding_model import EmbeddingModel
 from agff.errors import ConfigError
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 
@@ -71,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        model: EmbeddingModel,
+        model: nn.Module,
         *,
         deepspeed_config: dict[str, Any],
         optimizer: OptimizerConfig,

@@ -68,8 +68,8 @@ def with_large_weights(backbone: Any) -> EmbeddingModel:
     return model
 
 
-def our_model(folder: Path, dtype: torch.dtype = torch.float32) -> EmbeddingModel:
-    return with_large_weights(load_backbone(folder, dtype=dtype, attention="sdpa"))
+def our_model(folder: Path, dtype: torch.dtype = torch.float32, *, attention: str = "sdpa") -> EmbeddingModel:
+    return with_large_weights(load_backbone(folder, dtype=dtype, attention=attention))
 
 
 def untouched_model(folder: Path, dtype: torch.dtype = torch.float32) -> EmbeddingModel:

@@ -56,7 +56,19 @@ def text_problem(text: object, *, has_image: bool) -> str | None:
 
 
 ModelInputs = Mapping[str, Tensor]
-"""Keyword arguments of the backbone for one chunk of rows, plus `prompt_start_B` (agff/processor.py)."""
+"""Tensors of one chunk of rows (agff/processor.py), of which `agff.families.Family` makes the
+backbone's arguments."""
+
+HOST_INPUTS = frozenset({"image_grid_thw", "image_sizes"})
+"""Stay on the host: sizes of images. They decide shapes, and to read them from a device would wait for it."""
+
+
+def to_device(inputs: ModelInputs, device: torch.device) -> dict[str, Tensor]:
+    """The chunk on `device`, but for HOST_INPUTS."""
+    return {
+        name: tensor if name in HOST_INPUTS else tensor.to(device, non_blocking=True)
+        for name, tensor in inputs.items()
+    }
 
 
 Encoded = Mapping[str, Tensor]
@@ -137,11 +149,10 @@ class Batch:
         """N, the explicit negatives of this rank and their padding."""
         return self.negative_ids_N.shape[0]
 
-    @property
-    def num_tokens(self) -> int:
-        """Real (unpadded) tokens of all items of this rank."""
+    def num_tokens(self, *, num_prompt_tokens: int) -> int:
+        """Real (unpadded) tokens of all items of this rank, of which each ends in that many soft ones."""
         own = self.chunks[: len(self.chunks) - self.num_fillers]
-        return sum(int(chunk["attention_mask"].sum()) for chunk in own)
+        return sum(int((chunk["prompt_start_B"] + num_prompt_tokens).sum()) for chunk in own)
 
     def padded_to(self, *, num_chunks: int, num_negatives: int) -> Batch:
         """The same batch with fillers up to that many chunks and negatives, so that all ranks have equally

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem
+from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem, to_device
 from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError, all_or_errors
 from agff.images import open_image
@@ -90,7 +90,7 @@ class Embedder:
 
         inputs = self.processor(all_or_errors(item, batch))
         with torch.inference_mode():
-            encoded = self.model({name: tensor.to(self.device) for name, tensor in inputs.items()})
+            encoded = self.model(to_device(inputs, self.device))
         return encoded["embedding"].cpu()
 
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from agff.batch import Encoded, ModelInputs
+from agff.families import family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
-from agff.vision import IMAGE_FEATURES, VisionTower, tower_of
+from agff.shared_images import IMAGE_FEATURES
+from agff.vision import VisionTower, tower_of
 
 
 class EmbeddingModel(nn.Module):
@@ -24,6 +26,7 @@ class EmbeddingModel(nn.Module):
     def __init__(self, backbone: Any, prompts: PromptConfig, head: Head | None = None) -> None:
         super().__init__()
         self.prompts = prompts
+        self.family = family_of(backbone.config)
         self.backbone = backbone
         self.head = head
         backbone.set_input_embeddings(PromptedEmbedding(backbone.get_input_embeddings(), prompts.num_tokens))
@@ -47,8 +50,9 @@ class EmbeddingModel(nn.Module):
 
         Under ZeRO-3 the tower is gathered on the way: every rank must call it equally often.
         """
-        pixels = inputs["pixel_values"].to(self.prompted_embedding.vectors.dtype)
-        return self.tower.encode({**inputs, "pixel_values": pixels})
+        arguments = self.family.tower_arguments(inputs)
+        pixels = arguments["pixel_values"].to(self.prompted_embedding.vectors.dtype)
+        return self.tower.encode({**arguments, "pixel_values": pixels})
 
     def forward(self, inputs: ModelInputs) -> Encoded:
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
@@ -61,11 +65,11 @@ class EmbeddingModel(nn.Module):
         if IMAGE_FEATURES not in inputs:
             inputs = self.tower.with_features(inputs, self.encode_images(inputs))
         arguments = self.tower.backbone_inputs(inputs)
-        prompt_start_B = arguments.pop("prompt_start_B")
         wants_more = self.head is not None and self.head.num_states > 1
+        # no padding mask: attention is causal, and padding is behind the last prompt
         output = self.backbone(**arguments, use_cache=False, output_hidden_states=wants_more)
         hidden_BTH = output.last_hidden_state
-        block_end_BM = prompt_start_B[:, None] + self.block_end_M
+        block_end_BM = inputs["prompt_start_B"][:, None] + self.block_end_M
         rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
         state_BMD = hidden_BTH[rows_B1, block_end_BM]
         state_BMD = state_BMD.to(torch.promote_types(state_BMD.dtype, torch.float32))

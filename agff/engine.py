@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
-from agff.batch import Encoded, ModelInputs
+from agff.batch import Encoded, ModelInputs, to_device
 from agff.collectives import max_over_ranks
 from agff.errors import ConfigError
 from agff.kept_vision import FeatureMemory, KeepVision, with_image_features
@@ -104,7 +104,7 @@ class Engine:
         """What the model says of the rows of one chunk, wherever its tensors are. Under ZeRO-3 a
         collective."""
         with self._autocast():
-            return self.deepspeed(self._on_device(inputs))
+            return self.deepspeed(to_device(inputs, self.device))
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         """The chunks of a step with the output of a frozen vision tower in place of the pixels, so that the
@@ -126,7 +126,7 @@ class Engine:
             return with_image_features(
                 chunks,
                 model.tower,
-                encode=lambda inputs: model.encode_images(self._on_device(inputs)),
+                encode=lambda inputs: model.encode_images(to_device(inputs, self.device)),
                 keep=self.feature_memory.keep,
                 agree=agree,
             )
@@ -159,9 +159,6 @@ class Engine:
     def learning_rate(self) -> float:
         """What the next step will use."""
         return self.deepspeed.get_lr()[0]
-
-    def _on_device(self, inputs: ModelInputs) -> ModelInputs:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from agff.batch import ModelInputs
 from agff.errors import ConfigError
+from agff.positions import mrope_position_ids, packed_arguments, packed_index, sizes_in_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Family(ABC):
     """Whether processor.min_pixels and processor.max_pixels mean something."""
     vision_tower: ClassVar[str]
     """The backbone's module that backbone.freeze_vision leaves as it is, and that gets no adapters."""
+    packs_images: ClassVar[bool]
+    """Whether the vision tower gets the patches of all images in one sequence (agff/vision_attention.py)."""
     lora_layers: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",
@@ -62,6 +66,24 @@ class Family(ABC):
         """Image tokens of each image, from the image processor's tensors."""
 
     @abstractmethod
+    def index(
+        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """In a worker of the loader: `image_inputs`, and where tokens and patches are (agff/processor.py).
+
+        is_image_BT: where the image tokens are. image_of_row: which image each row with one has."""
+
+    @abstractmethod
+    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """On the device: the backbone's keyword arguments for the images of a chunk, "pixel_values" and
+        others that begin with "image_". Reads nothing from the device (agff.batch.HOST_INPUTS).
+        """
+
+    def language_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """On the device: the backbone's keyword arguments for the tokens of a chunk."""
+        return {"input_ids": inputs["input_ids"]}
+
+    @abstractmethod
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """Image tokens of an image of that size."""
 
@@ -81,26 +103,62 @@ class QwenVL(Family):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: one token per merge x merge patches of an image of any size."""
 
     merge_size: int
+    window_size: int | None = None
+    """Side in tokens of the windows that most layers of Qwen2.5-VL's tower attend in."""
+    table_size: int | None = None
+    """Side of Qwen3-VL's learned table of positions, which is interpolated to the image's size."""
 
     image_token = "<|image_pad|>"
     around_image = (("<|vision_start|>",), ("<|vision_end|>",))
     image_inputs = ("pixel_values", "image_grid_thw")
     has_pixel_limits = True
     vision_tower = "visual"  # its merger, the projector to the language model, is a part of it
+    packs_images = True
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:
         """See Family."""
         vision = model_config.vision_config
+        token_px = vision.patch_size * vision.spatial_merge_size
+        window_px = getattr(vision, "window_size", None)
+        num_positions = getattr(vision, "num_position_embeddings", None)
         return cls(
             name=model_config.model_type,
             merge_size=vision.spatial_merge_size,
-            blank_image_size=vision.patch_size * vision.spatial_merge_size,
+            window_size=window_px and window_px // token_px,
+            table_size=num_positions and math.isqrt(num_positions),
+            blank_image_size=token_px,
         )
 
     def num_image_tokens(self, pixels: Mapping[str, Tensor]) -> list[int]:
         """See Family."""
         return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
+
+    def index(
+        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """See Family."""
+        sizes = sizes_in_tokens(pixels["image_grid_thw"], self.merge_size)
+        position_ids = mrope_position_ids(is_image_BT, [sizes[image] for image in image_of_row])
+        return {"position_ids": position_ids, **self.index_patches(pixels)}
+
+    def index_patches(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of these images alone: `image_inputs`, and where patches are."""
+        return {name: pixels[name] for name in self.image_inputs} | packed_index(
+            pixels["image_grid_thw"],
+            merge_size=self.merge_size,
+            window_size=self.window_size,
+            table_size=self.table_size,
+        )
+
+    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """See Family."""
+        return packed_arguments(inputs, merge_size=self.merge_size, window_size=self.window_size)
+
+    def language_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """See Family."""
+        position_ids = inputs["position_ids"].transpose(0, 1)  # the backbone has the rows second
+        return {**super().language_arguments(inputs), "position_ids": position_ids}
 
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """See Family."""
@@ -134,6 +192,7 @@ class LlavaOneVision(Family):
     image_inputs = ("pixel_values", "image_sizes")
     has_pixel_limits = False
     vision_tower = "vision_tower"  # the projector trains, as in LLaVE
+    packs_images = False  # its views are of one size, and a batch
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:
@@ -153,6 +212,22 @@ class LlavaOneVision(Family):
         return [
             self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
         ]
+
+    def index(
+        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """See Family. Positions are the places in the row, which the backbone counts itself."""
+        from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+        views = [
+            views_VCHW[: image_size_to_num_patches(size, self.pinpoints, self.view_size)]
+            for views_VCHW, size in zip(pixels["pixel_values"], pixels["image_sizes"].tolist(), strict=True)
+        ]
+        return {"pixel_values": torch.cat(views), "image_sizes": pixels["image_sizes"]}
+
+    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """See Family."""
+        return {name: inputs[name] for name in self.image_inputs}
 
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """What the model's own packing leaves of an image, found by packing an image without storage."""

@@ -1,5 +1,26 @@
 """Items -> inputs of one chunk: image placeholder expanded, prompts appended, padded on the right.
 
+A row is text and image, then the soft tokens, then padding. Attention is causal, so nothing in use sees the
+padding, and there is no mask. The tensors, whose first axis is what they are about:
+
+    axis      tensor (shape)                     what
+    row       input_ids (B, T)                   tokens; soft token i is id `vocabulary size + i`
+    row       prompt_start_B (B,)                the first soft token; + their number: the row's length
+    row       position_ids (B, 3, T)             Qwen: time, height, width of M-RoPE
+    image     image_grid_thw (N, 3)              Qwen: patches in time (1), height, width; on the host
+    image     image_lengths (N,)                 Qwen: patches, their product
+    image     image_sizes (N, 2)                 LLaVA-OneVision: height, width in pixels; on the host
+    patch     pixel_values (P, values)           Qwen: image by image, in blocks of merge x merge
+    patch     image_position_ids (P, 2)          Qwen: height, width in the image
+    patch     image_interp_indices (P, 4)        Qwen3-VL: entries of the table of positions
+    patch     image_interp_weights (P, 4)        Qwen3-VL: their weights
+    block     image_window_index (P / merge^2,)  Qwen2.5-VL: order by windows, from 0 on in each image
+    window    window_lengths (W,)                Qwen2.5-VL: patches of each window of each image
+    view      pixel_values (V, 3, side, side)    LLaVA-OneVision: the views of the images, without filling
+
+Images are in the order of their rows, one in a row at most. So chunks are joined by `torch.cat` on the first
+axis, after input_ids and position_ids were padded with 0 on their last, the tokens.
+
 One processor serves training, evaluation and a loaded release, so that none of them can drift from the
 others. It always uses the PIL image processors: with torchvision present or absent, the tensors are the same.
 """
@@ -60,7 +81,7 @@ class ItemProcessor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.prompts, self.limits = prompts, limits
         self.family = family_of(model_config)
-        self._image_token_id: int = model_config.image_token_id
+        self.image_token_id: int = model_config.image_token_id
         vocabulary_size = model_config.get_text_config().vocab_size
         self._prompt_ids = list(range(vocabulary_size, vocabulary_size + prompts.num_tokens))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -102,11 +123,10 @@ class ItemProcessor:
     def __call__(self, items: Sequence[Item]) -> ModelInputs:
         """Inputs of one chunk of rows.
 
-        input_ids, attention_mask, mm_token_type_ids (B, T); prompt_start_B, where the first soft token is;
-        and the image processor's own tensors, of an image that several rows share once
-        (agff/shared_images.py). There is always at least one image: a chunk of texts
-        carries a small blank one behind its shortest row, outside the attention, so that every rank calls the
-        same modules under ZeRO-3 (exact: its gradient is zero).
+        An image that several rows share is there once (agff/shared_images.py).
+        There is always at least one image: a chunk of texts carries a small blank one behind the last prompt
+        of its shortest row, where nothing attends to it, so that every rank calls the same modules under
+        ZeRO-3 (exact: its gradient is zero).
 
         Raises DataError, with a line for each item and its address, for a text that holds the backbone's own
         image token, an image that needs more than `max_tokens` or that the image processor refuses, as one
@@ -126,16 +146,12 @@ class ItemProcessor:
             shortest = lengths.index(min(lengths))
             rows[shortest] = rows[shortest] + self._image_ids(num_image_tokens[0])
         input_ids = torch.full((len(rows), max(map(len, rows))), self._pad_id)
-        attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.tensor(row)
-            attention_mask[index, : lengths[index]] = 1
         return {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "mm_token_type_ids": (input_ids == self._image_token_id).to(torch.int32),
             "prompt_start_B": prompt_start_B,
-            **{name: pixels[name] for name in self.family.image_inputs},
+            **self.family.index(input_ids == self.image_token_id, pixels, shared.index),
             **shared.inputs(num_image_tokens),
         }
 
@@ -196,7 +212,7 @@ class ItemProcessor:
             raise item.error(f"the backbone's image processor refuses the image: {error}") from None
 
     def _image_ids(self, num_image_tokens: int) -> list[int]:
-        return self._before_image + [self._image_token_id] * num_image_tokens + self._after_image
+        return self._before_image + [self.image_token_id] * num_image_tokens + self._after_image
 
     def _special_id(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)

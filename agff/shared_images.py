@@ -12,10 +12,13 @@ from torch import Tensor
 
 IMAGE_IDS = "image_ids_U"
 """int64 content id of each of a chunk's different images: equal ids mean equal pixels."""
-IMAGE_INDEX = "image_index_I"
-"""int64: which of the different images each image of a row is. Only where a chunk's rows share images."""
+IMAGE_FEATURES = "image_features"
+"""The vision tower's output; stands in the inputs for "pixel_values" once it has run."""
 FEATURE_ROWS = "feature_rows_N"
-"""int64: which image token of the different images each image token of the rows is. Where IMAGE_INDEX is."""
+"""int64: which image token of the different images each image token of the rows is. Only where a
+chunk's rows share images."""
+NOT_OF_THE_TOWER = ("input_ids", "position_ids", "prompt_start_B", IMAGE_FEATURES, IMAGE_IDS, FEATURE_ROWS)
+"""Inputs that the vision tower does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,7 @@ class SharedImages:
         if len(self.unique) == len(self.index):
             return ids
         tokens = torch.arange(sum(num_image_tokens)).split(list(num_image_tokens))
-        rows = torch.cat([tokens[place] for place in self.index])
-        return {**ids, IMAGE_INDEX: torch.tensor(self.index), FEATURE_ROWS: rows}
+        return {**ids, FEATURE_ROWS: torch.cat([tokens[place] for place in self.index])}
 
 
 def share(images: Sequence[Image.Image]) -> SharedImages:

@@ -58,6 +58,7 @@ def train(
     num_steps: int,
     save_every: int,
     max_skipped_in_a_row: int,
+    num_prompt_tokens: int,
     observe: Callable[[StepReport], None],
     save: Callable[[int], None],
     should_stop: Callable[[], bool],
@@ -65,6 +66,7 @@ def train(
 ) -> bool:
     """Run steps start_step .. num_steps - 1; True when done, False when stopped on request.
 
+    num_prompt_tokens: soft tokens at the end of each row, for the count of tokens.
     save: called every `save_every` steps and at the end.
     should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same
     step.
@@ -98,7 +100,7 @@ def train(
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,
                 num_pairs=batch.num_pairs,
-                num_tokens=batch.num_tokens,
+                num_tokens=batch.num_tokens(num_prompt_tokens=num_prompt_tokens),
                 wait_s=waited - started,
                 step_s=time.perf_counter() - started,
                 addresses=batch.addresses,

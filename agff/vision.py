@@ -17,12 +17,7 @@ from torch import Tensor, nn
 
 from agff.batch import ModelInputs
 from agff.families import FAMILIES, LlavaOneVision, QwenVL, family_of
-from agff.shared_images import FEATURE_ROWS, IMAGE_IDS, IMAGE_INDEX
-
-IMAGE_FEATURES = "image_features"
-"""Stands in the inputs for "pixel_values" once the tower has run."""
-OURS = (IMAGE_FEATURES, IMAGE_IDS, IMAGE_INDEX, FEATURE_ROWS)
-"""Inputs that no backbone knows."""
+from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES, NOT_OF_THE_TOWER
 
 
 class VisionTower(ABC):
@@ -31,10 +26,10 @@ class VisionTower(ABC):
     sizes: ClassVar[str]
     """Input with a row for each image, its size; the tower and what comes behind it read it."""
 
-    def __init__(self, model: Any, name: str) -> None:
-        """model: the backbone without adapters around it; name: its tower's."""
-        self.model = model
-        self.module: nn.Module = model.get_submodule(name)
+    def __init__(self, model: Any, family: Any) -> None:
+        """model: the backbone without adapters around it."""
+        self.model, self.family = model, family
+        self.module: nn.Module = model.get_submodule(family.vision_tower)
 
     @property
     def is_frozen(self) -> bool:
@@ -44,8 +39,8 @@ class VisionTower(ABC):
         )
 
     @abstractmethod
-    def encode(self, inputs: ModelInputs) -> Tensor:
-        """(rows of all images, ...) output of the tower for the images of a chunk.
+    def encode(self, arguments: dict[str, Any]) -> Tensor:
+        """(rows of all images, ...) output of the tower for `Family.tower_arguments` of a chunk.
 
         Under ZeRO-3 the tower is gathered: a collective."""
 
@@ -64,11 +59,7 @@ class VisionTower(ABC):
     @staticmethod
     def image_inputs(inputs: ModelInputs) -> ModelInputs:
         """What of the inputs the tower reads: pixels, sizes, and what the loader has computed from them."""
-        return {
-            name: tensor
-            for name, tensor in inputs.items()
-            if name == "pixel_values" or (name.startswith("image_") and name not in OURS)
-        }
+        return {name: tensor for name, tensor in inputs.items() if name not in NOT_OF_THE_TOWER}
 
     def with_features(self, inputs: ModelInputs, features: Tensor) -> dict[str, Tensor]:
         """The inputs with the tower's output in place of what only the tower reads."""
@@ -78,10 +69,8 @@ class VisionTower(ABC):
 
     def backbone_inputs(self, inputs: ModelInputs) -> dict[str, Any]:
         """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES."""
-        arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name not in OURS}
-        if IMAGE_INDEX in inputs:  # positions are counted with the size of each row's image
-            arguments[self.sizes] = inputs[self.sizes][inputs[IMAGE_INDEX]]
-        return {**arguments, "mm_encoder_outputs": {"image": self.backbone_output(inputs)}}
+        found = {"image": self.backbone_output(inputs)}
+        return {**self.family.language_arguments(inputs), "mm_encoder_outputs": found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,24 +87,22 @@ class QwenTower(VisionTower):
 
     sizes = "image_grid_thw"
 
-    def encode(self, inputs: ModelInputs) -> Tensor:
+    def encode(self, arguments: dict[str, Any]) -> Tensor:
         """See VisionTower."""
-        named = {name.removeprefix("image_"): value for name, value in self.image_inputs(inputs).items()}
+        named = {name.removeprefix("image_"): value for name, value in arguments.items()}
         output = self.module(named.pop("pixel_values"), **named)
         return torch.stack([output.pooler_output, *(getattr(output, "deepstack_features", None) or ())], 1)
 
     def num_rows(self, inputs: ModelInputs) -> list[int]:
         """See VisionTower."""
-        return (inputs["image_grid_thw"].prod(dim=1) // self.model.visual.spatial_merge_size**2).tolist()
+        return self.family.num_image_tokens(inputs)
 
     def select(self, inputs: ModelInputs, images: Sequence[int]) -> ModelInputs:
         """See VisionTower."""
         grid = inputs["image_grid_thw"]
         parts = inputs["pixel_values"].split(grid.prod(dim=1).tolist())
-        return {
-            "pixel_values": torch.cat([parts[image] for image in images]),
-            "image_grid_thw": grid[list(images)],
-        }
+        pixels = torch.cat([parts[image] for image in images])
+        return self.family.index_patches({"pixel_values": pixels, "image_grid_thw": grid[list(images)]})
 
     def backbone_output(self, inputs: ModelInputs) -> QwenOutput:
         """See VisionTower."""
@@ -131,15 +118,10 @@ class LlavaTower(VisionTower):
 
     sizes = "image_sizes"
 
-    def encode(self, inputs: ModelInputs) -> Tensor:
+    def encode(self, arguments: dict[str, Any]) -> Tensor:
         """See VisionTower."""
         layer = self.model.config.vision_feature_layer
-        views = zip(inputs["pixel_values"], self.num_rows(inputs), strict=True)  # filled up to the most
-        output = self.module(
-            torch.cat([image[:count] for image, count in views]),
-            output_hidden_states=layer,
-            return_dict=True,
-        )
+        output = self.module(arguments["pixel_values"], output_hidden_states=layer, return_dict=True)
         states = output.hidden_states
         features = states[layer] if isinstance(layer, int) else torch.cat([states[n] for n in layer], dim=-1)
         has_class_token = self.model.config.vision_feature_select_strategy == "default"
@@ -156,7 +138,9 @@ class LlavaTower(VisionTower):
 
     def select(self, inputs: ModelInputs, images: Sequence[int]) -> ModelInputs:
         """See VisionTower."""
-        return {name: inputs[name][list(images)] for name in ("pixel_values", "image_sizes")}
+        parts = inputs["pixel_values"].split(self.num_rows(inputs))
+        pixels = torch.cat([parts[image] for image in images])
+        return {"pixel_values": pixels, "image_sizes": inputs["image_sizes"][list(images)]}
 
     def backbone_output(self, inputs: ModelInputs) -> _Projected:
         """See VisionTower."""
@@ -193,4 +177,4 @@ def tower_of(backbone: Any) -> VisionTower:
     that is not known."""
     model = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
     family = family_of(model.config)
-    return TOWERS[FAMILIES[family.name]](model, family.vision_tower)
+    return TOWERS[FAMILIES[family.name]](model, family)

@@ -114,11 +114,11 @@ class TextView:
     def __call__(self, item: Item) -> SeenText:
         """Raises DataError for an item that the backbone cannot take."""
         inputs = self.processor([item])
-        ids = inputs["input_ids"][0][inputs["attention_mask"][0] == 1].tolist()
         prompt_start = int(inputs["prompt_start_B"][0])
+        ids = inputs["input_ids"][0, : prompt_start + self.processor.prompts.num_tokens].tolist()
         image_start, image_stop, image = 0, 0, ""
         if item.image is not None:
-            places = inputs["mm_token_type_ids"][0].nonzero().flatten().tolist()
+            places = [place for place, token in enumerate(ids) if token == self.processor.image_token_id]
             opening, closing = self.processor.family.around_image
             image_start, image_stop = places[0] - len(opening), places[-1] + 1 + len(closing)
             image = f"{''.join(opening)}<image: {len(places)} tokens>{''.join(closing)}"

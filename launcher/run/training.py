@@ -120,6 +120,7 @@ def _train_from(
             num_steps=config.num_steps,
             save_every=config.save_every,
             max_skipped_in_a_row=config.max_skipped_in_a_row,
+            num_prompt_tokens=config.prompts.num_tokens,
             observe=observer,
             save=partial(_save, engine, run, state),
             should_stop=lambda: bool(stop),

@@ -210,7 +210,9 @@ def test_a_long_text_is_cut_as_the_contract_says_without_a_warning(
         library.propagate = before
     assert [record.getMessage() for record in caplog.records] == []
     torch.testing.assert_close(long, embedder.encode("a red heart " * 90), rtol=0, atol=0)
-    assert embedder.processor([Item(text="a red heart " * 100)])["attention_mask"].sum() == 40
+    assert embedder.processor([Item(text="a red heart " * 100)])["prompt_start_B"].tolist() == [
+        40 - PROMPTS.num_tokens
+    ]
 
 
 def test_what_an_item_becomes(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from agff.batch import Item, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.engine import Engine, start_process_group
 from agff.errors import ConfigError
-from agff.families import family_of
+from agff.families import QwenVL, family_of
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from tests.agff.family_folders import BUILDERS, flat_qwen, published, write_published
@@ -277,11 +277,15 @@ def image_and_text(num_patches_side: int, num_text: int) -> ModelInputs:
     input_ids = torch.tensor([[IMAGE_TOKEN] * num_image + [1] * num_text + prompts])
     return {
         "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "mm_token_type_ids": (input_ids == IMAGE_TOKEN).int(),
         "prompt_start_B": torch.tensor([num_image + num_text]),
-        "pixel_values": torch.randn(num_patches_side**2, 3 * 2 * 14 * 14),
-        "image_grid_thw": torch.tensor([[1, num_patches_side, num_patches_side]]),
+        **QwenVL(name="qwen2_vl", blank_image_size=28, merge_size=2).index(
+            input_ids == IMAGE_TOKEN,
+            {
+                "pixel_values": torch.randn(num_patches_side**2, 3 * 2 * 14 * 14),
+                "image_grid_thw": torch.tensor([[1, num_patches_side, num_patches_side]]),
+            },
+            [0],
+        ),
     }
 
 

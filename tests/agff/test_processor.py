@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from agff.batch import Item
@@ -35,7 +34,8 @@ def test_image_is_where_the_placeholder_was_and_prompts_follow_the_content(
     inputs = processor([Item(text="see <|image_1|>\na heart", image=IMAGE), Item(text="a heart")])
     tokenizer = processor.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    first = inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist()
+    start = inputs["prompt_start_B"].tolist()
+    first = inputs["input_ids"][0, : start[0] + 6].tolist()
     num_image_tokens = int(inputs["image_grid_thw"][0].prod()) // 4
     assert first == (
         processor.tokenize("see ")
@@ -45,18 +45,20 @@ def test_image_is_where_the_placeholder_was_and_prompts_follow_the_content(
         + processor.tokenize("\na heart")
         + list(range(512, 518))
     )
-    start = inputs["prompt_start_B"].tolist()
     assert inputs["input_ids"][0, start[0] : start[0] + 6].tolist() == list(range(512, 518))
     assert inputs["input_ids"][1, start[1] : start[1] + 6].tolist() == list(range(512, 518))
-    assert torch.equal(inputs["mm_token_type_ids"].bool(), inputs["input_ids"] == image_id)
 
 
-def test_a_chunk_of_texts_carries_a_blank_image_that_nothing_attends_to(processor: ItemProcessor) -> None:
+def test_a_chunk_of_texts_carries_a_blank_image_behind_the_prompts_of_its_shortest_row(
+    processor: ItemProcessor,
+) -> None:
     inputs = processor([Item(text="a heart"), Item(text="a much longer text about a heart")])
     image_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     blank = inputs["input_ids"] == image_id
     assert blank.sum() == int(inputs["image_grid_thw"].prod()) // 4
-    assert not inputs["attention_mask"][blank].any()
+    rows, places = blank.nonzero(as_tuple=True)
+    assert set(rows.tolist()) == {0}
+    assert places.min() >= inputs["prompt_start_B"][0] + PROMPTS.num_tokens
     assert (inputs["pixel_values"] == inputs["pixel_values"][0]).all()
 
 
@@ -67,8 +69,9 @@ def test_special_tokens_spelled_out_in_a_text_are_text(processor: ItemProcessor)
 
 def test_a_long_text_loses_its_end_and_an_image_is_never_cut(processor: ItemProcessor) -> None:
     inputs = processor([Item(text="<|image_1|>\n" + "a red heart " * 50, image=IMAGE)])
-    assert inputs["attention_mask"].sum() == 40
-    assert inputs["mm_token_type_ids"].sum() == int(inputs["image_grid_thw"][0].prod()) // 4
+    assert inputs["prompt_start_B"].tolist() == [40 - PROMPTS.num_tokens]
+    num_image_tokens = (inputs["input_ids"] == processor.image_token_id).sum()
+    assert num_image_tokens == int(inputs["image_grid_thw"][0].prod()) // 4
     large = ItemProcessor(
         processor.tokenizer,
         processor.image_processor,

@@ -18,9 +18,9 @@ from agff.embedding_model import EmbeddingModel
 from agff.families import FAMILIES
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.shared_images import FEATURE_ROWS, IMAGE_IDS, IMAGE_INDEX, share
-from agff.vision import IMAGE_FEATURES, TOWERS, tower_of
-from tests.agff.family_folders import BUILDERS
+from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES, IMAGE_IDS, share
+from agff.vision import TOWERS, tower_of
+from tests.agff.family_folders import BUILDERS, backbone_arguments
 
 PROMPTS = PromptConfig(num_fine=2)
 TRAINING: dict[str, dict[str, Any]] = {
@@ -89,8 +89,7 @@ def embedding_and_gradients(model: EmbeddingModel, encode: Callable[[], Tensor])
 
 def by_transformers(model: EmbeddingModel, inputs: ModelInputs) -> Tensor:
     """EmbeddingModel.forward with the backbone's own way from pixels to features."""
-    arguments = {name: x for name, x in inputs.items() if name != IMAGE_IDS}
-    start_B = arguments.pop("prompt_start_B")
+    arguments, start_B = backbone_arguments(model.family, inputs), inputs["prompt_start_B"]
     states = model.backbone(**arguments, use_cache=False).last_hidden_state
     picked = states[torch.arange(len(start_B))[:, None], start_B[:, None] + model.block_end_M]
     return torch.nn.functional.normalize(picked.float(), dim=-1)
@@ -137,8 +136,8 @@ def test_an_image_of_several_rows_is_encoded_once_and_its_gradients_add_up(
     together, alone = process(SHARED), [process([item]) for item in SHARED]
     images = [count_images(inputs) for inputs in (together, *alone)]
     assert images == [2, 1, 1, 1, 1], "two different ones; the text alone has a blank one"
-    assert IMAGE_INDEX in together
-    assert not any(name in inputs for inputs in alone for name in (IMAGE_INDEX, FEATURE_ROWS))
+    assert FEATURE_ROWS in together
+    assert not any(FEATURE_ROWS in inputs for inputs in alone)
     found = embedding_and_gradients(model, lambda: model(together)["embedding"])
     expected = embedding_and_gradients(
         model, lambda: torch.cat([model(inputs)["embedding"] for inputs in alone])
@@ -160,13 +159,11 @@ def count_images(inputs: ModelInputs) -> int:
 
 def test_a_part_of_the_images_gives_their_part_of_the_features(folder: Path) -> None:
     model = build(folder, dtype=torch.float64)
-    inputs = dict(processor_of(folder)(MIXED))
-    inputs["pixel_values"] = inputs["pixel_values"].double()
-    tower = model.tower
+    inputs, tower = processor_of(folder)(MIXED), model.tower
     with torch.no_grad():
-        whole = tower.encode(inputs).split(tower.num_rows(inputs))
+        whole = model.encode_images(inputs).split(tower.num_rows(inputs))
         for images in ([0], [2, 0], [1, 2]):
-            part = tower.encode(tower.select(inputs, images))
+            part = model.encode_images(tower.select(inputs, images))
             expected = torch.cat([whole[image] for image in images])
             torch.testing.assert_close(part, expected, rtol=0, atol=1e-12)
 
@@ -202,6 +199,4 @@ def test_images_are_the_same_by_their_pixels_and_size() -> None:
     assert found.index == (0, 1, 0, 2, 1)
     assert found.unique == (flat, turned, other)
     assert len(set(found.ids)) == 3
-    inputs = found.inputs([2, 1, 3])
-    assert inputs[FEATURE_ROWS].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 2]
-    assert inputs[IMAGE_INDEX].tolist() == [0, 1, 0, 2, 1]
+    assert found.inputs([2, 1, 3])[FEATURE_ROWS].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 2]

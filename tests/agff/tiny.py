@@ -16,6 +16,7 @@ from torch import Tensor
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Batch, ModelInputs
 from agff.embedding_model import EmbeddingModel
+from agff.families import Family, family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig
 from agff.shared_images import IMAGE_IDS
@@ -68,6 +69,13 @@ def tiny_folder() -> TemporaryDirectory[str]:
     return folder
 
 
+@cache
+def tiny_family() -> Family:
+    from transformers import AutoConfig
+
+    return family_of(AutoConfig.from_pretrained(tiny_folder().name))
+
+
 def tiny_model(
     num_fine: int, *, lora: bool = False, seed: int = 0, head: Head | None = None
 ) -> EmbeddingModel:
@@ -86,30 +94,30 @@ def tiny_model(
 
 
 def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) -> ModelInputs:
-    """Inputs as ItemProcessor builds them: [image] text prompts, right padding, a masked blank image when
-    there is none."""
+    """Inputs as ItemProcessor builds them: [image] text prompts, right padding, a blank image behind the
+    prompts when there is none."""
     prompts = list(range(VOCABULARY, VOCABULARY + 1 + num_fine))
     rows = [
         ([IMAGE_TOKEN] if image is not None else []) + text + prompts
         for text, image in zip(texts, images, strict=True)
     ]
-    starts, lengths = [len(row) - len(prompts) for row in rows], [len(row) for row in rows]
+    starts = [len(row) - len(prompts) for row in rows]
     pixels = [image for image in images if image is not None]
     if not pixels:
-        shortest = lengths.index(min(lengths))
+        shortest = starts.index(min(starts))
         rows[shortest], pixels = [*rows[shortest], IMAGE_TOKEN], [torch.zeros(4, PATCH_VALUES)]
     input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = torch.tensor(row)
-        attention_mask[index, : lengths[index]] = 1
+    grids = torch.tensor([[1, 2, 2]] * len(pixels))
     return {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "mm_token_type_ids": (input_ids == IMAGE_TOKEN).int(),
         "prompt_start_B": torch.tensor(starts),
-        "pixel_values": torch.cat(pixels),
-        "image_grid_thw": torch.tensor([[1, 2, 2]] * len(pixels)),
+        **tiny_family().index(
+            input_ids == IMAGE_TOKEN,
+            {"pixel_values": torch.cat(pixels), "image_grid_thw": grids},
+            range(len(pixels)),
+        ),
         IMAGE_IDS: torch.tensor([zlib.crc32(image.numpy().tobytes()) for image in pixels]),
     }
 

@@ -23,7 +23,7 @@ def batch_of(seed: int, num_chunks: int, num_negatives: int) -> Batch:
     def chunk(rows: int) -> dict[str, Any]:
         return {
             "input_ids": torch.randint(0, 100, (rows, 5), generator=generator),
-            "attention_mask": torch.ones(rows, 5, dtype=torch.int32),
+            "image_lengths": torch.ones(rows, dtype=torch.int32),
             "pixel_values": torch.randn(rows * 4, 6, generator=generator),
             "half": torch.randn(3, generator=generator).to(torch.bfloat16),
         }

@@ -41,7 +41,7 @@ class Encoder:
         pixels = [item.image.getpixel((28, 10)) if item.image else (0, 0, 0) for item in items]
         lengths = [len(item.text) for item in items]
         return {
-            "attention_mask": torch.tensor([[int(i < n) for i in range(max(lengths))] for n in lengths]),
+            "prompt_start_B": torch.tensor(lengths),
             "pixels": torch.tensor(pixels),
         }
 
@@ -105,7 +105,9 @@ def test_ranks_share_out_one_global_batch_in_equal_chunks(shards: tuple[Path, Ma
     for part in parts:
         assert isinstance(part, Batch)
         assert (part.num_pairs, len(part.chunks) - -(-part.num_negatives // 2)) == (4, 4)
-        assert part.num_tokens == sum(int(c["attention_mask"].sum()) for c in part.chunks)
+        assert part.num_tokens(num_prompt_tokens=0) == sum(
+            int(c["prompt_start_B"].sum()) for c in part.chunks
+        )
 
 
 def test_the_training_random_state_is_left_alone(shards: tuple[Path, Manifest]) -> None:
@@ -219,7 +221,8 @@ def test_items_keep_their_order_whatever_the_chunks(shards: tuple[Path, Manifest
         )
         seen.append((query.tolist(), target.tolist(), negative[:-1].tolist()))
         assert batch.negative_ids_N[-1] == NO_CONTENT
-        assert batch.num_tokens == sum(int(c["attention_mask"].sum()) for c in batch.chunks[:-2])
+        own = torch.cat([chunk["prompt_start_B"] for chunk in batch.chunks[:-2]])
+        assert batch.num_tokens(num_prompt_tokens=3) == int(own.sum()) + 3 * len(own)
     assert seen[0] == seen[1] == seen[2]
 
 

@@ -28,7 +28,7 @@ from data_pipeline.storage import LocalFolder
 from launcher.command_line import parse_train_arguments
 from launcher.preview import main
 from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
-from launcher.run.config import BatchConfig, DataConfig, resolve
+from launcher.run.config import BatchConfig, DataConfig, RunConfig, resolve
 from launcher.run.data import build_processor, open_data
 from launcher.run.hardware import Hardware
 from tests.drawings import tiny_backbone, write_drawings
@@ -112,9 +112,12 @@ class Run:
         rows = [(plan.source_names[source], int(number)) for source, number in plan.global_batch(step)]
         return [(source, number, self.reader.read(source, number)) for source, number in rows]
 
+    def config(self, *options: str) -> RunConfig:
+        return parse_train_arguments(["--recipe", str(self.recipe), *options]).config
+
     def batches(self, *options: str, num_steps: int) -> list[Batch]:
         """The first steps of a run of one rank that train starts with these options."""
-        config = parse_train_arguments(["--recipe", str(self.recipe), *options]).config
+        config = self.config(*options)
         run = resolve(
             config,
             {"zero_optimization": {"stage": 1}},
@@ -223,7 +226,10 @@ def test_page_shows_the_batches_that_train_makes_of_the_same_options(
     page = preview(drawn, tmp_path / "page.html", "--steps", "4", *options)
     batches = drawn.batches(*options, num_steps=4)
     assert addresses(page) == [address for batch in batches for address in batch.addresses]
-    assert sum(token_counts(page)) == sum(batch.num_tokens for batch in batches)
+    num_prompt_tokens = drawn.config(*options).prompts.num_tokens
+    assert sum(token_counts(page)) == sum(
+        batch.num_tokens(num_prompt_tokens=num_prompt_tokens) for batch in batches
+    )
     num_negatives = len([item for cell in page.all("td", "negative") for item in cell.all("div", "item")])
     assert num_negatives == sum(batch.num_negatives for batch in batches)
     if setting:

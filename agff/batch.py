@@ -56,8 +56,8 @@ def text_problem(text: object, *, has_image: bool) -> str | None:
 
 
 ModelInputs = Mapping[str, Tensor]
-"""Tensors of one chunk of rows (agff/processor.py), of which `Family.backbone_arguments` makes the
-backbone's."""
+"""Tensors of one chunk of rows (agff/processor.py), of which `agff.families.Family` makes the
+backbone's arguments."""
 
 HOST_INPUTS = frozenset({"image_grid_thw", "image_sizes"})
 """Stay on the host: sizes of images. They decide shapes, and to read them from a device would wait for it."""

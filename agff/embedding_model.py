@@ -11,6 +11,8 @@ from agff.batch import Encoded, ModelInputs
 from agff.families import family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
+from agff.shared_images import IMAGE_FEATURES
+from agff.vision import VisionTower, tower_of
 
 
 class EmbeddingModel(nn.Module):
@@ -37,15 +39,32 @@ class EmbeddingModel(nn.Module):
         """The input embedding that holds the soft tokens."""
         return self.backbone.get_input_embeddings()
 
+    @property
+    def tower(self) -> VisionTower:
+        """The backbone's vision tower."""
+        return tower_of(self.backbone)
+
+    def encode_images(self, inputs: ModelInputs) -> Tensor:
+        """The vision tower's output for a chunk's images; as IMAGE_FEATURES of the inputs it replaces their
+        pixels.
+
+        Under ZeRO-3 the tower is gathered on the way: every rank must call it equally often.
+        """
+        arguments = self.family.tower_arguments(inputs)
+        pixels = arguments["pixel_values"].to(self.prompted_embedding.vectors.dtype)
+        return self.tower.encode({**arguments, "pixel_values": pixels})
+
     def forward(self, inputs: ModelInputs) -> Encoded:
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
         in float32 or better, and the outputs of the head.
 
-        Under ZeRO-3 every parameter is gathered on the way: every rank must call it, with the same number of
-        chunks. Raises ValueError, with its name, for an output of the head that has not one row for each.
+        Inputs that hold IMAGE_FEATURES do without the vision tower. Under ZeRO-3 every parameter is gathered
+        on the way: every rank must call it, with the same number of chunks. Raises ValueError, with its name,
+        for an output of the head that has not one row for each.
         """
-        arguments = self.family.backbone_arguments(inputs)
-        arguments["pixel_values"] = arguments["pixel_values"].to(self.prompted_embedding.vectors.dtype)
+        if IMAGE_FEATURES not in inputs:
+            inputs = self.tower.with_features(inputs, self.encode_images(inputs))
+        arguments = self.tower.backbone_inputs(inputs)
         wants_more = self.head is not None and self.head.num_states > 1
         # no padding mask: attention is causal, and padding is behind the last prompt
         output = self.backbone(**arguments, use_cache=False, output_hidden_states=wants_more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,9 @@ from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from agff.batch import Encoded, ModelInputs, to_device
+from agff.collectives import max_over_ranks
 from agff.errors import ConfigError
+from agff.kept_vision import FeatureMemory, KeepVision, with_image_features
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 
 
@@ -77,6 +80,7 @@ class Engine:
         num_steps: int,
         autocast_dtype: torch.dtype | None,
         device: torch.device,
+        keep_vision: KeepVision = "gpu",
     ) -> None:
         """Collective. `deepspeed_config` is final: batch sizes and precision are filled in
         (launcher/run/config.py)."""
@@ -86,6 +90,7 @@ class Engine:
         for buffer in model.buffers():  # of a model that was partitioned while loading DeepSpeed moves none
             buffer.data = buffer.data.to(device)
         self._autocast_dtype = autocast_dtype
+        self.feature_memory = FeatureMemory(keep_vision, device)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(trainable, optimizer),
@@ -100,6 +105,31 @@ class Engine:
         collective."""
         with self._autocast():
             return self.deepspeed(to_device(inputs, self.device))
+
+    def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
+        """The chunks of a step with the output of a frozen vision tower in place of the pixels, so that the
+        tower runs once for both passes and once for each different image. The same chunks where that saves
+        nothing: a tower that trains, one chunk, keep_vision "off".
+
+        Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
+        """
+        model: Any = self.model
+        if self.feature_memory.where == "off" or len(chunks) == 1 or not model.tower.is_frozen:
+            return chunks
+        is_collective = self.deepspeed.zero_optimization_partition_weights()
+
+        def agree(num_calls: int) -> int:
+            return max_over_ranks([num_calls], device=self.device)[0] if is_collective else num_calls
+
+        self.feature_memory.start_step()
+        with torch.no_grad(), self._autocast():
+            return with_image_features(
+                chunks,
+                model.tower,
+                encode=lambda inputs: model.encode_images(to_device(inputs, self.device)),
+                keep=self.feature_memory.keep,
+                agree=agree,
+            )
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.
@@ -117,6 +147,7 @@ class Engine:
         optimizer.
         """
         self.deepspeed.step()
+        self.feature_memory.end_step()
         return self.deepspeed.was_step_applied()
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agff.batch import ModelInputs
 from agff.errors import ConfigError
-from agff.positions import packed_arguments, packed_index
+from agff.positions import mrope_position_ids, packed_arguments, packed_index, sizes_in_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +66,22 @@ class Family(ABC):
         """Image tokens of each image, from the image processor's tensors."""
 
     @abstractmethod
-    def index(self, is_image_BT: Tensor, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def index(
+        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+    ) -> dict[str, Tensor]:
         """In a worker of the loader: `image_inputs`, and where tokens and patches are (agff/processor.py).
 
-        is_image_BT: where the image tokens are."""
+        is_image_BT: where the image tokens are. image_of_row: which image each row with one has."""
 
     @abstractmethod
-    def backbone_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
-        """On the device: keyword arguments of the backbone for one chunk, but `use_cache`.
-
-        Those of its vision tower are `pixel_values` and the ones that begin with "image_". Reads nothing from
-        the device (agff.batch.HOST_INPUTS).
+    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """On the device: the backbone's keyword arguments for the images of a chunk, "pixel_values" and
+        others that begin with "image_". Reads nothing from the device (agff.batch.HOST_INPUTS).
         """
+
+    def language_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """On the device: the backbone's keyword arguments for the tokens of a chunk."""
+        return {"input_ids": inputs["input_ids"]}
 
     @abstractmethod
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
@@ -130,19 +134,31 @@ class QwenVL(Family):
         """See Family."""
         return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
 
-    def index(self, is_image_BT: Tensor, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def index(
+        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+    ) -> dict[str, Tensor]:
         """See Family."""
+        sizes = sizes_in_tokens(pixels["image_grid_thw"], self.merge_size)
+        position_ids = mrope_position_ids(is_image_BT, [sizes[image] for image in image_of_row])
+        return {"position_ids": position_ids, **self.index_patches(pixels)}
+
+    def index_patches(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of these images alone: `image_inputs`, and where patches are."""
         return {name: pixels[name] for name in self.image_inputs} | packed_index(
-            is_image_BT,
             pixels["image_grid_thw"],
             merge_size=self.merge_size,
             window_size=self.window_size,
             table_size=self.table_size,
         )
 
-    def backbone_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
         """See Family."""
         return packed_arguments(inputs, merge_size=self.merge_size, window_size=self.window_size)
+
+    def language_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        """See Family."""
+        position_ids = inputs["position_ids"].transpose(0, 1)  # the backbone has the rows second
+        return {**super().language_arguments(inputs), "position_ids": position_ids}
 
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """See Family."""
@@ -197,7 +213,9 @@ class LlavaOneVision(Family):
             self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
         ]
 
-    def index(self, is_image_BT: Tensor, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def index(
+        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+    ) -> dict[str, Tensor]:
         """See Family. Positions are the places in the row, which the backbone counts itself."""
         from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
@@ -207,9 +225,9 @@ class LlavaOneVision(Family):
         ]
         return {"pixel_values": torch.cat(views), "image_sizes": pixels["image_sizes"]}
 
-    def backbone_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
         """See Family."""
-        return {name: tensor for name, tensor in inputs.items() if name != "prompt_start_B"}
+        return {name: inputs[name] for name in self.image_inputs}
 
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """What the model's own packing leaves of an image, found by packing an image without storage."""

@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from agff.batch import ModelInputs
+from agff.shared_images import NOT_OF_THE_TOWER
 from agff.vision_attention import Segments
 
 
 def packed_index(
-    is_image_BT: Tensor, grid_N3: Tensor, *, merge_size: int, window_size: int | None, table_size: int | None
+    grid_N3: Tensor, *, merge_size: int, window_size: int | None, table_size: int | None
 ) -> dict[str, Tensor]:
-    """Positions of the tokens of a chunk and of the patches of its images (agff/processor.py lists them).
+    """Positions of the patches of a chunk's images (agff/processor.py lists them).
 
-    is_image_BT: where the image tokens are. grid_N3: patches in time, height, width. window_size: side in
-    tokens, of Qwen2.5-VL. table_size: side of the table of positions, of Qwen3-VL.
+    grid_N3: patches in time, height, width. window_size: side in tokens, of Qwen2.5-VL. table_size: side of
+    the table of positions, of Qwen3-VL.
     """
     from transformers import vision_utils
 
     index = {
-        "position_ids": mrope_position_ids(is_image_BT, sizes_in_tokens(grid_N3, merge_size)),
         "image_position_ids": vision_utils.get_vision_position_ids(grid_N3, merge_size),
         "image_lengths": grid_N3.prod(dim=1),
     }
@@ -52,16 +52,15 @@ def packed_index(
 
 
 def packed_arguments(inputs: ModelInputs, *, merge_size: int, window_size: int | None) -> dict[str, Any]:
-    """Keyword arguments of a Qwen backbone for a chunk on the device, but for the sizes, which are on the
-    host.
+    """Keyword arguments of a Qwen tower, as its backbone knows them, for a chunk on the device, but for the
+    sizes, which are on the host.
 
     `packed_index`'s tensors, and where each image and each window begins, for the device and for the host.
     """
     length_N, grid_N3 = inputs["image_lengths"], inputs["image_grid_thw"]
     lengths = grid_N3.prod(dim=1).tolist()
-    own = ("prompt_start_B", "image_lengths", "window_lengths")
+    own = (*NOT_OF_THE_TOWER, "image_lengths", "window_lengths")
     arguments = {name: tensor for name, tensor in inputs.items() if name not in own} | {
-        "position_ids": inputs["position_ids"].transpose(0, 1),  # the backbone has the rows second
         "image_cu_seqlens": boundaries(length_N),
         "image_max_seqlen": max(lengths),
         "image_segments": (Segments(lengths),),

@@ -40,6 +40,7 @@ from agff.errors import ConfigError, DataError, all_or_errors
 from agff.families import family_of
 from agff.images import is_as_model_sees
 from agff.prompts import PromptConfig
+from agff.shared_images import share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ class ItemProcessor:
     def __call__(self, items: Sequence[Item]) -> ModelInputs:
         """Inputs of one chunk of rows.
 
+        An image that several rows share is there once (agff/shared_images.py).
         There is always at least one image: a chunk of texts carries a small blank one behind the last prompt
         of its shortest row, where nothing attends to it, so that every rank calls the same modules under
         ZeRO-3 (exact: its gradient is zero).
@@ -131,9 +133,10 @@ class ItemProcessor:
         thinner than 1:200, or one that agff.images has not opened.
         """
         images = all_or_errors(_image_as_model_sees, (item for item in items if item.image is not None))
-        pixels = self._pixels(items, images)
+        shared = share(images or [self._blank_image()])
+        pixels = self._pixels(items, shared.unique)
         num_image_tokens = self.family.num_image_tokens(pixels)
-        per_item = iter(num_image_tokens)
+        per_item = (num_image_tokens[place] for place in shared.index)
         rows = all_or_errors(
             lambda item: self._row(item, next(per_item) if item.image is not None else 0), items
         )
@@ -148,7 +151,8 @@ class ItemProcessor:
         return {
             "input_ids": input_ids,
             "prompt_start_B": prompt_start_B,
-            **self.family.index(input_ids == self.image_token_id, pixels),
+            **self.family.index(input_ids == self.image_token_id, pixels, shared.index),
+            **shared.inputs(num_image_tokens),
         }
 
     def num_tokens(self, item: Item) -> int:
@@ -169,9 +173,9 @@ class ItemProcessor:
         ).input_ids
 
     def _pixels(self, items: Sequence[Item], images: Sequence[Image.Image]) -> dict[str, Any]:
-        """The image processor's tensors of the items' images, or of a blank one."""
+        """The image processor's tensors of the images, which are those of the items or a blank one."""
         try:
-            return dict(self.image_processor(images=images or [self._blank_image()], return_tensors="pt"))
+            return dict(self.image_processor(images=list(images), return_tensors="pt"))
         except ValueError as error:  # it cannot resize one of them and does not say which
             all_or_errors(self._num_image_tokens, items)
             raise DataError(f"the backbone's image processor refuses {len(images)} images: {error}") from None

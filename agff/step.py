@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,9 @@ from agff.similarity import FusionConfig
 
 class StepEngine(Protocol):
     """What a step needs of the engine (`agff.engine.Engine`)."""
+
+    def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
+        """The chunks with the output of a frozen vision tower in place of their pixels."""
 
     def encode(self, inputs: ModelInputs) -> Encoded:
         """What the model says of the rows of one chunk."""
@@ -54,7 +57,7 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
         [len(batch.chunks), batch.num_negatives], device=batch.row_of_item_R.device
     )
     batch = batch.padded_to(num_chunks=num_chunks, num_negatives=num_negatives)
-    *others, last = batch.chunks
+    *others, last = engine.with_image_features(batch.chunks)
     encoded, random_states = encode_without_graph(engine.encode, others)
     kept = engine.encode(last)
     leaves = as_leaves([*encoded, kept])

@@ -17,6 +17,7 @@ MAY_CHANGE_ON_RESUME = (
     "log_every",
     "log_samples",
     "cpu_ranks",
+    "batch.keep_vision",
     "data.num_workers",
     "data.check_hashes",
     "data.max_bad_in_a_row",

@@ -15,6 +15,7 @@ import torch
 from agff.backbone import BackboneConfig
 from agff.batch import TextRule
 from agff.errors import ConfigError
+from agff.kept_vision import KeepVision
 from agff.objectives import OBJECTIVES
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
@@ -39,6 +40,10 @@ class BatchConfig:
     max_tokens_per_chunk: int | None = None
     """Instead of chunk_size: as many items of similar length at once as have this many tokens together,
     padding included."""
+
+    keep_vision: KeepVision = "gpu"
+    """Where the output of a frozen vision tower waits for the second pass, so that the tower runs once a
+    step: gpu, as much as fits there, the rest in host memory; host; off, it runs in both passes."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):

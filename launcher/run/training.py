@@ -95,6 +95,7 @@ def _train_from(
         num_steps=config.num_steps,
         autocast_dtype=run.autocast_dtype,
         device=device,
+        keep_vision=config.batch.keep_vision,
     )
     torch.manual_seed(config.seed + 1 + rank.rank)  # dropout differs between ranks, weights do not
     trainable_only = config.backbone.lora is not None

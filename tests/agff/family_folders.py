@@ -18,6 +18,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from agff.backbone import load_backbone
+from agff.batch import ModelInputs
+from agff.families import Family
 from tests.drawings import tiny_backbone
 
 # no defaults of transformers, so that a number that is not read changes the embeddings
@@ -43,6 +45,11 @@ VISION = {
     "out_hidden_size": 32,
     "patch_size": 14,
 }
+
+
+def backbone_arguments(family: Family, inputs: ModelInputs) -> dict[str, Any]:
+    """Of the backbone's own way from a chunk's pixels to hidden states."""
+    return {**family.language_arguments(inputs), **family.tower_arguments(inputs)}
 
 
 def special_tokens(folder: Path) -> dict[str, int]:

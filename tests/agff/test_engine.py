@@ -284,6 +284,7 @@ def image_and_text(num_patches_side: int, num_text: int) -> ModelInputs:
                 "pixel_values": torch.randn(num_patches_side**2, 3 * 2 * 14 * 14),
                 "image_grid_thw": torch.tensor([[1, num_patches_side, num_patches_side]]),
             },
+            [0],
         ),
     }
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from agff.batch import ModelInputs
 from agff.families import family_of
-from tests.agff.family_folders import BUILDERS
+from tests.agff.family_folders import BUILDERS, backbone_arguments
 from tests.agff.test_families import CHUNKS, QWEN, our_model, padding_mask, processor_of
 
 PADDED = ("input_ids", "position_ids")
@@ -62,7 +62,7 @@ def test_indices_of_images_equal_those_of_transformers(folder: Path, chunk: str)
 
     processor = processor_of(folder)
     inputs = processor(CHUNKS[chunk])
-    arguments = processor.family.backbone_arguments(inputs)
+    arguments = backbone_arguments(processor.family, inputs)
     grid, tower = inputs["image_grid_thw"], model_without_weights(folder).visual
     cu_seqlens = vision_utils.get_vision_cu_seqlens(grid)
     expected = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -45,6 +46,9 @@ class PlainEngine:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model.double()
+
+    def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
+        return chunks
 
     def encode(self, inputs: ModelInputs) -> Encoded:
         return self.model(inputs)
@@ -253,6 +257,7 @@ def reference_training(with_head: bool) -> tuple[dict[str, Tensor], list[float]]
 
     class Engine:
         encode = staticmethod(model)
+        with_image_features = PlainEngine.with_image_features
 
         def backward(self, loss: Tensor, is_last: bool) -> None:
             loss.backward()

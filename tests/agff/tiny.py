@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from agff.embedding_model import EmbeddingModel
 from agff.families import Family, family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig
+from agff.shared_images import IMAGE_IDS
 from data_pipeline.collate import FixedRows, TokenBudget
 from tests.agff.family_folders import flat_qwen, write_published
 
@@ -112,8 +114,11 @@ def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) ->
         "input_ids": input_ids,
         "prompt_start_B": torch.tensor(starts),
         **tiny_family().index(
-            input_ids == IMAGE_TOKEN, {"pixel_values": torch.cat(pixels), "image_grid_thw": grids}
+            input_ids == IMAGE_TOKEN,
+            {"pixel_values": torch.cat(pixels), "image_grid_thw": grids},
+            range(len(pixels)),
         ),
+        IMAGE_IDS: torch.tensor([zlib.crc32(image.numpy().tobytes()) for image in pixels]),
     }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,15 @@ class Plan:
         """The rank's rows of the global batch, which does not depend on the number of ranks."""
         return self._rows(step, self.row_numbers(rank=rank, world_size=world_size))
 
+    def shards(self, steps: Iterable[int]) -> set[tuple[str, int]]:
+        """(source, index of the shard) of whatever any rank reads in these steps."""
+        rows = np.concatenate([self.global_batch(step) for step in steps])
+        found = set()
+        for source in np.unique(rows[:, 0]):
+            shards = np.searchsorted(self._first_samples(source), rows[rows[:, 0] == source, 1], side="right")
+            found |= {(self.source_names[source], int(shard) - 1) for shard in np.unique(shards)}
+        return found
+
     def redraw(self, step: int, row: int, *, attempt: int) -> int:
         """Index of another sample of the same source, for a row of the global batch that cannot be decoded.
 
@@ -120,8 +129,7 @@ class Plan:
         )
 
     def _rows(self, step: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of these increasing numbers. One lookup for each source, however many sub-batches it
-        has."""
+        """The rows of these increasing numbers. One lookup a source, however many sub-batches it has."""
         sub_batch = step * (self._size // self._sub_batch) + numbers // self._sub_batch
         source, turn = self._sources_of(sub_batch)
         position = turn * self._sub_batch + numbers % self._sub_batch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipeline.balance import Balance, balance_of_step
+from data_pipeline.balance import Balance
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
 from data_pipeline.plan import Mixture, Plan
 from tests.data_pipeline.test_plan import manifest
@@ -72,7 +72,7 @@ def balance(chunking: Chunking, *, is_strided: bool) -> Balance:
                 for side, (ids, tokens) in enumerate(sides[source])
             }
             lengths.append([tokens for *_, tokens in distinct])
-        total += balance_of_step(lengths, chunking)
+        total += Balance.of_step(lengths, chunking)
     return total
 
 
@@ -101,7 +101,7 @@ def test_consecutive_rows_would_make_them_wait(chunking: Chunking) -> None:
 
 
 def test_waiting_is_what_the_slowest_rank_costs_more() -> None:
-    found = balance_of_step([[10, 9, 2, 2], [6, 4, 4, 4], [1]], FixedRows(rows=2))
+    found = Balance.of_step([[10, 9, 2, 2], [6, 4, 4, 4], [1]], FixedRows(rows=2))
     assert (found.num_tokens, found.num_padded) == (23 + 18 + 1, (20 + 4) + (12 + 8) + 1)
     assert found.padding_share == pytest.approx(1 - 42 / 45)
     assert found.imbalance(zero_stage=1) == found.imbalance(zero_stage=2) == pytest.approx(3 * 24 / 45)

@@ -102,13 +102,13 @@ NO_CONTENT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The local pairs of one step. Their R = 2 B + N items (queries, targets, explicit negatives) are cut
-    into chunks."""
+    """The local pairs of one step. The rows of their R = 2 B + N items (queries, targets, explicit negatives)
+    are cut into chunks."""
 
     chunks: tuple[ModelInputs, ...]
     row_of_item_R: Tensor
     """int64: where item i is among the rows of all chunks; items are the B queries, the B targets, the N
-    negatives."""
+    negatives. Items of equal content share a row."""
     query_ids_B: Tensor
     """int64 content ids: equal ids mean equal text and image bytes."""
     target_ids_B: Tensor
@@ -150,7 +150,7 @@ class Batch:
         return self.negative_ids_N.shape[0]
 
     def num_tokens(self, *, num_prompt_tokens: int) -> int:
-        """Real (unpadded) tokens of all items of this rank, of which each ends in that many soft ones."""
+        """Real (unpadded) tokens of all rows of this rank, of which each ends in that many soft ones."""
         own = self.chunks[: len(self.chunks) - self.num_fillers]
         return sum(int((chunk["prompt_start_B"] + num_prompt_tokens).sum()) for chunk in own)
 
@@ -178,7 +178,10 @@ class Batch:
         sides: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name in encoded[0]:
             rows = torch.cat([chunk[name] for chunk in encoded])
-            for side, part in zip(sides, rows[self.row_of_item_R].split(sizes), strict=True):
+            # not rows[...]: on a CPU its backward sums the gradients of a shared row in any order
+            items = functional.embedding(self.row_of_item_R, rows.reshape(len(rows), -1))
+            items = items.reshape(-1, *rows.shape[1:])
+            for side, part in zip(sides, items.split(sizes), strict=True):
                 side[name] = part
         query, target, negative = sides
         return query, target, negative

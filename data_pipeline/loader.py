@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -57,7 +58,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     """Where a worker leaves its batches; None: they are returned as they are."""
 
     def __post_init__(self) -> None:
-        self._announced_until = -1
+        self._next_to_announce = 0
 
     def __getitem__(self, step: int) -> Batch | HandedBatch | DataError:
         """The batch, or the error that prevents it: as a value, it passes from the worker unchanged."""
@@ -75,16 +76,20 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
                 self.watch.done()
 
     def _fetch_ahead(self, step: int) -> None:
-        """Announce the coming steps that this worker will make."""
+        """Announce the steps that this worker will make, from this one on: its own shards then come several
+        at a time."""
+        if not self.fetch_ahead_steps:
+            return
         worker = get_worker_info()
         stride = worker.num_workers if worker else 1
         last = step + self.fetch_ahead_steps
         if self.num_steps is not None:
             last = min(last, self.num_steps - 1)
-        for coming in range(max(step, self._announced_until) + stride, last + 1, stride):
-            for source, sample in self.plan.rank_rows(coming, rank=self.rank, world_size=self.world_size):
-                self.reader.fetch_ahead(self.plan.source_names[source], int(sample))
-            self._announced_until = coming
+        for coming in range(max(step, self._next_to_announce), last + 1, stride):
+            rows = self.plan.rank_rows(coming, rank=self.rank, world_size=self.world_size)
+            for source in np.unique(rows[:, 0]):
+                self.reader.fetch_ahead(self.plan.source_names[source], rows[rows[:, 0] == source, 1])
+            self._next_to_announce = coming + stride
 
     def _batch(self, step: int) -> Batch:
         try:
@@ -93,18 +98,19 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             return self._assemble(step, self._decode_and_process)
 
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
+        numbers = self.plan.row_numbers(rank=self.rank, world_size=self.world_size)
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
         skipped: list[SkippedSample] = []
         examples = [
-            self._example(step, self.rank * len(rows) + row, int(source), int(sample), decode_sample, skipped)
-            for row, (source, sample) in enumerate(rows)
+            self._example(step, int(number), int(source), int(sample), decode_sample, skipped)
+            for number, (source, sample) in zip(numbers, rows, strict=True)
         ]
         return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
     def _example(
         self,
         step: int,
-        row: int,
+        row: int,  # of the global batch: any number of ranks draws the same instead
         source: int,
         sample: int,
         decode_sample: Callable[[RawSample], Example],

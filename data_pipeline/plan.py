@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from data_pipeline.manifest import Manifest
 
 VERSION = 2
 """Of the order below; a checkpoint of another one cannot be continued."""
+RANK_ROWS = "rank::world_size"
+"""Rows of the global batch that a rank takes, as a slice. Not part of the order: another rule gives the same
+global batches and the same loss, up to rounding and dropout, as another number of ranks does."""
 PERIOD = 1024
 """Sub-batches after which each source has had exactly its quota."""
 WINDOW = 8
@@ -69,6 +72,7 @@ class Plan:
             "seed": seed,
             "global_batch_size": global_batch_size,
             "sub_batch_size": mixture.sub_batch_size,
+            "rank_rows": RANK_ROWS,
             "sources": {
                 name: {"shards": source.fingerprint, "samples": kept, "share": int(quota)}
                 for name, source, kept, quota in zip(
@@ -87,22 +91,35 @@ class Plan:
         """(global_batch_size, 2): index into `source_names`, sample in that source. No step is replayed."""
         return self.rank_rows(step, rank=0, world_size=1)
 
-    def rank_rows(self, step: int, *, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The rank's consecutive rows of the global batch, which does not depend on the number of ranks."""
+    def row_numbers(self, *, rank: int, world_size: int) -> NDArray[np.int64]:
+        """Which rows of the global batch are the rank's: every `world_size`-th.
+
+        So each rank holds of each source as many pairs as the others, and its chunks cost what theirs do
+        (consecutive rows: one rank has the images, another the class names, and all wait for the first).
+        """
         if self._size % world_size:
             raise ValueError(f"global batch of {self._size} rows for {world_size} ranks")
-        local, per_step = self._size // world_size, self._size // self._sub_batch
-        start, stop = rank * local, (rank + 1) * local
-        touched = range(start // self._sub_batch, -(-stop // self._sub_batch))
-        rows = np.concatenate([self._sub_batch_rows(step * per_step + index) for index in touched])
-        return rows[start - touched.start * self._sub_batch :][:local]
+        return np.arange(rank, self._size, world_size)
+
+    def rank_rows(self, step: int, *, rank: int, world_size: int) -> NDArray[np.int64]:
+        """The rank's rows of the global batch, which does not depend on the number of ranks."""
+        return self._rows(step, self.row_numbers(rank=rank, world_size=world_size))
+
+    def shards(self, steps: Iterable[int]) -> set[tuple[str, int]]:
+        """(source, index of the shard) of whatever any rank reads in these steps."""
+        rows = np.concatenate([self.global_batch(step) for step in steps])
+        found = set()
+        for source in np.unique(rows[:, 0]):
+            shards = np.searchsorted(self._first_samples(source), rows[rows[:, 0] == source, 1], side="right")
+            found |= {(self.source_names[source], int(shard) - 1) for shard in np.unique(shards)}
+        return found
 
     def redraw(self, step: int, row: int, *, attempt: int) -> int:
         """Index of another sample of the same source, for a row of the global batch that cannot be decoded.
 
         A function of (seed, step, row, attempt), so every run redraws the same; attempt counts from 1.
         """
-        source, _ = self._source_of(step * (self._size // self._sub_batch) + row // self._sub_batch)
+        source = int(self._rows(step, np.array([row]))[0, 0])
         generator = np.random.default_rng([self._seed, 3, step, row, attempt])
         ends = np.cumsum(self._kept_sizes[source])
         position = int(generator.integers(ends[-1]))
@@ -111,24 +128,38 @@ class Plan:
             self._sample_numbers(source, shard, position - (ends[shard] - self._kept_sizes[source][shard]))[0]
         )
 
-    def _sub_batch_rows(self, index: int) -> NDArray[np.int64]:
-        source, turn = self._source_of(index)
-        position = np.arange(turn * self._sub_batch, (turn + 1) * self._sub_batch)
-        epoch, within = np.divmod(position, self._kept_sizes[source].sum())
-        samples = [self._samples(source, int(e), within[epoch == e]) for e in np.unique(epoch)]
-        return np.stack([np.full_like(position, source), np.concatenate(samples)], axis=1)
+    def _rows(self, step: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of these increasing numbers. One lookup a source, however many sub-batches it has."""
+        sub_batch = step * (self._size // self._sub_batch) + numbers // self._sub_batch
+        source, turn = self._sources_of(sub_batch)
+        position = turn * self._sub_batch + numbers % self._sub_batch
+        rows = np.stack([source, np.empty_like(source)], axis=1)
+        for one in np.unique(source):
+            epoch, within = np.divmod(position[source == one], self._kept_sizes[one].sum())
+            rows[source == one, 1] = np.concatenate(
+                [self._samples(int(one), int(e), within[epoch == e]) for e in np.unique(epoch)]
+            )
+        return rows
 
-    def _source_of(self, index: int) -> tuple[int, int]:
-        """(source, how many sub-batches of it came before) of the index-th sub-batch of the run."""
-        period, place = divmod(index, PERIOD)
-        order = self._period_order(period)
-        source = int(order[place])
-        return source, period * int(self._quota[source]) + int((order[:place] == source).sum())
+    def _sources_of(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(source, how many sub-batches of it came before) of the index-th sub-batches of the run."""
+        period, place = np.divmod(index, PERIOD)
+        source, turn = np.empty_like(index), np.empty_like(index)
+        for one in np.unique(period):
+            order, turn_in_period = self._period_order(int(one))
+            own = period == one
+            source[own] = order[place[own]]
+            turn[own] = one * self._quota[source[own]] + turn_in_period[place[own]]
+        return source, turn
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a plan lives as long as its run
-    def _period_order(self, period: int) -> NDArray[np.int64]:
+    def _period_order(self, period: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(source of each sub-batch of the period, how many of it came before in the period)."""
         order = np.repeat(np.arange(len(self._quota)), self._quota)
-        return np.random.default_rng([self._seed, 1, period]).permutation(order)
+        order = np.random.default_rng([self._seed, 1, period]).permutation(order)
+        turn = np.empty_like(order)
+        turn[np.argsort(order, kind="stable")] = np.concatenate([np.arange(quota) for quota in self._quota])
+        return order, turn
 
     def _samples(self, source: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample numbers at increasing positions of one epoch."""

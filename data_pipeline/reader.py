@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +78,12 @@ class ShardReader:
         """File name of the shard that holds the sample."""
         return self._where(source, sample)[0].name
 
-    def fetch_ahead(self, source: str, sample: int) -> None:
-        """Say that the sample will be wanted soon; returns at once."""
-        self.folder.fetch_ahead(source, self._where(source, sample)[0])
+    def fetch_ahead(self, source: str, samples: Iterable[int]) -> None:
+        """Say that the samples will be wanted soon; returns at once. Each of their shards is asked for
+        once."""
+        shards = {shard.name: shard for shard in (self._where(source, int(n))[0] for n in samples)}
+        for shard in shards.values():
+            self.folder.fetch_ahead(source, shard)
 
     def _where(self, source: str, sample: int) -> tuple[Shard, int, int]:
         index = self._indexes[source]

@@ -45,6 +45,8 @@ NOT_USED_YET = 0
 """Access time of a file that was fetched ahead and not opened since."""
 WAITING_S = 3600
 """After which such a file is taken for one that nobody will open any more."""
+LOCK_WAIT_S = 0.1
+"""Before a file that another process may be fetching is looked at again."""
 ROOM_WAIT_S = 0.1
 """Between two looks for room in a cache that is full of what is being fetched."""
 _CACHED_NAME = re.compile(r"[0-9a-f]{64}(\.[\w+-]*)?")
@@ -140,10 +142,15 @@ class CachedFolder:
     def _fetch_wanted(self, wanted: queue.SimpleQueue[tuple[str, StoredFile]]) -> None:
         while True:
             source, file = wanted.get()
+            is_settled = True
             if file.sha256 in self._pending:
                 with contextlib.suppress(AgffError):  # whoever needs the file will meet the error
-                    self._fetch(source, file, is_ahead=True)
+                    is_settled = self._fetch(source, file, is_ahead=True)
+            if is_settled:
                 self._pending.discard(file.sha256)
+            else:  # the ranks of a machine want the same files in the same order: take the next one
+                time.sleep(LOCK_WAIT_S)
+                wanted.put((source, file))
 
     def _path(self, file: StoredFile) -> Path:
         return self._dir / f"{file.sha256}{Path(file.name).suffix}"
@@ -167,21 +174,27 @@ class CachedFolder:
                 f"{scheme}:// needs the package {PACKAGES[scheme]} ({error}); pip install {PACKAGES[scheme]}"
             ) from None
 
-    def _fetch(self, source: str, file: StoredFile, *, is_ahead: bool) -> None:
-        """Fetch the file unless it is there, one process at a time. Raises StorageError when it cannot."""
+    def _fetch(self, source: str, file: StoredFile, *, is_ahead: bool) -> bool:
+        """Fetch the file unless it is there, one process at a time. Raises StorageError when it cannot.
+
+        False when it is fetched ahead and its lock is taken: another process may be fetching it.
+        """
         url = f"{self.location}/{source}/{file.name}"
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
-            with locked(self._lock_path(file.sha256)):
+            with locked(self._lock_path(file.sha256), wait=not is_ahead) as is_ours:
+                if not is_ours:
+                    return False
                 if self._path(file).exists() or (is_ahead and file.sha256 not in self._pending):
-                    return
+                    return True
                 partial = self._make_room(file, url, is_ahead=is_ahead)
                 if partial is None:
-                    return
+                    return True
                 try:
                     with_retries(url, lambda: self._download(url, file, partial, is_ahead=is_ahead))
                 finally:
                     partial.unlink(missing_ok=True)
+                return True
         except OSError as error:
             raise StorageError(
                 f"{url}: cannot write {file.size_bytes:,} bytes to the cache {self._dir}: {error}; "

@@ -26,6 +26,7 @@ from launcher.run.data import build_processor, open_data
 from launcher.run.deepspeed_json import read_deepspeed_json
 from launcher.run.folder import check_data_plan, check_run_folder
 from launcher.run.hardware import Hardware, num_unusable_gpus
+from launcher.run.measured_batches import measured_batches
 from launcher.run.ranks import RankInfo, export, rank_from_environment
 from launcher.run.startup_table import count_parameters, startup_table
 from launcher.run.stop_request import EXIT_CODE
@@ -93,7 +94,9 @@ def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo)
     processor = build_processor(run.config)
     check_run_folder(run)
     if rank.rank == 0 and (arguments.dry_run or not starts_ranks):
-        _say(startup_table(run, data.plan.num_samples, *count_parameters(run.config)))
+        measured = measured_batches(run, data, processor)
+        counts = count_parameters(run.config)
+        _say(startup_table(run, data.plan.num_samples, *counts, measured=measured))
     if arguments.dry_run:
         if newest := latest_step(run.run_dir):
             check_data_plan(run, data.plan.description, step=newest)

@@ -62,7 +62,7 @@ def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int
 
     data_plan: `Plan.description` of this rank's manifest. Raises the same error on every rank: ConfigError
     when it was another one on any of them, and data.accept_changes is not set; CheckpointError when the
-    checkpoint cannot say which it was.
+    checkpoint cannot say which it was. Warns when only the ranks' rows of a global batch were others.
     """
     problem: AgffError | None = None
     try:
@@ -86,6 +86,15 @@ def _check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: in
             f"{folder}: the order of the data changed since step {step}: {'; '.join(changed)}. Restore it to "
             "continue exactly, choose another --run_dir for a new run, or continue in the new order with "
             "--data.accept_changes true"
+        )
+    if old.get("rank_rows") != data_plan["rank_rows"] and rank() == 0:
+        log.warning(
+            "%s: the checkpoint of step %d is of a version whose ranks took other rows of the same global "
+            "batches (now %s). The run continues with the same samples and the same loss, as on another "
+            "number of ranks: up to rounding and dropout, not bit for bit",
+            folder,
+            step,
+            data_plan["rank_rows"],
         )
 
 

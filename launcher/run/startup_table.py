@@ -18,9 +18,15 @@ from launcher.run.config import DataConfig, ResolvedRun, RunConfig
 
 
 def startup_table(
-    run: ResolvedRun, num_samples: Mapping[str, int], num_trainable: int, num_parameters: int
+    run: ResolvedRun,
+    num_samples: Mapping[str, int],
+    num_trainable: int,
+    num_parameters: int,
+    *,
+    measured: Mapping[str, str],
 ) -> str:
-    """Aligned lines `name  value`. num_samples: per source."""
+    """Aligned lines `name  value`. num_samples: per source. measured: rows of the first batches
+    (launcher/run/measured_batches.py)."""
     config = run.config
     num_pairs = config.batch.global_batch_size
     lora = f"LoRA rank {config.backbone.lora.rank}" if config.backbone.lora else "full tuning"
@@ -35,6 +41,7 @@ def startup_table(
         "batch": (
             f"local {run.local_batch_size} x {run.world_size} ranks = global {num_pairs}; {_chunks(run)}"
         ),
+        **measured,
         "negatives per query": f"{num_pairs - 1}, less those that share a target or a query"
         f"{', and the explicit ones of the data' if config.data.with_negatives else ''}; "
         "gradient accumulation would add none, so there is none",

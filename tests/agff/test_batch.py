@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
-from agff.batch import MMEB_TEXTS, Item, TextRule, instructed_text, text_problem, without_placeholder
+from agff.batch import MMEB_TEXTS, Batch, Item, TextRule, instructed_text, text_problem, without_placeholder
 from agff.errors import ConfigError, DataError
 
 IMAGE = Image.new("RGB", (56, 56), "red")
@@ -87,3 +88,35 @@ def test_what_is_no_text_of_an_item(text: object, has_image: bool, problem: str)
 
 def test_items_are_equal_wherever_they_come_from() -> None:
     assert Item(text="a", address="here") == Item(text="a", address="there")
+
+
+def test_gradients_of_a_row_that_items_share_are_summed_in_the_same_order_every_time() -> None:
+    """Else a resumed run would not be that of the first time, bit for bit."""
+    num_pairs, generator = 2048, torch.Generator().manual_seed(0)
+    ids_B = torch.arange(num_pairs)
+    row_of_item_R = torch.randint(0, 40, (2 * num_pairs,), generator=generator)
+    batch = Batch(
+        chunks=(),
+        row_of_item_R=row_of_item_R,
+        query_ids_B=ids_B,
+        target_ids_B=ids_B,
+        negative_ids_N=ids_B[:0],
+        addresses=("",) * num_pairs,
+        filler={},
+    )
+    rows = torch.randn(40, 2, 512, generator=generator, requires_grad=True)
+    weights = torch.randn(2 * num_pairs, 2, 512, generator=generator)
+    found, num_threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)  # with one there is one order
+    for _ in range(10):
+        query, target, negative = (side["embedding"] for side in batch.split([{"embedding": rows}]))
+        assert negative.shape == (0, 2, 512)
+        items = torch.cat([query, target])
+        assert torch.equal(items, rows[row_of_item_R])
+        found += torch.autograd.grad((items * weights).sum(), rows)
+    torch.set_num_threads(num_threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
+    expected = torch.zeros(40, 2, 512, dtype=torch.float64)
+    for row, weight in zip(row_of_item_R.tolist(), weights, strict=True):
+        expected[row] += weight
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-4)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,7 +158,7 @@ def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Ba
         for row in of
     ]
     cut = FixedRows(rows=chunking) if isinstance(chunking, int) else chunking
-    parts = cut.cut(items, _Lengths(num_fine))
+    parts = cut.cut([len(text) + (image is not None) + 1 + num_fine for text, image in items])
     order = [index for part in parts for index in part]
     return Batch(
         chunks=tuple(
@@ -173,16 +171,3 @@ def batch_of(rows: list[dict], chunking: int | TokenBudget, num_fine: int) -> Ba
         addresses=tuple(f"rows:{row['query_id']}" for row in rows),
         filler=chunk([[]], [None], num_fine),
     )
-
-
-@dataclass
-class _Lengths:
-    """Stands in for an item processor where only lengths are asked for."""
-
-    num_fine: int
-
-    def num_tokens(self, item: tuple[list[int], Tensor | None]) -> int:
-        return len(item[0]) + (item[1] is not None) + 1 + self.num_fine
-
-    def __call__(self, items: Any) -> ModelInputs:
-        raise AssertionError("only lengths are asked for")

@@ -68,12 +68,31 @@ def test_global_batch_is_the_same_for_any_number_of_ranks_and_of_single_source_p
     source_sizes = {f"s{i}": s for i, s in enumerate(sizes)}
     plan = Plan(manifest(**source_sizes), Mixture(sub_batch_size=sub_batch), seed=seed, global_batch_size=8)
     whole = plan.global_batch(step)
-    for world_size in (1, 2, 4, 8):
-        parts = [plan.rank_rows(step, rank=rank, world_size=world_size) for rank in range(world_size)]
-        assert all(len(part) == 8 // world_size for part in parts)
-        assert np.array_equal(np.concatenate(parts), whole)
+    for world_size in (1, 2, 4, 8):  # fewer, as many and more ranks than sub-batches
+        taken = []
+        for rank in range(world_size):
+            numbers = plan.row_numbers(rank=rank, world_size=world_size)
+            assert len(numbers) == 8 // world_size
+            assert np.array_equal(plan.rank_rows(step, rank=rank, world_size=world_size), whole[numbers])
+            taken += numbers.tolist()
+        assert sorted(taken) == list(range(8)), "every row exactly once"
     for start in range(0, 8, sub_batch):
         assert len(set(whole[start : start + sub_batch, 0].tolist())) == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_every_rank_holds_of_each_source_as_many_pairs_as_the_others(world_size: int) -> None:
+    """Wherever the ranks divide a sub-batch: none has all the images and another all the class names."""
+    sizes = manifest(a=[500], b=[700], c=[900])
+    plan = Plan(sizes, Mixture(sub_batch_size=64), seed=0, global_batch_size=1024)
+    for step in range(3):
+        counts = np.array(
+            [
+                np.bincount(plan.rank_rows(step, rank=rank, world_size=world_size)[:, 0], minlength=3)
+                for rank in range(world_size)
+            ]
+        )
+        assert (counts == counts[0]).all()
 
 
 def test_looking_up_a_step_equals_iterating_to_it() -> None:

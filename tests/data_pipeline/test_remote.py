@@ -37,6 +37,7 @@ class FaultyServer:
     def __init__(self, folder: Path) -> None:
         self.requests: Counter[str] = Counter()
         self.faults: dict[str, list[str]] = {}
+        self.released = threading.Event()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,6 +63,8 @@ class FaultyServer:
                     self.close_connection = True
                     self.connection.close()
                     return
+                if fault == "hold":
+                    owner.released.wait(60)
                 if fault == "delay":
                     time.sleep(1.5)
                 if fault == "flip":
@@ -447,6 +450,31 @@ def test_fetching_ahead_happens_beside_the_reading(
     server.faults["Shapes_i2t/gone"] = []
     # nobody is notified
     folder.fetch_ahead("Shapes_i2t", Shard(name="gone", size_bytes=1, sha256="ff" * 32, num_samples=1))
+
+
+def test_the_ranks_of_a_machine_share_out_what_they_all_want_ahead(
+    shards: tuple[Path, Manifest], server: FaultyServer, tmp_path: Path
+) -> None:
+    """Each rank has rows of every source, so all announce the same shards in the same order; a rank that
+    waited for the files another one is fetching would leave all of its connections idle."""
+    by_lock = {shard.sha256[:2]: (n, shard) for n, s in shards[1].sources.items() for shard in s.shards}
+    *held, last = list(by_lock.values())[: remote.FETCHERS + 1]
+    server.faults = {f"{name}/{shard.name}": ["hold"] * 9 for name, shard in held}
+    folders = [cached(server, tmp_path / "cache") for _ in range(2)]
+    for ahead in (*held, last):
+        folders[0].fetch_ahead(*ahead)
+    while len(server.requests) < len(held):
+        time.sleep(0.01)
+    for ahead in (*held, last):
+        folders[1].fetch_ahead(*ahead)
+    deadline = time.monotonic() + 30
+    while not (found := list((tmp_path / "cache").glob("*.tar"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [path.name for path in found] == [f"{last[1].sha256}.tar"]
+    server.released.set()
+    for name, shard in held:
+        content_of(folders[1], name, shard)
+    assert {server.requests[f"{name}/{shard.name}"] for name, shard in (*held, last)} == {1}
 
 
 def test_memory_file_system(shards: tuple[Path, Manifest], tmp_path: Path) -> None:

@@ -89,14 +89,15 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(
 
 
 def pairs_and_losses(run: Path, world_size: int) -> tuple[dict[int, list[str]], dict[int, float]]:
-    """By step: the addresses of the global batch in rank order, and the loss."""
+    """By step: the addresses of the global batch in its order, and the loss."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pairs: dict[int, list[str]] = {}
     for rank in range(world_size):
         for line in (run / f"samples/{rank:05d}-of-{world_size:05d}.jsonl").read_text().splitlines():
             entry = json.loads(line)
-            pairs.setdefault(entry["step"], []).extend(entry["addresses"])
+            rows = pairs.setdefault(entry["step"], [""] * 8)
+            rows[rank::world_size] = entry["addresses"]
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     return pairs, {event.step: event.value for event in events.Scalars("train/loss")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, cast
 import pytest
 
 from agff.errors import AgffError, CheckpointError, ConfigError
+from data_pipeline.plan import RANK_ROWS, Mixture, Plan
 from launcher.command_line import report
 from launcher.run.config import ResolvedRun
 from launcher.run.folder import (
@@ -22,6 +24,7 @@ from launcher.run.folder import (
     check_run_folder_together,
     hold_run_folder,
 )
+from tests.data_pipeline.test_plan import manifest
 
 
 def hold(folder: Path, held: Event) -> None:
@@ -112,6 +115,30 @@ def test_a_checkpoint_without_a_data_plan_is_refused_on_all_ranks(
     with pytest.raises(CheckpointError, match=r"state\.json: data_plan missing, an older version") as caught:
         check_data_plan(run_in(tmp_path, accept_changes=accepts), {}, step=4)
     assert caught.value.on_all_ranks
+
+
+@pytest.mark.parametrize("old_rows", [None, "consecutive", RANK_ROWS])
+def test_a_checkpoint_of_the_old_order_of_rows_is_continued_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, old_rows: str | None
+) -> None:
+    """Its global batches are the same; versions before the rule was stored took consecutive rows."""
+    sizes, mixture = manifest(a=[5, 5]), Mixture(sub_batch_size=2)
+    description = Plan(sizes, mixture, seed=0, global_batch_size=8).description
+    old = {**description, "rank_rows": old_rows} if old_rows else dict(description)
+    if old_rows is None:
+        del old["rank_rows"]
+    checkpoint = tmp_path / "checkpoints/step-000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 4, "world_size": 2, "data_plan": old}))
+    check_data_plan(run_in(tmp_path), description, step=4)
+    expected = (
+        r"the checkpoint of step 4 is of a version whose ranks took other rows of the same global batches "
+        r"\(now rank::world_size\)\. The run continues with the same samples .* not bit for bit"
+    )
+    assert len(caplog.messages) == (old_rows != RANK_ROWS)
+    assert all(re.search(expected, message) for message in caplog.messages)
+    with pytest.raises(ConfigError, match=r"the order of the data changed since step 4: seed: 0 -> 1\."):
+        check_data_plan(run_in(tmp_path), {**description, "seed": 1}, step=4)
 
 
 def test_a_state_that_cannot_be_read_is_raised_on_all_ranks(tmp_path: Path) -> None:

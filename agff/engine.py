@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,15 @@ from torch import Tensor, nn
 from agff.batch import Encoded, ModelInputs
 from agff.errors import ConfigError
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
+from agff.zero3 import (
+    Gathers,
+    check_all_reduced,
+    counted_gathers,
+    efficient_linear,
+    fill_in,
+    gather_whole,
+    leaving_linear,
+)
 
 
 def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:
@@ -86,11 +96,15 @@ class Engine:
         for buffer in model.buffers():  # of a model that was partitioned while loading DeepSpeed moves none
             buffer.data = buffer.data.to(device)
         self._autocast_dtype = autocast_dtype
+        self.gathers = Gathers()
+        """ZeRO-3's all-gathers of parameters on this rank, since the beginning."""
+        self.deepspeed_config = fill_in(deepspeed_config, model)
+        gather_whole(deepspeed_config, model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(trainable, optimizer),
             model_parameters=trainable,
-            config=deepspeed_config,
+            config=leaving_linear(self.deepspeed_config),
             lr_scheduler=lambda wrapped: build_schedule(wrapped, optimizer, num_steps=num_steps),
             dist_init_required=False,
         )
@@ -99,7 +113,7 @@ class Engine:
         """What the model says of the rows of one chunk, wherever its tensors are. Under ZeRO-3 a
         collective."""
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        with self._autocast():
+        with self._autocast(), self._zero3():
             return self.deepspeed(inputs)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -109,15 +123,19 @@ class Engine:
         only part of the gradient, silently.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        with self._zero3():
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> bool:
         """Clip, update, advance the schedule. Collective.
 
         False when the gradient norm over all ranks was not finite: then no rank has changed parameters or
-        optimizer.
+        optimizer. Raises TrainingError when ZeRO-3 lost a gradient.
         """
-        self.deepspeed.step()
+        if self.deepspeed.zero_optimization_stage() == 3:
+            check_all_reduced(self.model)
+        with self._zero3():
+            self.deepspeed.step()
         return self.deepspeed.was_step_applied()
 
     @property
@@ -129,6 +147,11 @@ class Engine:
     def learning_rate(self) -> float:
         """What the next step will use."""
         return self.deepspeed.get_lr()[0]
+
+    @contextlib.contextmanager
+    def _zero3(self) -> Iterator[None]:
+        with efficient_linear(self.deepspeed_config), counted_gathers(self.gathers):
+            yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:

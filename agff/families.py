@@ -36,6 +36,11 @@ class Family(ABC):
     """Whether processor.min_pixels and processor.max_pixels mean something."""
     vision_tower: ClassVar[str]
     """The backbone's module that backbone.freeze_vision leaves as it is, and that gets no adapters."""
+    gathered_whole: ClassVar[tuple[str, ...]]
+    """Modules, or lists of them, whose parameters ZeRO-3 gathers at once. Each takes its input by position
+    and gives its output to what follows: only then DeepSpeed sees the end of its backward pass."""
+    frozen_gathered_whole: ClassVar[tuple[str, ...]] = ()
+    """Those of which this is so only where they do not train."""
     lora_layers: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",
@@ -87,6 +92,12 @@ class QwenVL(Family):
     image_inputs = ("pixel_values", "image_grid_thw")
     has_pixel_limits = True
     vision_tower = "visual"  # its merger, the projector to the language model, is a part of it
+    gathered_whole = (
+        "language_model.layers",
+        "visual.blocks",
+        "visual.merger",
+        "visual.deepstack_merger_list",  # Qwen3-VL
+    )
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:
@@ -134,6 +145,8 @@ class LlavaOneVision(Family):
     image_inputs = ("pixel_values", "image_sizes")
     has_pixel_limits = False
     vision_tower = "vision_tower"  # the projector trains, as in LLaVE
+    gathered_whole = ("language_model.layers",)
+    frozen_gathered_whole = ("vision_tower.encoder.layers",)  # the last one's output is taken from a hook
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:

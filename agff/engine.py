@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,15 @@ from agff.collectives import max_over_ranks
 from agff.errors import ConfigError
 from agff.kept_vision import FeatureMemory, KeepVision, with_image_features
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
+from agff.zero3 import (
+    Gathers,
+    check_all_reduced,
+    counted_gathers,
+    efficient_linear,
+    fill_in,
+    gather_whole,
+    leaving_linear,
+)
 
 
 def start_process_group(local_rank: int, *, timeout_s: float = 1800) -> torch.device:
@@ -91,11 +100,15 @@ class Engine:
             buffer.data = buffer.data.to(device)
         self._autocast_dtype = autocast_dtype
         self.feature_memory = FeatureMemory(keep_vision, device)
+        self.gathers = Gathers()
+        """ZeRO-3's all-gathers of parameters on this rank, since the beginning."""
+        self.deepspeed_config = fill_in(deepspeed_config, model)
+        gather_whole(deepspeed_config, model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(trainable, optimizer),
             model_parameters=trainable,
-            config=deepspeed_config,
+            config=leaving_linear(self.deepspeed_config),
             lr_scheduler=lambda wrapped: build_schedule(wrapped, optimizer, num_steps=num_steps),
             dist_init_required=False,
         )
@@ -103,7 +116,7 @@ class Engine:
     def encode(self, inputs: ModelInputs) -> Encoded:
         """What the model says of the rows of one chunk, wherever its tensors are. Under ZeRO-3 a
         collective."""
-        with self._autocast():
+        with self._autocast(), self._zero3():
             return self.deepspeed(to_device(inputs, self.device))
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
@@ -122,7 +135,7 @@ class Engine:
             return max_over_ranks([num_calls], device=self.device)[0] if is_collective else num_calls
 
         self.feature_memory.start_step()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._zero3():
             return with_image_features(
                 chunks,
                 model.tower,
@@ -138,15 +151,19 @@ class Engine:
         only part of the gradient, silently.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        with self._zero3():
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> bool:
         """Clip, update, advance the schedule. Collective.
 
         False when the gradient norm over all ranks was not finite: then no rank has changed parameters or
-        optimizer.
+        optimizer. Raises TrainingError when ZeRO-3 lost a gradient.
         """
-        self.deepspeed.step()
+        if self.deepspeed.zero_optimization_stage() == 3:
+            check_all_reduced(self.model)
+        with self._zero3():
+            self.deepspeed.step()
         self.feature_memory.end_step()
         return self.deepspeed.was_step_applied()
 
@@ -159,6 +176,11 @@ class Engine:
     def learning_rate(self) -> float:
         """What the next step will use."""
         return self.deepspeed.get_lr()[0]
+
+    @contextlib.contextmanager
+    def _zero3(self) -> Iterator[None]:
+        with efficient_linear(self.deepspeed_config), counted_gathers(self.gathers):
+            yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:

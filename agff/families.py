@@ -40,6 +40,11 @@ class Family(ABC):
     """The backbone's module that backbone.freeze_vision leaves as it is, and that gets no adapters."""
     packs_images: ClassVar[bool]
     """Whether the vision tower gets the patches of all images in one sequence (agff/vision_attention.py)."""
+    gathered_whole: ClassVar[tuple[str, ...]]
+    """Modules, or lists of them, whose parameters ZeRO-3 gathers at once. Each takes its input by position
+    and gives its output to what follows: only then DeepSpeed sees the end of its backward pass."""
+    frozen_gathered_whole: ClassVar[tuple[str, ...]] = ()
+    """Those of which this is so only where they do not train."""
     lora_layers: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",
@@ -114,6 +119,12 @@ class QwenVL(Family):
     has_pixel_limits = True
     vision_tower = "visual"  # its merger, the projector to the language model, is a part of it
     packs_images = True
+    gathered_whole = (
+        "language_model.layers",
+        "visual.blocks",
+        "visual.merger",
+        "visual.deepstack_merger_list",  # Qwen3-VL
+    )
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:
@@ -193,6 +204,8 @@ class LlavaOneVision(Family):
     has_pixel_limits = False
     vision_tower = "vision_tower"  # the projector trains, as in LLaVE
     packs_images = False  # its views are of one size, and a batch
+    gathered_whole = ("language_model.layers",)
+    frozen_gathered_whole = ("vision_tower.encoder.layers",)  # the last one's output is taken from a hook
 
     @classmethod
     def of_config(cls, model_config: Any) -> Self:

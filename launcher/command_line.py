@@ -26,8 +26,8 @@ DEEPSPEED_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 DESCRIPTION = """
 Train a multimodal embedding model with AGFF-Embed and EGA under DeepSpeed ZeRO.
 
-A run is one recipe (a YAML file) and one DeepSpeed JSON. Every setting of the recipe can be overridden by its
-dotted name, for example --loss.temperature 0.05 --batch.global_batch_size 2048. Without --recipe the
+A run is one recipe (a YAML file), which names its DeepSpeed JSON. Every setting of the recipe can be
+overridden by its dotted name, for example --deepspeed zero2 --loss.temperature 0.05. Without --recipe the
 quickstart runs, on a laptop too. A run that was interrupted continues from its newest checkpoint when the
 same command is given again.
 """
@@ -53,11 +53,6 @@ class TrainArguments:
 def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
     """Read recipe and overrides. Raises ConfigError for anything unknown or malformed; `--help` exits."""
     parser = recipe_parser("train", DESCRIPTION)
-    parser.add_argument(
-        "--deepspeed",
-        default="zero3",
-        help="DeepSpeed JSON, mechanism only: a file, or the name of one in ds_configs",
-    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     parser.add_argument(
         "--dry-run",
@@ -65,8 +60,7 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
         help="check everything, print the start-up table and stop before the first step",
     )
     config, own = parse_recipe(parser, argv)
-    deepspeed = _file_of("--deepspeed", own.deepspeed, DEEPSPEED_CONFIGS, ".json")
-    return TrainArguments(config=config, deepspeed=deepspeed, dry_run=own.dry_run)
+    return TrainArguments(config=config, deepspeed=_deepspeed_file(config.deepspeed), dry_run=own.dry_run)
 
 
 def recipe_parser(command: str, description: str) -> RecipeParser:
@@ -142,10 +136,24 @@ def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, text
 
 
+def _deepspeed_file(value: str | None) -> Path:
+    """What the recipe or the command line chose. Raises ConfigError when neither did."""
+    if value is None:
+        raise ConfigError(
+            "neither the recipe nor the command line names a DeepSpeed configuration; write deepspeed: zero2 "
+            "into the recipe, or give --deepspeed zero2: a file, or one of "
+            + _names(DEEPSPEED_CONFIGS, ".json")
+        )
+    return _file_of("--deepspeed", value, DEEPSPEED_CONFIGS, ".json")
+
+
+def _names(folder: Path, suffix: str) -> str:
+    return ", ".join(sorted(file.stem for file in folder.glob(f"*{suffix}")))
+
+
 def _file_of(option: str, value: str, folder: Path, suffix: str) -> Path:
     """A file, or the name of one of ours. Raises ConfigError."""
     path = Path(value) if Path(value).suffix or Path(value).is_file() else folder / f"{value}{suffix}"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob(f"*{suffix}")))
-        raise ConfigError(f"{option} {value}: no such file; give a file or one of {known}")
+        raise ConfigError(f"{option} {value}: no such file; give a file or one of {_names(folder, suffix)}")
     return path

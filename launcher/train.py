@@ -9,7 +9,8 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,13 @@ import torch.distributed as dist
 from agff.backbone import check_attention
 from agff.checkpoint_folder import latest_step
 from agff.errors import AgffError, ConfigError
-from launcher.command_line import TrainArguments, parse_train_arguments, report
+from agff.processor import ItemProcessor
+from launcher.command_line import parse_train_arguments, report
 from launcher.quickstart.first_use import prepare_quickstart_if_named
 from launcher.run.backbone_identity import backbone_of_run
-from launcher.run.config import resolve
-from launcher.run.cpu_ranks import start_cpu_ranks
-from launcher.run.data import build_processor, open_data
+from launcher.run.config import ResolvedRun, resolve
+from launcher.run.cpu_ranks import before_cpu_ranks, run_cpu_ranks
+from launcher.run.data import RunData, build_processor, open_data
 from launcher.run.deepspeed_json import read_deepspeed_json
 from launcher.run.folder import check_data_plan, check_run_folder
 from launcher.run.hardware import Hardware, num_unusable_gpus
@@ -42,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     # DeepSpeed calls collectives by names torch 2.13 renamed
     warnings.filterwarnings("ignore", category=FutureWarning)
+    return _exit_code_of(partial(_start, argv))
+
+
+def _exit_code_of(work: Callable[[], int]) -> int:
+    """What it returns, or that of its error, which is printed."""
     try:
-        rank = rank_from_environment(os.environ)
-        if rank.world_size > 1:
-            export(rank, os.environ)  # also tells `report` which rank prints
-        return _run_command(parse_train_arguments(argv), argv, rank)
+        return work()
     except AgffError as error:
         return _leave(report(error), with_others=error.on_all_ranks)
     except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
@@ -72,13 +76,19 @@ def _leave(code: int, *, with_others: bool) -> int:
     return code
 
 
-def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo) -> int:
+def _start(argv: Sequence[str]) -> int:
     """Check everything that can be checked alone, then train. Returns the exit code.
 
     Nothing is written before, but the quickstart's own data where they are absent.
     """
+    rank = rank_from_environment(os.environ)
+    if rank.world_size > 1:
+        export(rank, os.environ)  # also tells `report` which rank prints
+    arguments = parse_train_arguments(argv)
     hardware = Hardware.of_this_machine()
     starts_ranks = rank.world_size == 1 and not hardware.has_gpu and arguments.config.cpu_ranks > 1
+    if starts_ranks:
+        before_cpu_ranks()
     run = resolve(
         arguments.config,
         read_deepspeed_json(arguments.deepspeed),
@@ -93,7 +103,7 @@ def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo)
     data = open_data(run.config)
     processor = build_processor(run.config)
     check_run_folder(run)
-    if rank.rank == 0 and (arguments.dry_run or not starts_ranks):
+    if rank.rank == 0:
         measured = measured_batches(run, data, processor)
         counts = count_parameters(run.config)
         _say(startup_table(run, data.plan.num_samples, *counts, measured=measured))
@@ -104,7 +114,13 @@ def _run_command(arguments: TrainArguments, argv: Sequence[str], rank: RankInfo)
                 backbone_of_run(run, start_step=newest)
         return 0
     if starts_ranks:
-        start_cpu_ranks(run.world_size, __file__, argv)
+        return run_cpu_ranks(
+            run.world_size, lambda forked: _exit_code_of(partial(_train, run, data, processor, forked))
+        )
+    return _train(run, data, processor, rank)
+
+
+def _train(run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo) -> int:
     export(rank, os.environ)
     outcome = train_on_this_rank(run, data, processor, rank)
     if rank.rank == 0 and outcome == "nothing left":

@@ -7,7 +7,7 @@
 #SBATCH --time=02:00:00          # more than enough for 8B
 #SBATCH --output=slurm-%x-%j.out # in the clone: slurm-agff-convert-<job>.out
 # A run's newest checkpoint -> a release folder, on the CPU:
-#   sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b
+#   sbatch slurm/convert.sh runs/mmeb_qwen2vl_2b-zero2 releases/mmeb_qwen2vl_2b
 set -euo pipefail
 source "${SLURM_SUBMIT_DIR:-$PWD}/slurm/env.sh"
 cd "$PROJECT_DIR"

@@ -26,4 +26,4 @@ export MASTER_PORT="$((12000 + SLURM_JOB_ID % 20000))"   # ranks of a job agree,
 # srun starts the entry point itself, once per GPU; launcher/run/ranks.py maps SLURM_* to RANK and its kin
 run_and_requeue srun --ntasks-per-node="$NUM_GPUS_PER_NODE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
   --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" \
-  python launcher/train.py --deepspeed ds_configs/zero3.json "$@"
+  python launcher/train.py "$@"

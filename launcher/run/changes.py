@@ -7,6 +7,7 @@ from typing import Any
 
 MAY_CHANGE_ON_RESUME = (
     "run_dir",
+    "deepspeed",  # the file's name; its content is compared key by key
     "save_every",
     "keep_last",
     "keep_every",

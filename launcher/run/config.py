@@ -107,6 +107,9 @@ class RunConfig:
     """Names the run folder."""
     run_dir: str | None = None
     """Where the run lives; null: runs/<name>-<DeepSpeed file>."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON, mechanism only: a file, relative to the working folder as every path of a recipe, or
+    the name of one in ds_configs."""
     seed: int = 0
     num_steps: int
     """Optimizer steps of the whole run; the schedule ends there."""

@@ -13,13 +13,14 @@ from agff.backbone import choose_trainable, load_backbone
 from agff.embedding_model import EmbeddingModel
 from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
+from agff.zero3 import leaving_linear
 from launcher.run.config import ResolvedRun, RunConfig
 
 
 def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
     """The model to train. Under ZeRO-3 it is partitioned while loading: a collective, after the process group
     exists."""
-    partitioned = HfDeepSpeedConfig(run.deepspeed) if run.zero_stage == 3 else None
+    partitioned = HfDeepSpeedConfig(leaving_linear(run.deepspeed)) if run.zero_stage == 3 else None
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     model = untrained_model(run.config, dtype=dtype, attention=run.config.backbone.attention)
     del partitioned  # transformers looks at it for as long as it lives, and only loading needs it

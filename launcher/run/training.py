@@ -28,6 +28,7 @@ from launcher.run.folder import (
 )
 from launcher.run.log import RunLog
 from launcher.run.model import build_model
+from launcher.run.parameter_gathers import with_gathers_logged
 from launcher.run.ranks import RankInfo
 from launcher.run.stop_request import StopRequest
 from launcher.run.watchdog import Watchdog
@@ -121,7 +122,7 @@ def _train_from(
             save_every=config.save_every,
             max_skipped_in_a_row=config.max_skipped_in_a_row,
             num_prompt_tokens=config.prompts.num_tokens,
-            observe=observer,
+            observe=with_gathers_logged(observer, engine.gathers),
             save=partial(_save, engine, run, state),
             should_stop=lambda: bool(stop),
             mark=watchdog.mark,

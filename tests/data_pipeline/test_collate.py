@@ -149,13 +149,15 @@ class AllInFloat64(torch.nn.Module):
 
     def __init__(self, num_fine: int) -> None:
         super().__init__()
+        self.num_fine = num_fine
         torch.manual_seed(0)
         self.letters = torch.nn.Embedding(VOCABULARY + 1 + num_fine, 16)
         self.patches = torch.nn.Linear(4 * PATCH_VALUES, 16)
         self.vectors = torch.nn.Linear(16, (1 + num_fine) * 8)
 
     def forward(self, inputs: ModelInputs) -> Encoded:
-        mask_BT = inputs["attention_mask"].bool()
+        length_B = inputs["prompt_start_B"] + 1 + self.num_fine
+        mask_BT = torch.arange(inputs["input_ids"].shape[1]) < length_B[:, None]
         state_BTH = self.letters(inputs["input_ids"]) * mask_BT[..., None]
         pixels = inputs["pixel_values"].to(state_BTH.dtype).reshape(-1, 4 * PATCH_VALUES)
         has_image_B = ((inputs["input_ids"] == IMAGE_TOKEN) & mask_BT).any(dim=1)

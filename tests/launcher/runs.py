@@ -75,7 +75,6 @@ def train_step(engine, objective, batch):
 
 
 agff.trainer.train_step = train_step
-train.__file__ = __file__  # what is started again for each rank
 sys.exit(train.main())
 """
 
@@ -131,12 +130,12 @@ class Started:
         return [candidate for candidate in psutil.process_iter() if _is_marked(candidate, self._mark)]
 
     def ranks(self) -> list[psutil.Process]:
-        """The training processes that run by now, without their loaders' workers (which have the words of
+        """The training processes that run by now, without their loaders' workers (which may have the name of
         their rank)."""
         named = {}
         for candidate in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-                if "--local_rank" in " ".join(candidate.cmdline()):
+                if candidate.name().startswith("agff rank"):
                     named[candidate] = candidate.parent()
         return [candidate for candidate, parent in named.items() if parent not in named]
 
@@ -168,6 +167,8 @@ def signal_when_saved(
     started.wait_until(lambda: len(list((run / "checkpoints").glob("step-??????"))) >= 2)
     ranks = started.ranks()
     assert ranks, "no rank found"
+    programs = [" ".join(process.cmdline()) for process in started.processes()]
+    assert sum("deepspeed.launcher.launch" in program for program in programs) == 1, "one chain of launchers"
     workers = [child for rank in ranks for child in rank.children()]
     everything = {
         "all": started.processes(),

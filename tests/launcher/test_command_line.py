@@ -8,7 +8,7 @@ import pytest
 
 from agff.errors import ConfigError
 from launcher.cli import main
-from launcher.command_line import RECIPES, parse_train_arguments
+from launcher.command_line import DEEPSPEED_CONFIGS, RECIPES, parse_train_arguments
 from launcher.run.config import run_config_of
 from launcher.run.typed_values import setting_names
 
@@ -17,6 +17,28 @@ def test_without_arguments_the_quickstart_runs_under_zero3() -> None:
     arguments = parse_train_arguments([])
     assert arguments.config.name == "quickstart"
     assert arguments.deepspeed.name == "zero3.json"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_a_recipe_names_its_deepspeed_file_and_the_command_line_wins(recipe: str) -> None:
+    arguments = parse_train_arguments(["--recipe", recipe])
+    expected = "zero2" if arguments.config.backbone.lora else "zero3"
+    assert arguments.deepspeed == DEEPSPEED_CONFIGS / f"{expected}.json"
+    assert parse_train_arguments(["--recipe", recipe, "--deepspeed", "zero1"]).deepspeed.stem == "zero1"
+
+
+def test_a_deepspeed_file_of_a_recipe_is_relative_to_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As backbone.path and data.shards are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "mine.json").touch()
+    text = (RECIPES / "quickstart.yaml").read_text()
+    Path("recipes/own.yaml").write_text(text.replace("deepspeed: zero3", "deepspeed: mine.json"))
+    assert (
+        parse_train_arguments(["--recipe", "recipes/own.yaml"]).deepspeed.resolve() == tmp_path / "mine.json"
+    )
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -90,6 +112,10 @@ def test_text_of_an_override_becomes_its_value(argv: list[str], setting: str, ex
             "--deepspeed zero9: no such file; give a file or one of zero1, zero2, zero3",
         ),
         (["--deepspeed", "absent.json"], "--deepspeed absent.json: no such file"),
+        (
+            ["--deepspeed", "null"],
+            "names a DeepSpeed configuration; write deepspeed: zero2 .* one of zero1, zero2",
+        ),
         (["--backbone.lora.rank", "0"], "backbone.lora.rank=0 must be >= 1"),
         (
             ["--processor.min_pixels", "9", "--processor.max_pixels", "4"],

@@ -26,7 +26,7 @@ ELSEWHERE = {
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
-    "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero3 releases/mmeb_qwen2vl_2b": (
+    "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero2 releases/mmeb_qwen2vl_2b": (
         "tests/slurmtests/slurm"
     ),
     "srun -p gpu -A my_project -l --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 "

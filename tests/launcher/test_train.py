@@ -16,6 +16,7 @@ import torch
 
 from agff.checkpoint import consolidated_weights
 from agff.files import partial_path
+from launcher.command_line import RECIPES
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
 from launcher.run.stop_request import EXIT_CODE
@@ -292,6 +293,12 @@ def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int,
     assert 0 < sum(shares) < 1
 
 
+def test_parameter_gathers_of_zero3_are_measured(trained: tuple[int, Path, str]) -> None:
+    stage, _, output = trained
+    found = re.findall(r"^parameter gathers in step 2: (\d+) all-gathers, [\d.]+ MiB$", output, re.MULTILINE)
+    assert len(found) == (stage == 3), output
+
+
 def test_a_finished_run_says_so(train_once: Callable[[int], tuple[Path, str]], project: Path) -> None:
     stage, (run, _) = 3, train_once(3)
     result = run_command(train_command(stage), project)
@@ -433,7 +440,7 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
 def test_dry_run_prints_the_table_and_writes_nothing(
     in_project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = in_project / "runs/mmeb_qwen2vl_2b-zero3"
+    run = in_project / "runs/mmeb_qwen2vl_2b-zero2"
     run.mkdir(parents=True)
     # what a start leaves that was killed at once
     for path in (run / ".lock", run / "deepspeed.json", partial_path(run / "config.yaml")):
@@ -448,6 +455,29 @@ def test_dry_run_prints_the_table_and_writes_nothing(
     assert "LoRA rank 16" in output
     assert "chunk 8 x 64 chunks = local 512, x 2 ranks = global 1024" in output
     assert sorted(in_project.rglob("*")) == before
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_dry_run_of_every_recipe_under_the_zero_stage_it_names(
+    in_project: Path, capfd: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    """LoRA under ZeRO-2, full tuning under ZeRO-3."""
+    data = [
+        "--data.shards",
+        ".cache/quickstart/shards",
+        "--data.weights",
+        "null",
+        "--data.sub_batch_size",
+        "8",
+    ]
+    backbone = ["--backbone.path", ".cache/quickstart/backbone"]
+    assert train_main(["--recipe", recipe, *backbone, *data, "--dry-run"]) == 0
+    output = capfd.readouterr().out
+    stage = 2 if "LoRA rank" in output else 3
+    assert f"ZeRO stage {stage}" in output
+    assert f"runs/{recipe}-zero{stage}" in output
+    measured = "logged after the second step" if stage == 3 else "1 per step: the updated parameters"
+    assert re.search(rf"parameter gathers +{measured}", output)
 
 
 def test_a_run_folder_of_another_configuration(

@@ -219,7 +219,7 @@ def test_slurm_accepts_every_script(cluster: Cluster) -> None:
 def test_the_number_of_ranks_and_the_arguments_come_from_the_command_line(cluster: Cluster) -> None:
     number = start(cluster, "--num_steps", "4", ranks=6, options=["--export=VENV"])
     assert finish(cluster, number)["JobState"] == "COMPLETED"
-    said = "--deepspeed', 'ds_configs/zero3.json', '--num_steps', '4'"
+    said = "--num_steps', '4'"
     accelerator = cluster.environment.get("DS_ACCELERATOR", "cpu")
     for rank in range(6):
         assert (

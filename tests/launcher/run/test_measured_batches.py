@@ -76,9 +76,10 @@ def test_what_is_measured_before_the_run_is_what_the_loader_makes(
         for step in range(3)
         for rank in range(2)
     ]
-    masks = [chunk["attention_mask"] for batch in batches for chunk in cast(Batch, batch).chunks]
-    assert measured.balance.num_tokens == sum(int(mask.sum()) for mask in masks)
-    longest = [len(mask) * int(mask.sum(dim=1).max()) for mask in masks]  # the blank image is not counted
+    chunks = [chunk for batch in batches for chunk in cast(Batch, batch).chunks]
+    lengths = [chunk["prompt_start_B"] + processor.prompts.num_tokens for chunk in chunks]
+    assert measured.balance.num_tokens == sum(int(length_B.sum()) for length_B in lengths)
+    longest = [len(own) * int(own.max()) for own in lengths]  # the blank image is not counted
     assert measured.balance.num_padded == sum(longest)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from launcher.command_line import parse_train_arguments
 from launcher.run.config import ResolvedRun, RunConfig
@@ -46,6 +47,9 @@ def counted(root: Path) -> dict[tuple[str, str, int], tuple[tuple[int, int], tup
             num_steps=4,
             autocast_dtype=None,
             device=device,
+        )
+        assert torch.nn.functional.linear is torch._C._nn.linear, (
+            "DeepSpeed's would stay for all that follows"
         )
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.model.parameters()]
         built = (sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes))

@@ -131,7 +131,7 @@ def observe(folder: Path, stage: int, training: str, checkpointing: bool) -> Obs
             first.register_forward_hook(lambda module, args, output, kind=kind: runs.update([kind]))
     processor = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
     picture = Item(text="<|image_1|>", image=Image.new("RGB", (56, 56), "red"))
-    embeddings = engine.encode(processor([Item(text="a heart"), picture]))
+    embeddings = engine.encode(processor([Item(text="a heart"), picture]))["embedding"]
     assert runs == {"layer": 2, "block": 2}
     engine.backward((embeddings * torch.randn(embeddings.shape)).sum(), True)
     return Observed(

@@ -1,0 +1,125 @@
+"""Formulas against torch's own counter, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
+from agff.batch import Item, ModelInputs
+from agff.embedding_model import EmbeddingModel
+from agff.families import FAMILIES
+from agff.flops import ModelFlops
+from agff.layer_flops import ATTENTIONS, Attention
+from agff.processor import ItemProcessor, ProcessorConfig
+from agff.prompts import PromptConfig
+from agff.vision_flops import VISION_FLOPS
+from tests.agff.family_folders import BUILDERS
+
+PROMPTS = PromptConfig(num_fine=2)
+CHOICES = {"full": {}, "frozen": {"freeze_vision": True}, "lora": {"lora": LoraConfig(rank=2)}}
+COUNTED = {"eager": ATTENTIONS["eager"], "sdpa": Attention(skips_future=False, backward_products=5)}
+"""As the counter counts each: of the fused kernel the full square."""
+ITEMS = [
+    Item(text="a heart"),
+    Item(text="<|image_1|>\nwhat is it?", image=Image.new("RGB", (200, 140), "red")),
+    Item(text="<|image_1|>", image=Image.new("RGB", (28, 112), "blue")),
+]
+
+
+class Counter(FlopCounterMode):
+    """torch's counter, which does not know the fused attention of a CPU."""
+
+    def __init__(self) -> None:
+        aten = torch.ops.aten
+        super().__init__(
+            display=False,
+            custom_mapping={
+                aten._scaled_dot_product_flash_attention_for_cpu: (
+                    lambda query, key, value, *_, out_shape, **__: sdpa_flop_count(query, key, value)
+                ),
+                aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+                    lambda grad, query, key, value, *_, out_shape, **__: sdpa_backward_flop_count(
+                        grad, query, key, value
+                    )
+                ),
+            },
+        )
+
+    @property
+    def total(self) -> int:
+        """Without the rotary tables, which the formulas leave out."""
+        return self.get_total_flops() - self.within("language_model.rotary_emb")
+
+    def within(self, module: str) -> int:
+        counts = [count for name, count in self.get_flop_counts().items() if name.endswith(f".{module}")]
+        return sum(sum(count.values()) for count in counts)
+
+
+@pytest.fixture(scope="module", params=sorted(BUILDERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param) / "backbone"
+    BUILDERS[request.param](path)
+    return path
+
+
+def build(folder: Path, config: BackboneConfig) -> EmbeddingModel:
+    torch.manual_seed(0)
+    backbone = load_backbone(folder, dtype=torch.float32, attention=config.attention)
+    return EmbeddingModel(choose_trainable(backbone, config), PROMPTS)
+
+
+def flops_of(model: EmbeddingModel, config: BackboneConfig, *, keeps_vision: bool = False) -> ModelFlops:
+    return ModelFlops.of_config(
+        model.backbone.config,
+        config,
+        PROMPTS,
+        keeps_vision=keeps_vision,
+        attention=COUNTED[config.attention],
+    )
+
+
+def count(model: EmbeddingModel, chunk: ModelInputs) -> tuple[Counter, Counter]:
+    """Of a forward without a graph, and of forward and backward."""
+    with Counter() as forward, torch.no_grad():
+        model(chunk)
+    with Counter() as both:
+        rows = model(chunk)
+        (rows * torch.rand_like(rows)).sum().backward()
+    return forward, both
+
+
+def test_every_family_is_counted() -> None:
+    assert set(VISION_FLOPS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("attention", COUNTED)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_formulas_equal_the_counter(
+    folder: Path, choices: dict[str, Any], checkpointing: bool, attention: Any
+) -> None:
+    """To the last operation: both passes, with images and without, and what a kept vision output saves."""
+    config = BackboneConfig(
+        path=str(folder), gradient_checkpointing=checkpointing, attention=attention, **choices
+    )
+    model = build(folder, config)
+    process = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
+    flops = flops_of(model, config)
+    for items in (ITEMS, ITEMS[:1]):
+        chunk = process(items)
+        shape = flops.shape(chunk)
+        assert sum(shape.lengths) == int(chunk["attention_mask"].sum())
+        assert shape.has_real_images == (len(items) > 1)
+        forward, both = count(model, chunk)
+        assert flops.pass_1(shape) == forward.total
+        assert flops.one_pass(shape) == flops.pass_2(shape) == both.total
+        kept = flops_of(model, config, keeps_vision=True)
+        tower = forward.within(process.family.vision_tower) if choices else 0
+        assert kept.pass_2(shape) == both.total - tower

@@ -17,7 +17,10 @@ from agff.backbone import BackboneConfig
 from agff.batch import Batch, ModelInputs
 from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention, Block, Flops, Linear
 from agff.prompts import PromptConfig
-from agff.vision_flops import VISION_FLOPS, Grid, VisionFlops
+from agff.vision_flops import VISION_FLOPS, Image, VisionFlops, num_patches
+
+IMAGE_IDS = "image_ids_U"
+"""Of the different images of a chunk, where the loader has found them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +32,12 @@ class ChunkShape:
     """Tokens of each row as it is computed."""
     lengths: tuple[int, ...]
     """Real tokens of each row, soft tokens included; none in a filler."""
-    images: tuple[Grid, ...]
-    """What the vision tower sees."""
+    images: tuple[Image, ...]
+    """The different images of the chunk."""
+    image_ids: tuple[int, ...] | None
+    """Of each: equal ids mean equal images, also in other chunks. None where nobody knows."""
     has_real_images: bool
     """False where the only image is the blank one that a chunk of texts carries."""
-
-    @property
-    def real_images(self) -> tuple[Grid, ...]:
-        """The images of items."""
-        return self.images if self.has_real_images else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +49,20 @@ class StepFlops:
     """
 
     vision_forward: int
-    """F_v: one forward of the vision tower, and of what follows it, over the real images."""
+    """F_v: one forward of the vision tower, and of what follows it, over the different real images."""
     language_forward: int
     """F_l: one forward of the language model without adapters over the real tokens; causal half of the
     square."""
     useful: int
-    """Forward and backward once, over real tokens and images: no recompute, no second pass, no padding, no
-    blank image; causal half."""
+    """Forward and backward once, over real tokens and different images: no recompute, no second pass, no
+    padding, no blank image; causal half."""
     needed: int
     """`useful`, and the second forward of two passes for what trains or lies behind what trains: about
     F_v + 3 F_l with a frozen tower and LoRA, 4 (F_v + F_l) with everything trained."""
     executed: int
     """What the device computes."""
     num_patches: int
-    """Of the real images."""
+    """Of the different real images."""
     num_tokens: int
     """Real ones."""
     num_padded_tokens: int
@@ -132,7 +132,7 @@ class _Parts:
             language=LanguageFlops.of_config(model_config, backbone, attention),
         )
 
-    def flops(self, images: Sequence[Grid], lengths: Sequence[int]) -> tuple[Flops, Flops, Flops]:
+    def flops(self, images: Sequence[Image], lengths: Sequence[int]) -> tuple[Flops, Flops, Flops]:
         """Of tower, projector, language model."""
         return self.vision.tower(images), self.vision.projector(images), self.language.flops(lengths)
 
@@ -150,7 +150,7 @@ class ModelFlops:
     num_soft_tokens: int
     image_token_id: int
     keeps_vision: bool
-    """Whether pass 2 takes the output of a frozen tower from pass 1."""
+    """Whether a frozen tower runs once for each different image of a step and both passes use its output."""
 
     @classmethod
     def of_config(
@@ -187,36 +187,37 @@ class ModelFlops:
             padded_length=input_ids.shape[1],
             lengths=() if is_filler else tuple(length_B.tolist()),
             images=self.run.vision.images(chunk),
+            image_ids=tuple(chunk[IMAGE_IDS].tolist()) if IMAGE_IDS in chunk else None,
             has_real_images=not is_filler and bool((is_real & (input_ids == self.image_token_id)).any()),
         )
 
     def pass_1(self, shape: ChunkShape) -> int:
-        """A forward without a graph."""
+        """Forward without a graph."""
         return sum(part.forward for part in self._executed(shape))
 
     def pass_2(self, shape: ChunkShape) -> int:
-        """The forward again, without what was kept, and the backward."""
-        kept = self._executed(shape)[0].forward if self.keeps_vision else 0
-        return self.one_pass(shape) - kept
-
-    def one_pass(self, shape: ChunkShape) -> int:
-        """Forward and backward, as of the last chunk, whose graph pass 1 keeps."""
+        """Forward, backward, and what checkpointing computes again."""
         return sum(part.forward + part.backward + part.recomputed for part in self._executed(shape))
 
     def step(self, shapes: Sequence[ChunkShape]) -> StepFlops:
-        """Of the chunks of one rank in their order."""
-        images = [grid for shape in shapes for grid in shape.real_images]
+        """Of the chunks of one rank in their order: two passes, of which the last chunk needs only the
+        second."""
         lengths = [length for shape in shapes for length in shape.lengths]
+        images = _different_images([shape for shape in shapes if shape.has_real_images])
         parts = self.needed.flops(images, lengths)
         useful = sum(part.forward + part.backward for part in parts)
-        *others, last = shapes
+        executed = sum(map(self.pass_1, shapes[:-1])) + sum(map(self.pass_2, shapes))
+        if self.keeps_vision and len(shapes) > 1:
+            towers = [self.run.vision.tower(shape.images).forward for shape in shapes]
+            once = self.run.vision.tower(_different_images(shapes)).forward
+            executed += once - sum(towers[:-1]) - sum(towers)
         return StepFlops(
             vision_forward=parts[0].forward + parts[1].forward,
             language_forward=self.plain.flops(lengths).forward,
             useful=useful,
             needed=useful + sum(part.forward for part in parts if part.backward),
-            executed=sum(self.pass_1(shape) + self.pass_2(shape) for shape in others) + self.one_pass(last),
-            num_patches=sum(frames * rows * columns for frames, rows, columns in images),
+            executed=executed,
+            num_patches=num_patches(images),
             num_tokens=sum(lengths),
             num_padded_tokens=sum(shape.num_rows * shape.padded_length for shape in shapes),
         )
@@ -230,3 +231,11 @@ class ModelFlops:
 
     def _executed(self, shape: ChunkShape) -> tuple[Flops, Flops, Flops]:
         return self.run.flops(shape.images, [shape.padded_length] * shape.num_rows)
+
+
+def _different_images(shapes: Sequence[ChunkShape]) -> list[Image]:
+    images: dict[object, Image] = {}
+    for number, shape in enumerate(shapes):
+        ids = shape.image_ids or [(number, place) for place in range(len(shape.images))]
+        images.update(zip(ids, shape.images, strict=True))
+    return list(images.values())

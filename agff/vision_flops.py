@@ -13,7 +13,9 @@ from agff.errors import ConfigError
 from agff.layer_flops import Attention, Block, Flops, Linear
 
 Grid = tuple[int, int, int]
-"""Frames, rows and columns of an image in patches; of LLaVA-OneVision's views each is an image here."""
+"""Frames, rows and columns in patches."""
+Image = tuple[Grid, ...]
+"""What the tower sees of an image: itself, or the views of LLaVA-OneVision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +31,26 @@ class VisionFlops(ABC):
         """From a transformers configuration."""
 
     @abstractmethod
-    def images(self, chunk: ModelInputs) -> tuple[Grid, ...]:
-        """The images that the tower sees."""
+    def images(self, chunk: ModelInputs) -> tuple[Image, ...]:
+        """The images of a chunk on the CPU."""
 
     @abstractmethod
-    def tower(self, images: Sequence[Grid]) -> Flops:
+    def tower(self, images: Sequence[Image]) -> Flops:
         """Of the module that backbone.freeze_vision freezes."""
 
-    def projector(self, images: Sequence[Grid]) -> Flops:
+    def projector(self, images: Sequence[Image]) -> Flops:
         """Of what follows that module, up to the language model."""
         return Flops()
 
 
-def _num_patches(images: Sequence[Grid]) -> int:
-    return sum(frames * rows * columns for frames, rows, columns in images)
+def num_patches(images: Sequence[Image]) -> int:
+    """Patches of all images."""
+    return sum(frames * rows * columns for grids in images for frames, rows, columns in grids)
 
 
-def _image_pairs(images: Sequence[Grid]) -> int:
+def _image_pairs(images: Sequence[Image]) -> int:
     """Every patch sees all of its frame."""
-    return sum(frames * (rows * columns) ** 2 for frames, rows, columns in images)
+    return sum(frames * (rows * columns) ** 2 for grids in images for frames, rows, columns in grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +96,17 @@ class QwenVisionFlops(VisionFlops):
             window_side=vision.window_size // merge // vision.patch_size if kind == "qwen2_5_vl" else 1,
         )
 
-    def images(self, chunk: ModelInputs) -> tuple[Grid, ...]:
+    def images(self, chunk: ModelInputs) -> tuple[Image, ...]:
         """See VisionFlops."""
-        return tuple((int(t), int(h), int(w)) for t, h, w in chunk["image_grid_thw"].tolist())
+        return tuple(((frames, rows, columns),) for frames, rows, columns in chunk["image_grid_thw"].tolist())
 
-    def tower(self, images: Sequence[Grid]) -> Flops:
+    def tower(self, images: Sequence[Image]) -> Flops:
         """See VisionFlops."""
-        patches, pairs = _num_patches(images), _image_pairs(images)
+        patches, pairs = num_patches(images), _image_pairs(images)
         window_pairs = sum(
-            frames * self._squares(rows) * self._squares(columns) for frames, rows, columns in images
+            frames * self._squares(rows) * self._squares(columns)
+            for grids in images
+            for frames, rows, columns in grids
         )
         flops = self.patch.flops(patches)
         for index, block in enumerate(self.blocks):
@@ -170,24 +175,25 @@ class LlavaVisionFlops(VisionFlops):
             pinpoints=model_config.image_grid_pinpoints,
         )
 
-    def images(self, chunk: ModelInputs) -> tuple[Grid, ...]:
+    def images(self, chunk: ModelInputs) -> tuple[Image, ...]:
         """See VisionFlops."""
+        return tuple(self.image(*size) for size in chunk["image_sizes"].tolist())
+
+    def image(self, height: int, width: int) -> Image:
+        """The views of an image of this size in pixels."""
         from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-        num_views = sum(
-            image_size_to_num_patches(size, self.pinpoints, self.view_size)
-            for size in chunk["image_sizes"].tolist()
-        )
+        num_views = image_size_to_num_patches((height, width), self.pinpoints, self.view_size)
         return ((1, self.side, self.side),) * num_views
 
-    def tower(self, images: Sequence[Grid]) -> Flops:
+    def tower(self, images: Sequence[Image]) -> Flops:
         """See VisionFlops."""
-        patches, pairs = _num_patches(images), _image_pairs(images)
+        patches, pairs = num_patches(images), _image_pairs(images)
         return sum((block.flops(patches, pairs) for block in self.blocks), self.patch.flops(patches))
 
-    def projector(self, images: Sequence[Grid]) -> Flops:
+    def projector(self, images: Sequence[Image]) -> Flops:
         """See VisionFlops."""
-        return sum((linear.flops(_num_patches(images)) for linear in self.projector_linears), Flops())
+        return sum((linear.flops(num_patches(images)) for linear in self.projector_linears), Flops())
 
 
 def _vision_block(

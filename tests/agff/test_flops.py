@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Item, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.families import FAMILIES
 from agff.flops import ModelFlops
-from agff.layer_flops import ATTENTIONS, Attention
+from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.vision_flops import VISION_FLOPS
@@ -50,11 +53,6 @@ class Counter(FlopCounterMode):
                 ),
             },
         )
-
-    @property
-    def total(self) -> int:
-        """Without the rotary tables, which the formulas leave out."""
-        return self.get_total_flops() - self.within("language_model.rotary_emb")
 
     def within(self, module: str) -> int:
         counts = [count for name, count in self.get_flop_counts().items() if name.endswith(f".{module}")]
@@ -104,7 +102,7 @@ def test_every_family_is_counted() -> None:
 def test_formulas_equal_the_counter(
     folder: Path, choices: dict[str, Any], checkpointing: bool, attention: Any
 ) -> None:
-    """To the last operation: both passes, with images and without, and what a kept vision output saves."""
+    """To the last operation: both passes, with images and without."""
     config = BackboneConfig(
         path=str(folder), gradient_checkpointing=checkpointing, attention=attention, **choices
     )
@@ -117,8 +115,59 @@ def test_formulas_equal_the_counter(
         assert sum(shape.lengths) == int(chunk["attention_mask"].sum())
         assert shape.has_real_images == (len(items) > 1)
         forward, both = count(model, chunk)
-        assert flops.pass_1(shape) == forward.total
-        assert flops.one_pass(shape) == flops.pass_2(shape) == both.total
-        kept = flops_of(model, config, keeps_vision=True)
-        tower = forward.within(process.family.vision_tower) if choices else 0
-        assert kept.pass_2(shape) == both.total - tower
+        assert flops.pass_1(shape) == forward.get_total_flops()
+        assert flops.pass_2(shape) == both.get_total_flops()
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_a_step_is_two_passes_and_a_kept_tower_runs_once_for_each_image(
+    folder: Path, choices: dict[str, Any]
+) -> None:
+    config = BackboneConfig(path=str(folder), attention="eager", **choices)
+    model = build(folder, config)
+    process = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
+    tower = process.family.vision_tower
+    chunks = [process(items) for items in (ITEMS[1:2], ITEMS[:1], ITEMS[2:])]
+    flops = flops_of(model, config)
+    shapes = [flops.shape(chunk) for chunk in chunks]
+    counts = [count(model, chunk) for chunk in chunks]
+    executed = sum(both.get_total_flops() for _, both in counts)
+    executed += sum(forward.get_total_flops() for forward, _ in counts[:-1])
+    assert flops.step(shapes).executed == executed
+    repeated = [replace(shape, image_ids=(number,)) for number, shape in zip((1, 2, 1), shapes, strict=True)]
+    kept = flops_of(model, config, keeps_vision=True)
+    for images, towers in ((shapes, (1, 1, 1)), (repeated, (0, 1, 1))):
+        saved = 0
+        if choices:
+            ran = [forward.within(tower) for forward, _ in counts]
+            saved = 2 * sum(ran) - ran[-1] - sum(map(operator.mul, ran, towers))
+        assert kept.step(images).executed == executed - saved
+    assert kept.step(shapes[:1]).executed == counts[0][1].get_total_flops(), "one chunk keeps its graph"
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_what_is_needed_is_what_remains_without_padding_and_recompute(
+    folder: Path, choices: dict[str, Any]
+) -> None:
+    """Of rows that have no padding, with attention counted as needed, executed and needed are the same."""
+    config = BackboneConfig(path=str(folder), gradient_checkpointing=False, **choices)
+    process = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
+    flops = ModelFlops.of_config(
+        AutoConfig.from_pretrained(folder), config, PROMPTS, keeps_vision=True, attention=NEEDED_ATTENTION
+    )
+    shape = flops.shape(process(ITEMS[1:2]))
+    step = flops.step([shape])
+    assert step.useful == step.executed == flops.pass_2(shape)
+    assert flops.step([shape, replace(shape, lengths=(), has_real_images=False)]).useful == step.useful
+    forward = step.needed - step.useful
+    if "lora" in choices:
+        assert step.needed > step.vision_forward + 3 * step.language_forward
+        assert step.language_forward < forward < 1.2 * step.language_forward, "the adapters' share"
+    elif choices:
+        assert step.language_forward <= forward < step.vision_forward + step.language_forward
+    else:
+        assert forward == step.vision_forward + step.language_forward
+    text = flops.step([flops.shape(process(ITEMS[:1]))])
+    assert (text.vision_forward, text.num_patches) == (0, 0), "the blank image is no use"
+    assert text.executed > text.useful
+    assert step.num_tokens == step.num_padded_tokens == shape.padded_length

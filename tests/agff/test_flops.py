@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
-from agff.batch import Item, ModelInputs
+from agff.batch import Batch, Encoded, Item, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.families import FAMILIES
 from agff.flops import ModelFlops
 from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention
+from agff.objectives.objective import Objective, ObjectiveResult
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
+from agff.similarity import FusionConfig
+from agff.step import train_step
 from agff.vision_flops import VISION_FLOPS
 from tests.agff.family_folders import BUILDERS
 
@@ -87,7 +91,7 @@ def count(model: EmbeddingModel, chunk: ModelInputs) -> tuple[Counter, Counter]:
     with Counter() as forward, torch.no_grad():
         model(chunk)
     with Counter() as both:
-        rows = model(chunk)
+        rows = model(chunk)["embedding"]
         (rows * torch.rand_like(rows)).sum().backward()
     return forward, both
 
@@ -143,6 +147,50 @@ def test_a_step_is_two_passes_and_a_kept_tower_runs_once_for_each_image(
             saved = 2 * sum(ran) - ran[-1] - sum(map(operator.mul, ran, towers))
         assert kept.step(images).executed == executed - saved
     assert kept.step(shapes[:1]).executed == counts[0][1].get_total_flops(), "one chunk keeps its graph"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoProducts(Objective):
+    """A loss without a matrix product."""
+
+    def __call__(
+        self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
+    ) -> ObjectiveResult:
+        loss_B = (query["embedding"] * target["embedding"]).sum(dim=(1, 2))
+        return ObjectiveResult(loss=loss_B.mean(), metrics={}, pair_loss_B=loss_B.detach())
+
+
+@dataclass
+class PlainEngine:
+    encode: EmbeddingModel
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_what_a_training_step_executes(folder: Path, choices: dict[str, Any]) -> None:
+    """Chunks with and without images, a filler; the last chunk is not run twice."""
+    config = BackboneConfig(path=str(folder), attention="eager", **choices)
+    model = build(folder, config)
+    process = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
+    batch = Batch(
+        chunks=tuple(process(items) for items in (ITEMS[1:], ITEMS[:1], ITEMS[2:])),
+        row_of_item_R=torch.arange(4),
+        query_ids_B=torch.arange(2),
+        target_ids_B=torch.arange(2),
+        negative_ids_N=torch.empty(0, dtype=torch.int64),
+        addresses=("a", "b"),
+        filler=process([Item(text="")]),
+    )
+    for num_chunks in (3, 4):
+        padded = batch.padded_to(num_chunks=num_chunks, num_negatives=0)
+        with Counter() as counter:
+            train_step(PlainEngine(model), NoProducts(), FusionConfig(), padded)
+        assert flops_of(model, config).of_batch(padded).executed == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)

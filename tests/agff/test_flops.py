@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -100,6 +100,10 @@ def test_every_family_is_counted() -> None:
     assert set(VISION_FLOPS) == set(FAMILIES)
 
 
+def test_every_attention_is_counted() -> None:
+    assert set(ATTENTIONS) == set(get_args(get_type_hints(BackboneConfig)["attention"]))
+
+
 @pytest.mark.parametrize("attention", COUNTED)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
@@ -116,7 +120,7 @@ def test_formulas_equal_the_counter(
     for items in (ITEMS, ITEMS[:1]):
         chunk = process(items)
         shape = flops.shape(chunk)
-        assert sum(shape.lengths) == int(chunk["attention_mask"].sum())
+        assert shape.lengths == tuple(process.num_tokens(item) for item in items)
         assert shape.has_real_images == (len(items) > 1)
         forward, both = count(model, chunk)
         assert flops.pass_1(shape) == forward.get_total_flops()

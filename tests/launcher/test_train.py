@@ -269,7 +269,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
 def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:
     stage, run, output = trained
     assert f"2, ZeRO stage {stage}" in output
-    assert "chunk 2 x 2 chunks = local 4, x 2 ranks = global 8; two passes (GradCache)" in output
+    assert "local 4 x 2 ranks = global 8; up to 6 chunks of 2 items, two passes (GradCache)" in output
     assert "negatives per query  7, less those" in output
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -137,4 +137,6 @@ def test_a_rank_with_fewer_chunks_computes_fillers_which_are_no_use() -> None:
     executed = [part.executed for part in parts]
     assert first["speed/rank_imbalance"] == pytest.approx(2 * executed[0] / sum(executed))
     assert first["speed/samples_per_s"] == 6
-    assert first["speed/tokens_per_s"] == sum(batch.num_tokens(num_prompt_tokens=2) for batch in (long, short))
+    assert first["speed/tokens_per_s"] == sum(
+        batch.num_tokens(num_prompt_tokens=2) for batch in (long, short)
+    )

@@ -17,10 +17,8 @@ from agff.backbone import BackboneConfig
 from agff.batch import Batch, ModelInputs
 from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention, Block, Flops, Linear
 from agff.prompts import PromptConfig
+from agff.shared_images import IMAGE_IDS
 from agff.vision_flops import VISION_FLOPS, Image, VisionFlops, num_patches
-
-IMAGE_IDS = "image_ids_U"
-"""Of the different images of a chunk, where the loader has found them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,8 @@ class ChunkShape:
     """Real tokens of each row, soft tokens included; none in a filler."""
     images: tuple[Image, ...]
     """The different images of the chunk."""
-    image_ids: tuple[int, ...] | None
-    """Of each: equal ids mean equal images, also in other chunks. None where nobody knows."""
+    image_ids: tuple[int, ...]
+    """Of each: equal ids mean equal images, also in other chunks."""
     has_real_images: bool
     """False where the only image is the blank one that a chunk of texts carries."""
 
@@ -187,7 +185,7 @@ class ModelFlops:
             padded_length=input_ids.shape[1],
             lengths=() if is_filler else tuple(length_B.tolist()),
             images=self.run.vision.images(chunk),
-            image_ids=tuple(chunk[IMAGE_IDS].tolist()) if IMAGE_IDS in chunk else None,
+            image_ids=tuple(chunk[IMAGE_IDS].tolist()),
             has_real_images=not is_filler and bool((is_real & (input_ids == self.image_token_id)).any()),
         )
 
@@ -234,8 +232,7 @@ class ModelFlops:
 
 
 def _different_images(shapes: Sequence[ChunkShape]) -> list[Image]:
-    images: dict[object, Image] = {}
-    for number, shape in enumerate(shapes):
-        ids = shape.image_ids or [(number, place) for place in range(len(shape.images))]
-        images.update(zip(ids, shape.images, strict=True))
+    images: dict[int, Image] = {}
+    for shape in shapes:
+        images.update(zip(shape.image_ids, shape.images, strict=True))
     return list(images.values())

@@ -136,7 +136,9 @@ def _train_from(
 def _speed_meter(run: ResolvedRun, device: torch.device) -> SpeedMeter:
     config = run.config
     model_config = AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
-    flops = ModelFlops.of_config(model_config, config.backbone, config.prompts, keeps_vision=False)
+    flops = ModelFlops.of_config(
+        model_config, config.backbone, config.prompts, keeps_vision=config.batch.keep_vision != "off"
+    )
     return SpeedMeter.of_device(flops, device, run.precision)
 
 

@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from agff.families import family_of
 from agff.flops import ChunkShape, ModelFlops, StepFlops
 from agff.vision_flops import Image, LlavaVisionFlops
+from data_pipeline.collate import FixedRows
 from launcher.run.config import RunConfig
 from launcher.run.config_file import read_recipe
 
@@ -167,18 +168,17 @@ def pairs(config: RunConfig, sizes: Sizes, *, seed: int) -> list[tuple[Row, Row]
 
 
 def chunk_shapes(rows: list[Row], num_rows: int, blank: Image) -> Iterator[ChunkShape]:
-    """Chunks of that many rows of similar length, the longest first."""
-    rows = sorted(rows, key=lambda row: -row.length)
-    for start in range(0, len(rows), num_rows):
-        part = rows[start : start + num_rows]
-        images = tuple(row.image for row in part if row.image is not None)
+    """The rows in chunks, as the loader cuts them."""
+    for indices in FixedRows(rows=num_rows).cut([row.length for row in rows]):
+        part = [rows[index] for index in indices]
+        images = {id(row): row.image for row in part if row.image is not None} or {0: blank}
         yield ChunkShape(
             num_rows=len(part),
-            padded_length=part[0].length,
+            padded_length=max(row.length for row in part),
             lengths=tuple(row.length for row in part),
-            images=images or (blank,),
-            image_ids=None,
-            has_real_images=bool(images),
+            images=tuple(images.values()),
+            image_ids=tuple(images),
+            has_real_images=0 not in images,
         )
 
 

@@ -47,7 +47,7 @@ def test_the_formula_equals_the_counter_at_the_widths_of_qwen2_vl_2b(lora: LoraC
         padded_length=length,
         lengths=(length,) * num_rows,
         images=((grid,),),
-        image_ids=None,
+        image_ids=(0,),
         has_real_images=True,
     )
     assert flops.pass_2(shape) == counter.get_total_flops()

@@ -35,13 +35,12 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     """What this step used."""
-    num_pairs: int
-    num_tokens: int
-    """Real tokens of this rank's queries, targets and explicit negatives."""
     wait_s: float
     """Time spent waiting for the batch."""
     step_s: float
     """Time of the whole step, the wait included."""
+    batch: Batch
+    """Its chunks are on the CPU, without the fillers that other ranks' chunks made necessary."""
     addresses: tuple[str, ...]
     """Of this rank's pairs."""
     skipped: tuple[SkippedSample, ...]
@@ -58,7 +57,6 @@ def train(
     num_steps: int,
     save_every: int,
     max_skipped_in_a_row: int,
-    num_prompt_tokens: int,
     observe: Callable[[StepReport], None],
     save: Callable[[int], None],
     should_stop: Callable[[], bool],
@@ -66,7 +64,6 @@ def train(
 ) -> bool:
     """Run steps start_step .. num_steps - 1; True when done, False when stopped on request.
 
-    num_prompt_tokens: soft tokens at the end of each row, for the count of tokens.
     save: called every `save_every` steps and at the end.
     should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same
     step.
@@ -99,10 +96,9 @@ def train(
                 not_finite=result.not_finite,
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,
-                num_pairs=batch.num_pairs,
-                num_tokens=batch.num_tokens(num_prompt_tokens=num_prompt_tokens),
                 wait_s=waited - started,
                 step_s=time.perf_counter() - started,
+                batch=batch,
                 addresses=batch.addresses,
                 skipped=batch.skipped,
             )

@@ -6,6 +6,7 @@ import heapq
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,15 @@ class RunLog:
         self,
         run_dir: Path,
         *,
+        measure_speed: Callable[[StepReport], Mapping[str, float]],
         start_step: int,
         num_steps: int,
         log_every: int,
         log_samples: bool,
         spike_deviations: float | None,
     ) -> None:
+        """measure_speed: a collective (`launcher.run.speed.SpeedMeter.measure`)."""
+        self._measure_speed = measure_speed
         self._log_every = log_every
         self._is_writer = rank() == 0
         self._run_dir = run_dir
@@ -97,26 +101,18 @@ class RunLog:
             self._writer.add_scalar(name, value, report.step)
         self._bar.set_postfix_str(
             f"loss {values['train/loss']:.3f}, {values['speed/samples_per_s']:.1f} samples/s, "
-            f"{values['speed/tokens_per_s']:.0f} tokens/s, data wait {values['speed/data_wait_percent']:.0f} "
-            "%"
+            f"{values['speed/tokens_per_s']:.0f} tokens/s, {_use_of_device(values)}, "
+            f"data wait {values['speed/data_wait_percent']:.0f} %"
         )
 
     def _measure(self, report: StepReport) -> dict[str, float]:
-        own = torch.tensor(
-            [report.num_pairs, report.num_tokens, report.wait_s, report.step_s], device=report.loss.device
-        )
         measured = {"loss": report.loss, **report.metrics}
-        mean = mean_over_ranks(
-            torch.cat([torch.stack([value.float() for value in measured.values()]), own])
-        ).tolist()
-        metrics, (num_pairs, num_tokens, wait_s, step_s) = mean[:-4], mean[-4:]
+        metrics = mean_over_ranks(torch.stack([value.float() for value in measured.values()])).tolist()
         return {
             **{f"train/{name}": value for name, value in zip(measured, metrics, strict=True)},
             "train/gradient_norm": report.gradient_norm,
             "train/learning_rate": report.learning_rate,
-            "speed/samples_per_s": world_size() * num_pairs / step_s,
-            "speed/tokens_per_s": world_size() * num_tokens / step_s,
-            "speed/data_wait_percent": 100 * wait_s / step_s,
+            **self._measure_speed(report),
             "data/skipped_samples": self._skipped.total(),
             **{f"data/skipped_samples/{source}": count for source, count in self._skipped.items()},
         }
@@ -175,3 +171,9 @@ class RunLog:
                         json.dumps({"step": report.step, "source": sample.source, "sample": sample.reason})
                         + "\n"
                     )
+
+
+def _use_of_device(values: Mapping[str, float]) -> str:
+    if "speed/mfu_percent" in values:
+        return f"MFU {values['speed/mfu_percent']:.0f} %, HFU {values['speed/hfu_percent']:.0f} %"
+    return f"executed {values['speed/executed_per_useful']:.2f} x useful"

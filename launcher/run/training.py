@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig
 
 from agff.checkpoint import newest_intact_step, restore_checkpoint, save_checkpoint
 from agff.checkpoint_folder import remove_old_checkpoints, remove_unfinished
 from agff.collectives import rank as engine_rank
 from agff.engine import Engine, start_process_group
 from agff.errors import TrainingError
+from agff.flops import ModelFlops
 from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.run.backbone_identity import backbone_of_run
@@ -30,6 +33,7 @@ from launcher.run.log import RunLog
 from launcher.run.model import build_model
 from launcher.run.parameter_gathers import with_gathers_logged
 from launcher.run.ranks import RankInfo
+from launcher.run.speed import SpeedMeter
 from launcher.run.stop_request import StopRequest
 from launcher.run.watchdog import Watchdog
 
@@ -104,6 +108,7 @@ def _train_from(
         restore_checkpoint(engine, run.run_dir, step=start_step, trainable_only=trainable_only)
     observer = RunLog(
         run.run_dir,
+        measure_speed=_speed_meter(run, device).measure,
         start_step=start_step,
         num_steps=config.num_steps,
         log_every=config.log_every,
@@ -121,12 +126,20 @@ def _train_from(
             num_steps=config.num_steps,
             save_every=config.save_every,
             max_skipped_in_a_row=config.max_skipped_in_a_row,
-            num_prompt_tokens=config.prompts.num_tokens,
             observe=with_gathers_logged(observer, engine.gathers),
             save=partial(_save, engine, run, state),
             should_stop=lambda: bool(stop),
             mark=watchdog.mark,
         )
+
+
+def _speed_meter(run: ResolvedRun, device: torch.device) -> SpeedMeter:
+    config = run.config
+    model_config = AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
+    flops = ModelFlops.of_config(
+        model_config, config.backbone, config.prompts, keeps_vision=config.batch.keep_vision != "off"
+    )
+    return SpeedMeter.of_device(flops, device, run.precision)
 
 
 def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int) -> None:

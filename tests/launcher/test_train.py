@@ -269,7 +269,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
 def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int, Path, str]) -> None:
     stage, run, output = trained
     assert f"2, ZeRO stage {stage}" in output
-    assert "chunk 2 x 2 chunks = local 4, x 2 ranks = global 8; two passes (GradCache)" in output
+    assert "local 4 x 2 ranks = global 8; up to 6 chunks of 2 items, two passes (GradCache)" in output
     assert "negatives per query  7, less those" in output
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -285,10 +285,23 @@ def test_the_table_explains_the_batch_and_the_log_is_written(trained: tuple[int,
         "train/learning_rate",
         "speed/samples_per_s",
         "speed/tokens_per_s",
+        "speed/patches_per_s",
+        "speed/tflops_per_s",
+        "speed/executed_per_useful",
+        "speed/padding_percent",
+        "speed/rank_imbalance",
         "speed/data_wait_percent",
+        "speed/peak_memory_gib",
         "data/skipped_samples",
     }
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    value = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert 1 < value["speed/executed_per_useful"] < 10
+    assert 1 <= value["speed/rank_imbalance"] < 2
+    assert 0 <= value["speed/padding_percent"] < 100
+    assert value["speed/patches_per_s"] > value["speed/samples_per_s"] > 0
+    assert value["speed/peak_memory_gib"] > 0.1
+    assert "x useful" in output, "where no peak is known"
     shares = [events.Scalars(f"train/pattern_share/{p}")[0].value for p in ("global_global", "fine_global")]
     assert 0 < sum(shares) < 1
 

@@ -15,6 +15,7 @@ from agff.collectives import rank
 from agff.trainer import StepReport
 from launcher.run.log import WORST_PAIRS, RunLog
 from launcher.run.loss_spikes import WINDOW, LossSpikes
+from tests.agff.tiny import batch_of, global_rows
 from tests.ranks import run_ranks
 
 
@@ -67,19 +68,30 @@ def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
         not_finite=() if applied else ("embedding",),
         gradient_norm=1.0,
         learning_rate=1e-3,
-        num_pairs=len(pairs),
-        num_tokens=100,
         wait_s=0.0,
         step_s=1.0,
+        batch=batch_of(global_rows(2, 0, rows_without_image=range(0)), 2, 0),
         addresses=tuple(pair[1] for pair in pairs),
         skipped=(),
     )
 
 
+def no_speed(report: StepReport) -> dict[str, float]:
+    raise AssertionError("fewer steps than log_every")
+
+
 def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = RunLog(tmp_path, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
+    log = RunLog(
+        tmp_path,
+        measure_speed=no_speed,
+        start_step=0,
+        num_steps=99,
+        log_every=50,
+        log_samples=False,
+        spike_deviations=6,
+    )
     with log, caplog.at_level(logging.WARNING):
         for step in range(1, 41):
             log(report(step, 2.0 + step % 2 * 0.1))
@@ -99,7 +111,15 @@ def test_a_run_writes_the_worst_pairs_of_a_spike_and_the_pairs_of_a_skipped_step
 
 
 def log_on_a_rank(run: Path) -> None:
-    log = RunLog(run, start_step=0, num_steps=99, log_every=50, log_samples=False, spike_deviations=6)
+    log = RunLog(
+        run,
+        measure_speed=no_speed,
+        start_step=0,
+        num_steps=99,
+        log_every=50,
+        log_samples=False,
+        spike_deviations=6,
+    )
     with log:
         for step in range(1, 31):
             log(report(step, 2.0 + step % 2 * 0.1 + rank()))

@@ -1,0 +1,110 @@
+"""`python -m tests.benchmarks.bench` (`make bench`): one table of ratios, each measured in turn in one run.
+
+step: ours beside a bare torch loop. peers: ours beside the public two-pass step. loss: beside its three
+matrix products. memory: growth with the
+batch. loader: beside a loop that only decodes. conversion: beside a copy.
+
+The machine should have nothing else to do. `python -m tests.benchmarks.report .cache/bench/measured.json`
+puts the table into the READMEs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.benchmarks.synthetic import write_backbone
+from tests.benchmarks.table import Measured, Row
+
+Group = Callable[[argparse.Namespace, Path], list[Row]]
+"""(arguments, folder of a backbone) -> rows. What a group needs is imported by it: a child that another group
+starts needs none of it."""
+
+
+def _step(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.steps import against_bare_loop
+
+    return against_bare_loop(folder, quick=arguments.quick, precision=arguments.precision)
+
+
+def _peers(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.steps import against_public_step
+
+    return against_public_step(folder, quick=arguments.quick)
+
+
+def _loss(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.objective import objective_rows
+
+    return objective_rows(quick=arguments.quick)
+
+
+def _memory(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.memory import memory_rows
+
+    return memory_rows(folder, quick=arguments.quick)
+
+
+def _loader(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.loader_throughput import loader_rows
+
+    return loader_rows(quick=arguments.quick)
+
+
+def _conversion(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.conversion import conversion_rows
+
+    return conversion_rows(quick=arguments.quick)
+
+
+GROUPS: dict[str, Group] = {
+    "step": _step,
+    "peers": _peers,
+    "loss": _loss,
+    "memory": _memory,
+    "loader": _loader,
+    "conversion": _conversion,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups of rows"
+    )
+    parser.add_argument("--quick", action="store_true", help="does it run? The figures mean nothing")
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16_autocast"],
+        default="fp32",
+        help="of the steps beside the bare loop (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(".cache/bench"), help="folder of the table (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    # no operator is compiled, no core spins while a rank waits for its turn
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    rows: list[Row] = []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_backbone(Path(name), quick=arguments.quick)
+        for group in arguments.only:
+            sys.stderr.write(f"== {group} ({time.monotonic() - start:.0f} s)\n")
+            rows += GROUPS[group](arguments, folder)
+            Measured.here(rows).write(arguments.out)
+    sys.stdout.write((arguments.out / "measured.md").read_text(encoding="utf-8"))
+    sys.stderr.write(f"== done in {time.monotonic() - start:.0f} s: {arguments.out}/measured.md\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

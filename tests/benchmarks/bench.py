@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.bench` (`make bench`): one table of ratios, each measured in turn in one run.
 
 step: ours beside a bare torch loop. peers: ours beside the public two-pass step. loss: beside its three
-matrix products. memory: growth with the
+matrix products. flops: executed beside needed ones of each recipe at real widths. memory: growth with the
 batch. loader: beside a loop that only decodes. conversion: beside a copy.
 
 The machine should have nothing else to do. `python -m tests.benchmarks.report .cache/bench/measured.json`
@@ -44,6 +44,12 @@ def _loss(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     return objective_rows(quick=arguments.quick)
 
 
+def _flops(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.arithmetic import arithmetic_rows
+
+    return arithmetic_rows()
+
+
 def _memory(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     from tests.benchmarks.memory import memory_rows
 
@@ -66,6 +72,7 @@ GROUPS: dict[str, Group] = {
     "step": _step,
     "peers": _peers,
     "loss": _loss,
+    "flops": _flops,
     "memory": _memory,
     "loader": _loader,
     "conversion": _conversion,

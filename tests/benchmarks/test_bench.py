@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.benchmarks.arithmetic import RECIPES, arithmetic_rows
 from tests.benchmarks.bench import GROUPS, main
 from tests.benchmarks.peer import accumulate
 from tests.benchmarks.report import MEASURED, PART, texts
@@ -124,6 +125,12 @@ def test_the_readmes_hold_what_was_measured() -> None:
     """Otherwise: python -m tests.benchmarks.report"""
     for readme, text in texts(Measured.read(MEASURED)).items():
         assert PART.findall(readme.read_text()) == [text], readme
+
+
+def test_executed_arithmetic_is_at_least_what_is_needed() -> None:
+    rows = arithmetic_rows()
+    assert {row.case for row in rows} == {path.stem for path in RECIPES.glob("*.yaml")}
+    assert all(row.ratio >= 1 for row in rows)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.benchmarks.synthetic import write_backbone
 from tests.benchmarks.table import Measured, Row
+from tests.benchmarks.turns import Ratio
 
 Group = Callable[[argparse.Namespace, Path], list[Row]]
 """(arguments, folder of a backbone) -> rows. What a group needs is imported by it: a child that another group
@@ -39,9 +40,25 @@ def _peers(arguments: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def _loss(arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    from tests.benchmarks.objective import objective_rows
+    from tests.benchmarks.fused_loss import Size, loss_rows
 
-    return objective_rows(quick=arguments.quick)
+    rows, candidates, widths, repeats = (16, 64, (32,), 3) if arguments.quick else (256, 8192, (256, 1536), 9)
+    threads = os.cpu_count() or 1
+    sizes = [
+        Size(rows=rows, candidates=candidates, k=4, dim=dim, device="cpu", threads=threads) for dim in widths
+    ]
+    return [
+        Row.of(
+            Ratio.of_rounds(row["ratios"]),
+            group="loss",
+            what=f"loss and gradients at {rows} x {candidates:,}, K = 4",
+            case=f"D = {row['dim']:,}",
+            against="its three matrix products",
+            quantity="time",
+            note=f"{row['ours_s']:.3f} s, {row['ours_peak_bytes'] / 2**20:,.0f} MiB",
+        )
+        for row in loss_rows(sizes, repeats=repeats)
+    ]
 
 
 def _flops(arguments: argparse.Namespace, folder: Path) -> list[Row]:

@@ -51,7 +51,12 @@ class Ratio:
     @classmethod
     def of(cls, times: Sequence[float], others: Sequence[float]) -> Ratio:
         """times / others, round by round."""
-        found = sorted(time / other for time, other in zip(times, others, strict=True))
+        return cls.of_rounds([time / other for time, other in zip(times, others, strict=True)])
+
+    @classmethod
+    def of_rounds(cls, ratios: Sequence[float]) -> Ratio:
+        """Of one ratio a round."""
+        found = sorted(ratios)
         quarter = len(found) // 4
         return cls(median=statistics.median(found), low=found[quarter], high=found[-1 - quarter])
 

@@ -13,7 +13,7 @@ EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-slurm demo test test-full test-slurm lint format
+.PHONY: help install install-slurm demo test test-full test-slurm test-gpu bench lint format
 .DEFAULT_GOAL := help
 # each recipe is one script that stops at its first error
 .ONESHELL:
@@ -49,6 +49,15 @@ test-full: lint ## the same with the slow tests
 
 test-slurm: $(STAMP) install-slurm ## the scripts in slurm/ on a real Slurm of 8 nodes on this machine (as root)
 	python -m pytest tests/slurm
+
+test-gpu: $(STAMP) ## bf16, NCCL and real widths on all visible GPUs; the table: .cache/gpu/measured.md
+	# deterministic matrix products, so that a resumed run can be compared bit for bit
+	DS_ACCELERATOR=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 python -m pytest -rs tests/gpu
+
+bench: $(STAMP) ## ratios to bare loops and public steps, measured in turn; the table: .cache/bench/measured.md
+	@mkdir -p .cache/bench
+	trap 'tail -n 20 .cache/bench/log >&2' ERR
+	python -m tests.benchmarks.bench 2>&1 | tee .cache/bench/log | grep -E --line-buffered '^(== |\|)'
 
 install-slurm: ## Debian's Slurm, with which `make test` also tries slurm/ on two nodes (as root)
 	dpkg -s slurmctld slurmd slurm-client libpmix-dev >/dev/null 2>&1 || { apt-get update -q && \

@@ -32,8 +32,8 @@ from launcher.checks.software import Devices, check_devices, check_versions
 
 ABOUT = """\
 Check this machine, and the job it is called in, before a run does: versions, GPUs, MPI, disks, /dev/shm,
-limits, locks that a killed build left, network, Slurm, two ranks that take a ZeRO-3 step; the shards and run
-folders that you name.
+limits, locks that a killed build left, network, Slurm, two ranks that take a step under ZeRO-1, 2 and 3 (on
+GPUs over NCCL, in bf16); the shards and run folders that you name.
 
 In a job, start it like the run (srun or mpirun python launcher/doctor.py); one task of each machine reports.
 

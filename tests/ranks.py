@@ -19,10 +19,14 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    worker: Callable[..., Any], *arguments: Any, world_size: int, timeout_s: float = 240
+    worker: Callable[..., Any],
+    *arguments: Any,
+    world_size: int,
+    timeout_s: float = 240,
+    on_gpus: bool = False,
 ) -> list[Any]:
     """worker(*arguments) in `world_size` new processes that form one gloo group; what each returned, in rank
-    order.
+    order. on_gpus: an NCCL group, a GPU for each.
 
     worker must be importable (top level of a test module) and return picklable values without tensors that
     need a GPU.
@@ -33,7 +37,7 @@ def run_ranks(
         store = Path(folder) / "store"
         processes = [
             context.Process(
-                target=_rank, args=(worker, arguments, rank, world_size, store, results), daemon=True
+                target=_rank, args=(worker, arguments, rank, world_size, store, results, on_gpus), daemon=True
             )
             for rank in range(world_size)
         ]
@@ -61,24 +65,27 @@ def _rank(
     world_size: int,
     store: Path,
     results: Any,
+    on_gpus: bool,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR="cuda" if on_gpus else "cpu",
     )
     torch.set_num_threads(1)
+    if on_gpus:
+        torch.cuda.set_device(rank)
     # DeepSpeed calls collectives by names torch 2.13 renamed
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         dist.init_process_group(
-            "gloo",
+            "nccl" if on_gpus else "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=90),
+            timeout=timedelta(seconds=600 if on_gpus else 90),
         )
         value = worker(*arguments)
         dist.barrier()

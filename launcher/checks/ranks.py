@@ -1,4 +1,4 @@
-"""Ranks that `doctor` starts on this machine: they all-reduce and take one ZeRO-3 step."""
+"""Ranks that `doctor` starts on this machine: they all-reduce and take a step of every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launcher.checks.finding import Finding, last_lines
 
@@ -28,14 +29,15 @@ def check_ranks(
     limit_s: float = 120,
     log_folder: Path | None = None,
 ) -> list[Finding]:
-    """Start ranks on this machine that all-reduce and take one ZeRO-3 step. None of them outlives the call.
+    """Start ranks on this machine that all-reduce and take a step of three chunks under ZeRO-1, 2 and 3, on
+    GPUs in bf16 where they have it. None of them outlives the call.
 
     log_folder: where the whole output of a rank that failed is kept; the folder for temporary files unless
     given.
     """
     from launcher.run.ranks import free_port
 
-    what = f"{num_ranks} on {'GPUs over NCCL' if on_gpus else 'the CPU over gloo'}"
+    what = f"{num_ranks} on {'GPUs over NCCL' if on_gpus else 'the CPU over gloo (NCCL untried)'}"
     base = {name: value for name, value in environ.items() if not name.startswith(_OF_LAUNCHERS)}
     base |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -73,7 +75,8 @@ def check_ranks(
                 _end(process)
         seconds = time.monotonic() - start
         if failed is None:
-            return [Finding("ok", "ranks", f"{what}: all-reduce and one ZeRO-3 step in {seconds:.0f} s")]
+            did = f"all-reduce and a step of three chunks under ZeRO-1, 2 and 3 in {seconds:.0f} s"
+            return [Finding("ok", "ranks", f"{what}: {did}")]
         code, text = processes[failed].returncode, outputs[failed].read_text(errors="replace")
         how = (
             f"not done within {limit_s:.0f} s"
@@ -118,8 +121,7 @@ def step_on_this_rank(limit_s: float) -> None:
     import torch
     import torch.distributed as dist
 
-    from agff.engine import Engine, start_process_group
-    from agff.optimizer import OptimizerConfig
+    from agff.engine import start_process_group
 
     device = start_process_group(int(os.environ["LOCAL_RANK"]))
     try:
@@ -128,26 +130,55 @@ def step_on_this_rank(limit_s: float) -> None:
         expected = dist.get_world_size() * (dist.get_world_size() + 1) / 2
         if not bool((total == expected).all()):
             raise AssertionError(f"all-reduce gave {float(total[0])}, not {expected}")
-        torch.manual_seed(0)
-        model = torch.nn.Linear(64, 64)
-        config = {
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "steps_per_print": 10**9,
-        }
-        engine = Engine(
-            model,
-            deepspeed_config=config,
-            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant_with_warmup"),
-            num_steps=1,
-            autocast_dtype=None,
-            device=device,
-        )
-        outputs = engine.deepspeed(torch.ones(4, 64, device=device))
-        engine.backward(outputs.square().mean(), True)
-        if not engine.step():
-            raise AssertionError("the optimizer skipped the step: its gradient was not finite")
+        for stage in (1, 2, 3):
+            _step_under_zero(stage, device)
     finally:
         dist.destroy_process_group()
+
+
+def _step_under_zero(stage: int, device: Any) -> None:
+    """The gradient of three chunks must have the length that plain autograd gives it: DeepSpeed's streams, of
+    which a CPU has none, must not read or reduce one too early."""
+    import torch
+
+    from agff.engine import Engine
+    from agff.optimizer import OptimizerConfig
+
+    is_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64)
+    rows = torch.ones(4, 64)
+    expected = torch.cat(
+        [
+            part.flatten()
+            for part in torch.autograd.grad(model(rows).square().mean(), list(model.parameters()))
+        ]
+    ).norm()
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 1000},
+        "bf16": {"enabled": is_bf16},
+        "steps_per_print": 10**9,
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    engine = Engine(
+        model.bfloat16() if is_bf16 else model,
+        deepspeed_config=config,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant_with_warmup"),
+        num_steps=1,
+        autocast_dtype=None,
+        device=device,
+    )
+    rows = rows.to(device, next(model.parameters()).dtype)
+    for index in range(3):
+        engine.backward(engine.deepspeed(rows).float().square().mean(), index == 2)
+    if not engine.step():
+        raise AssertionError(f"ZeRO-{stage} skipped the step: its gradient was not finite")
+    ratio = engine.gradient_norm / (3 * float(expected))
+    if abs(ratio - 1) > 0.02:  # bf16 rounds to 0.4 %
+        raise AssertionError(
+            f"ZeRO-{stage} on {device}: the gradient is {ratio:.3f} times as long as it should"
+        )

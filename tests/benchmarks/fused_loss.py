@@ -180,12 +180,12 @@ def loss_rows(sizes: Sequence[Size], *, repeats: int, naive_limit_gib: float = 0
 def _row(size: Size, repeats: int, with_naive: bool) -> dict[str, Any]:
     methods = ["ours", *["naive"] * with_naive]
     times = _in_child(size, "times", *methods, str(repeats))
+    ratios = [ours / bare for ours, bare in zip(times["ours"], times["products"], strict=True)]
     row = asdict(size) | {
         "gradient_bytes": size.gradient_bytes,
         "products_s": statistics.median(times["products"]),
-        "ratio": statistics.median(
-            ours / bare for ours, bare in zip(times["ours"], times["products"], strict=True)
-        ),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
     }
     for method in methods:
         row[f"{method}_s"] = statistics.median(times[method])

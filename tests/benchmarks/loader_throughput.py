@@ -51,6 +51,8 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
 from launcher.quickstart.layouts import TrainRow, image_query, train_image_path, write_train_subset
+from tests.benchmarks.table import Row
+from tests.benchmarks.turns import Ratio
 from tests.drawings import tiny_backbone
 
 SUBSET = "Pictures"
@@ -281,8 +283,54 @@ METHODS: dict[str, Callable[[Pairs, int], Run]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+def measure(arguments: argparse.Namespace) -> tuple[Pairs, dict[tuple[str, int], list[Run]], int]:
+    """(what was read, the runs of each method and number of processes, bytes of the files); they take
+    turns."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as many cores for each as processes
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        pairs = make_pairs(folder, arguments)
+        for number in range(len(pairs.paths)):
+            pairs.load(number)  # into the page cache
+        runs: dict[tuple[str, int], list[Run]] = {}
+        for _ in range(arguments.repeats):
+            for workers in arguments.workers:
+                for name, method in METHODS.items():
+                    runs.setdefault((name, workers), []).append(method(pairs, workers))
+        return pairs, runs, sum((pairs.mmeb / path).stat().st_size for path in pairs.paths)
+    finally:
+        shutil.rmtree(folder)
+
+
+def loader_rows(*, quick: bool) -> list[Row]:
+    """For `make bench`: images/s of ours beside the bare loop and plain webdataset."""
+    options = "--images 24 --pairs 8 --batch 4 --repeats 2 --workers 1" if quick else ""
+    arguments = parser().parse_args(options.split())
+    _, runs, _ = measure(arguments)
+
+    def speeds(name: str, workers: int) -> list[float]:
+        return [run.images_per_s for run in runs[name, workers]]
+
+    return [
+        Row.of(
+            Ratio.of(speeds("ours", workers), speeds(other, workers)),
+            group="loader",
+            what="loader",
+            case=f"{workers} process{'es' * (workers > 1)}",
+            against=against,
+            quantity="images/s",
+            note=f"ours {sorted(speeds('ours', workers))[arguments.repeats // 2]:.0f} images/s",
+        )
+        for other, against in (
+            ("bare loop", "a loop that only decodes and encodes"),
+            ("webdataset", "webdataset with torch's DataLoader"),
+        )
+        for workers in arguments.workers
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -303,21 +351,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    arguments = parser.parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as many cores for each as processes
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        pairs = make_pairs(folder, arguments)
-        for number in range(len(pairs.paths)):
-            pairs.load(number)  # into the page cache
-        runs: dict[tuple[str, int], list[Run]] = {}
-        for _ in range(arguments.repeats):
-            for workers in arguments.workers:
-                for name, method in METHODS.items():
-                    runs.setdefault((name, workers), []).append(method(pairs, workers))
-        file_bytes = sum((pairs.mmeb / path).stat().st_size for path in pairs.paths)
-    finally:
-        shutil.rmtree(folder)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    pairs, runs, file_bytes = measure(arguments)
     sys.stdout.write(
         f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, webdataset "
         f"{webdataset.__version__}; {len(pairs.paths)} JPEGs of {file_bytes / len(pairs.paths) / 1e3:.0f} "

@@ -23,6 +23,8 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.
 ELSEWHERE = {
     "make test": "runs this test",
     "make test-full": "this test is part of it",
+    "make bench": "tests/benchmarks/test_bench.py tries its parts; its figures are in the READMEs",
+    "make test-gpu": "needs a GPU; tests/gpu runs its code on CPU ranks",
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",

@@ -51,8 +51,9 @@ class BackboneConfig:
     freeze_vision: bool = False
     """Leave the vision tower as it is (with full tuning; with lora it always is). LLaVA-OneVision's projector
     is no part of it and trains; the merger of the Qwen families is."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: one more forward for far less memory."""
+    gradient_checkpointing: bool | Literal["auto"] = True
+    """Recompute activations in the backward pass: one more forward for far less memory. auto: only where a
+    chunk does not fit without (see batch.chunk_size)."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 

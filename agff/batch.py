@@ -100,6 +100,13 @@ NO_CONTENT = -1
 """In place of a content id: there is nothing. Real ids are not negative."""
 
 
+def take_rows(rows: Tensor, index_N: Tensor) -> Tensor:
+    """(N, ...) rows[index_N]; the gradients of a row that is taken several times are summed in one order.
+
+    On a CPU the backward of plain indexing sums them in any order, so that no two runs would be equal."""
+    return functional.embedding(index_N, rows.reshape(len(rows), -1)).reshape(-1, *rows.shape[1:])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """The local pairs of one step. The rows of their R = 2 B + N items (queries, targets, explicit negatives)
@@ -178,9 +185,7 @@ class Batch:
         sides: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name in encoded[0]:
             rows = torch.cat([chunk[name] for chunk in encoded])
-            # not rows[...]: on a CPU its backward sums the gradients of a shared row in any order
-            items = functional.embedding(self.row_of_item_R, rows.reshape(len(rows), -1))
-            items = items.reshape(-1, *rows.shape[1:])
+            items = take_rows(rows, self.row_of_item_R)
             for side, part in zip(sides, items.split(sizes), strict=True):
                 side[name] = part
         query, target, negative = sides

@@ -86,3 +86,18 @@ class EmbeddingModel(nn.Module):
                     f"first axis must be the {len(embedding_BMD)} rows of the chunk"
                 )
         return {**encoded, **found}
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward in training mode depends on the random state: dropout anywhere, or a random head."""
+    return any(
+        (isinstance(module, Head) and module.is_random)
+        or (module.training and (_dropout_of(module, "p") or _dropout_of(module, "attention_dropout")))
+        for module in model.modules()
+    )
+
+
+def _dropout_of(module: nn.Module, name: str) -> bool:
+    """`p` of a dropout module, or what an attention module of transformers hands to its function."""
+    value = getattr(module, name, 0.0)
+    return isinstance(value, float) and value > 0

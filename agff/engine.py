@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from agff.batch import Encoded, ModelInputs, to_device
 from agff.collectives import max_over_ranks
+from agff.embedding_model import draws_random_numbers
 from agff.errors import ConfigError
+from agff.joined import encode_joined
 from agff.kept_vision import FeatureMemory, KeepVision, with_image_features
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
 from agff.zero3 import (
@@ -90,15 +92,17 @@ class Engine:
         autocast_dtype: torch.dtype | None,
         device: torch.device,
         keep_vision: KeepVision = "gpu",
+        first_pass_chunks: int = 1,
     ) -> None:
         """Collective. `deepspeed_config` is final: batch sizes and precision are filled in
-        (launcher/run/config.py)."""
+        (launcher/run/config.py). first_pass_chunks: where the model draws no random numbers."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = device
         self.model = model
         for buffer in model.buffers():  # of a model that was partitioned while loading DeepSpeed moves none
             buffer.data = buffer.data.to(device)
         self._autocast_dtype = autocast_dtype
+        self.first_pass_chunks = 1 if draws_random_numbers(model) else first_pass_chunks
         self.feature_memory = FeatureMemory(keep_vision, device)
         self.gathers = Gathers()
         """ZeRO-3's all-gathers of parameters on this rank, since the beginning."""
@@ -118,6 +122,12 @@ class Engine:
         collective."""
         with self._autocast(), self._zero3():
             return self.deepspeed(to_device(inputs, self.device))
+
+    def encode_together(self, chunks: Sequence[ModelInputs]) -> list[Encoded]:
+        """What the model says of each chunk, from one forward. Under ZeRO-3 a collective."""
+        model: Any = self.model
+        on_device = [to_device(chunk, self.device) for chunk in chunks]
+        return encode_joined(self.encode, on_device, model.family)
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         """The chunks of a step with the output of a frozen vision tower in place of the pixels, so that the

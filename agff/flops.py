@@ -107,7 +107,7 @@ class LanguageFlops:
                 ),
                 attention_width=queries,
                 attention=attention,
-                checkpointed=backbone.gradient_checkpointing,
+                checkpointed=bool(backbone.gradient_checkpointing),
             ),
             num_layers=text.num_hidden_layers,
         )
@@ -147,6 +147,8 @@ class ModelFlops:
     """Without adapters."""
     num_soft_tokens: int
     image_token_id: int
+    first_pass_chunks: int
+    """Chunks that the first pass encodes at once."""
     keeps_vision: bool
     """Whether a frozen tower runs once for each different image of a step and both passes use its output."""
 
@@ -158,6 +160,7 @@ class ModelFlops:
         prompts: PromptConfig,
         *,
         keeps_vision: bool,
+        first_pass_chunks: int,
         attention: Attention | None = None,
     ) -> Self:
         """From a transformers configuration; no weights are needed.
@@ -172,6 +175,7 @@ class ModelFlops:
             plain=LanguageFlops.of_config(model_config, replace(needs, lora=None), NEEDED_ATTENTION),
             num_soft_tokens=prompts.num_tokens,
             image_token_id=model_config.image_token_id,
+            first_pass_chunks=first_pass_chunks,
             keeps_vision=keeps_vision and is_frozen,
         )
 
@@ -198,17 +202,19 @@ class ModelFlops:
         return sum(part.forward + part.backward + part.recomputed for part in self._executed(shape))
 
     def step(self, shapes: Sequence[ChunkShape]) -> StepFlops:
-        """Of the chunks of one rank in their order: two passes, of which the last chunk needs only the
+        """Of the chunks of one rank in their order: two passes, of which the first chunk needs only the
         second."""
         lengths = [length for shape in shapes for length in shape.lengths]
         images = _different_images([shape for shape in shapes if shape.has_real_images])
         parts = self.needed.flops(images, lengths)
         useful = sum(part.forward + part.backward for part in parts)
-        executed = sum(map(self.pass_1, shapes[:-1])) + sum(map(self.pass_2, shapes))
+        others, at_once = shapes[1:], self.first_pass_chunks
+        groups = [_joined(others[start : start + at_once]) for start in range(0, len(others), at_once)]
+        executed = sum(map(self.pass_1, groups)) + sum(map(self.pass_2, shapes))
         if self.keeps_vision and len(shapes) > 1:
             towers = [self.run.vision.tower(shape.images).forward for shape in shapes]
             once = self.run.vision.tower(_different_images(shapes)).forward
-            executed += once - sum(towers[:-1]) - sum(towers)
+            executed += once - sum(towers[1:]) - sum(towers)
         return StepFlops(
             vision_forward=parts[0].forward + parts[1].forward,
             language_forward=self.plain.flops(lengths).forward,
@@ -229,6 +235,18 @@ class ModelFlops:
 
     def _executed(self, shape: ChunkShape) -> tuple[Flops, Flops, Flops]:
         return self.run.flops(shape.images, [shape.padded_length] * shape.num_rows)
+
+
+def _joined(shapes: Sequence[ChunkShape]) -> ChunkShape:
+    """Several chunks as one (agff/joined.py)."""
+    return ChunkShape(
+        num_rows=sum(shape.num_rows for shape in shapes),
+        padded_length=max(shape.padded_length for shape in shapes),
+        lengths=tuple(length for shape in shapes for length in shape.lengths),
+        images=tuple(image for shape in shapes for image in shape.images),
+        image_ids=tuple(content_id for shape in shapes for content_id in shape.image_ids),
+        has_real_images=any(shape.has_real_images for shape in shapes),
+    )
 
 
 def _different_images(shapes: Sequence[ChunkShape]) -> list[Image]:

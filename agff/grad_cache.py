@@ -1,9 +1,9 @@
 """The two-pass step (GradCache, arXiv 2101.06983): any batch in the memory of one chunk, exact gradient.
 
-Pass 1 encodes every chunk; only the last one keeps its graph. The loss gives the gradient at each named
-output. Then the last chunk goes back, and pass 2 encodes the others again, chunk by chunk, and carries their
-gradients into the parameters. One chunk is the plain step. These functions know no engine: `encode` and
-`backward` are given.
+Pass 1 encodes every chunk, several at once, without a graph; but the first one, which has the longest rows,
+comes last and keeps its graph. The loss gives the gradient at each named output. Then that chunk goes back,
+and pass 2 encodes the others again, one by one, and carries their gradients into the parameters. One chunk is
+the plain step. These functions know no engine: `encode` and `backward` are given.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ Gradients = Mapping[str, Tensor]
 
 
 def encode_without_graph(
-    encode: Callable[[ModelInputs], Encoded], chunks: Sequence[ModelInputs]
+    encode: Callable[[Sequence[ModelInputs]], list[Encoded]],
+    chunks: Sequence[ModelInputs],
+    *,
+    num_at_once: int,
 ) -> tuple[list[Encoded], list[RandomState]]:
     """What the model says of each chunk, and the random state before each one, so that pass 2 draws the same
     dropout.
 
-    Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
+    encode: of that many chunks at once, of which there is more than one only for a model that draws no random
+    numbers. Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
     """
-    encoded, random_states = [], []
-    for chunk in chunks:
-        random_states.append(random_state())
+    encoded: list[Encoded] = []
+    random_states: list[RandomState] = []
+    for start in range(0, len(chunks), num_at_once):
+        group, before = chunks[start : start + num_at_once], random_state()
         with torch.no_grad():
-            encoded.append(encode(chunk))
+            encoded += encode(group)
+        if len(group) > 1 and not torch.equal(before[0], random_state()[0]):
+            raise RuntimeError("a model that draws random numbers encoded several chunks at once in pass 1")
+        random_states += [before] * len(group)
     return encoded, random_states
 
 

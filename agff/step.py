@@ -21,8 +21,14 @@ class StepEngine(Protocol):
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         """The chunks with the output of a frozen vision tower in place of their pixels."""
 
+    first_pass_chunks: int
+    """Chunks that pass 1, without a graph, encodes at once; 1 for a model that draws random numbers."""
+
     def encode(self, inputs: ModelInputs) -> Encoded:
         """What the model says of the rows of one chunk."""
+
+    def encode_together(self, chunks: Sequence[ModelInputs]) -> list[Encoded]:
+        """What the model says of each chunk, from one forward."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients; the ranks exchange them on the last call of a step."""
@@ -57,13 +63,15 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
         [len(batch.chunks), batch.num_negatives], device=batch.row_of_item_R.device
     )
     batch = batch.padded_to(num_chunks=num_chunks, num_negatives=num_negatives)
-    *others, last = engine.with_image_features(batch.chunks)
-    encoded, random_states = encode_without_graph(engine.encode, others)
-    kept = engine.encode(last)
-    leaves = as_leaves([*encoded, kept])
+    first, *others = engine.with_image_features(batch.chunks)
+    encoded, random_states = encode_without_graph(
+        engine.encode_together, others, num_at_once=engine.first_pass_chunks
+    )
+    kept = engine.encode(first)
+    leaves = as_leaves([kept, *encoded])
     result = objective(*batch.split(leaves), batch, fusion)
-    *gradients, last_gradients = gradients_at(result.loss, leaves)
-    engine.backward(surrogate(kept, last_gradients), not others)
+    first_gradients, *gradients = gradients_at(result.loss, leaves)
+    engine.backward(surrogate(kept, first_gradients), not others)
     backward_through_chunks(engine.encode, others, gradients, random_states, engine.backward)
     applied = engine.step()
     return StepResult(

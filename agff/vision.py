@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from agff.batch import ModelInputs
+from agff.batch import ModelInputs, take_rows
 from agff.families import FAMILIES, LlavaOneVision, QwenVL, family_of
 from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES, NOT_OF_THE_TOWER
 
@@ -108,7 +108,7 @@ class QwenTower(VisionTower):
         """See VisionTower."""
         features = inputs[IMAGE_FEATURES]
         if FEATURE_ROWS in inputs:
-            features = features[inputs[FEATURE_ROWS]]
+            features = take_rows(features, inputs[FEATURE_ROWS])
         level, *deeper = features.unbind(dim=1)
         return QwenOutput(pooler_output=[level], deepstack_features=[[other] for other in deeper])
 
@@ -165,7 +165,9 @@ class _Projected:
             image_newline=model.image_newline,
             vision_aspect_ratio=model.config.vision_aspect_ratio,
         )
-        return [torch.cat(packed)[inputs[FEATURE_ROWS]]] if FEATURE_ROWS in inputs else packed
+        if FEATURE_ROWS not in inputs:
+            return packed
+        return [take_rows(torch.cat(packed), inputs[FEATURE_ROWS])]
 
 
 TOWERS: Mapping[type, type[VisionTower]] = {QwenVL: QwenTower, LlavaOneVision: LlavaTower}

@@ -214,7 +214,7 @@ def _vision_block(
         attention_width=width,
         attention=attention,
         has_backward=trains,
-        checkpointed=backbone.gradient_checkpointing,
+        checkpointed=bool(backbone.gradient_checkpointing),
     )
 
 

@@ -97,15 +97,24 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         except DataError:  # perhaps an item decodes but does not fit the backbone: process each alone
             return self._assemble(step, self._decode_and_process)
 
+    def examples(self, step: int) -> list[Example]:
+        """The rank's pairs of a step, before they are processed. Raises DataError."""
+        return self._examples(step, self._decode, [])
+
     def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
+        skipped: list[SkippedSample] = []
+        examples = self._examples(step, decode_sample, skipped)
+        return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
+
+    def _examples(
+        self, step: int, decode_sample: Callable[[RawSample], Example], skipped: list[SkippedSample]
+    ) -> list[Example]:
         numbers = self.plan.row_numbers(rank=self.rank, world_size=self.world_size)
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
-        skipped: list[SkippedSample] = []
-        examples = [
+        return [
             self._example(step, int(number), int(source), int(sample), decode_sample, skipped)
             for number, (source, sample) in zip(numbers, rows, strict=True)
         ]
-        return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
     def _example(
         self,

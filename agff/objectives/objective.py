@@ -25,6 +25,9 @@ class Head(nn.Module):
     num_states: ClassVar[int] = 1
     """How many of the backbone's last hidden states it reads."""
 
+    is_random: ClassVar[bool] = False
+    """Draws random numbers beside those of dropout modules, as masks. Both passes then draw the same."""
+
     def forward(self, states: Sequence[Tensor], inputs: ModelInputs, embedding_BMD: Tensor) -> Encoded:
         """Further named tensors of each row of the chunk; "embedding" is already there.
 

@@ -15,7 +15,6 @@ import torch
 from agff.backbone import BackboneConfig
 from agff.batch import TextRule
 from agff.errors import ConfigError
-from agff.kept_vision import KeepVision
 from agff.objectives import OBJECTIVES
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
@@ -25,36 +24,8 @@ from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
 from data_pipeline.remote import CacheConfig
+from launcher.run.batch_config import BatchConfig
 from launcher.run.hardware import Hardware, Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How many pairs make a step, and how many are encoded at once."""
-
-    global_batch_size: int
-    """Pairs of one optimizer step over all ranks; every other pair's target is a negative."""
-    chunk_size: int | None = None
-    """Items encoded at once; memory grows with it, the result does not change. Three local batches hold all
-    queries, targets and explicit negatives: one forward. Below that: GradCache."""
-    max_tokens_per_chunk: int | None = None
-    """Instead of chunk_size: as many items of similar length at once as have this many tokens together,
-    padding included."""
-
-    keep_vision: KeepVision = "gpu"
-    """Where the output of a frozen vision tower waits for the second pass, so that the tower runs once a
-    step: gpu, as much as fits there, the rest in host memory; host; off, it runs in both passes."""
-
-    def __post_init__(self) -> None:
-        for name in ("global_batch_size", "chunk_size", "max_tokens_per_chunk"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"batch.{name}={getattr(self, name)} must be >= 1")
-        if (self.chunk_size is None) == (self.max_tokens_per_chunk is None):
-            raise ConfigError(
-                f"batch.chunk_size={self.chunk_size} and "
-                f"batch.max_tokens_per_chunk={self.max_tokens_per_chunk}: give one of them and leave the "
-                "other null"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +172,17 @@ class ResolvedRun:
     chunking: Chunking
 
     @property
+    def most_items(self) -> int:
+        """Of this rank's batch: queries, targets and, at most, explicit negatives."""
+        return most_items(self.config, self.local_batch_size)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether chunks or checkpointing are found before the first step (launcher/run/chunk_search.py)."""
+        auto = (self.config.batch.chunk_size, self.config.backbone.gradient_checkpointing)
+        return "auto" in auto
+
+    @property
     def autocast_dtype(self) -> torch.dtype | None:
         """Number format of the matrix products where the weights are float32."""
         return torch.bfloat16 if self.precision == "bf16_autocast" else None
@@ -279,7 +261,14 @@ def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
             )
         return TokenBudget(max_tokens=max_tokens)
     assert chunk_size is not None, "BatchConfig checks it"
+    if chunk_size == "auto":  # until launcher/run/chunk_search.py has found what fits
+        chunk_size = most_items(config, local_batch_size)
     return FixedRows(rows=chunk_size)
+
+
+def most_items(config: RunConfig, local_batch_size: int) -> int:
+    """Queries, targets and, at most, explicit negatives of a rank."""
+    return (3 if config.data.with_negatives else 2) * local_batch_size
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

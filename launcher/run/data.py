@@ -30,12 +30,10 @@ class RunData:
     manifest: Manifest
     plan: Plan
 
-    def batches(
-        self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int
-    ) -> Generator[Batch]:
-        """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
+    def step_batches(self, run: ResolvedRun, processor: ItemProcessor, *, rank: int) -> StepBatches:
+        """The rank's batch of any step."""
         config = run.config.data
-        batches = StepBatches(
+        return StepBatches(
             plan=self.plan,
             reader=ShardReader(self.folder, self.manifest),
             process=processor,
@@ -47,8 +45,14 @@ class RunData:
             seen_pixels=processor.max_image_pixels,
             fetch_ahead_steps=config.cache.fetch_ahead_steps if isinstance(self.folder, CachedFolder) else 0,
         )
+
+    def batches(
+        self, run: ResolvedRun, processor: ItemProcessor, *, rank: int, start_step: int
+    ) -> Generator[Batch]:
+        """The rank's batches from `start_step` on. Raises DataError when one cannot be made."""
+        config = run.config.data
         return load_batches(
-            batches,
+            self.step_batches(run, processor, rank=rank),
             start_step=start_step,
             num_steps=run.config.num_steps,
             num_workers=config.num_workers,

@@ -14,6 +14,7 @@ from agff.fused_loss import block_elements
 from data_pipeline.collate import TokenBudget
 from data_pipeline.remote import open_folder
 from data_pipeline.storage import LocalFolder
+from launcher.run.chunk_search import CHUNK_FILE
 from launcher.run.config import DataConfig, ResolvedRun, RunConfig
 
 
@@ -86,17 +87,14 @@ def _shards(config: DataConfig) -> str:
 
 
 def _chunks(run: ResolvedRun) -> str:
+    if run.config.batch.chunk_size == "auto":
+        return f"chunks of what fits, found before the first step, or in {CHUNK_FILE} of the run folder"
     if isinstance(run.chunking, TokenBudget):
         return f"chunks of {run.chunking.max_tokens:,} tokens, two passes (GradCache)"
-    num_chunks = -(-_num_items(run) // run.chunking.rows)
+    num_chunks = -(-run.most_items // run.chunking.rows)
     if num_chunks == 1:
         return "one chunk, one pass"
     return f"up to {num_chunks} chunks of {run.chunking.rows} items, two passes (GradCache)"
-
-
-def _num_items(run: ResolvedRun) -> int:
-    """Queries, targets and, at most, explicit negatives of a rank."""
-    return (3 if run.config.data.with_negatives else 2) * run.local_batch_size
 
 
 def _parameter_gathers(run: ResolvedRun) -> str:

@@ -21,6 +21,7 @@ from agff.flops import ModelFlops
 from agff.processor import ItemProcessor
 from agff.trainer import train
 from launcher.run.backbone_identity import backbone_of_run
+from launcher.run.chunk_search import CHUNK_FILE, resolve_chunks
 from launcher.run.config import ResolvedRun
 from launcher.run.config_file import write_run_config
 from launcher.run.data import RunData, check_shards_together
@@ -92,23 +93,16 @@ def _train_from(
     }
     if rank.rank == 0:
         write_run_config(run)
-    torch.manual_seed(config.seed)
-    engine = Engine(
-        build_model(run, processor),
-        deepspeed_config=run.deepspeed,
-        optimizer=config.optimizer,
-        num_steps=config.num_steps,
-        autocast_dtype=run.autocast_dtype,
-        device=device,
-        keep_vision=config.batch.keep_vision,
-    )
+    build = partial(_build_engine, processor=processor, device=device)
+    run = resolve_chunks(run, data.step_batches(run, processor, rank=rank.rank), processor, build)
+    engine = build(run)
     torch.manual_seed(config.seed + 1 + rank.rank)  # dropout differs between ranks, weights do not
     trainable_only = config.backbone.lora is not None
     if start_step:
         restore_checkpoint(engine, run.run_dir, step=start_step, trainable_only=trainable_only)
     observer = RunLog(
         run.run_dir,
-        measure_speed=_speed_meter(run, device).measure,
+        measure_speed=_speed_meter(run, engine).measure,
         start_step=start_step,
         num_steps=config.num_steps,
         log_every=config.log_every,
@@ -133,13 +127,33 @@ def _train_from(
         )
 
 
-def _speed_meter(run: ResolvedRun, device: torch.device) -> SpeedMeter:
+def _build_engine(run: ResolvedRun, *, processor: ItemProcessor, device: torch.device) -> Engine:
+    """A model with the weights that the run begins with, under ZeRO. Collective."""
+    config = run.config
+    torch.manual_seed(config.seed)
+    return Engine(
+        build_model(run, processor),
+        deepspeed_config=run.deepspeed,
+        optimizer=config.optimizer,
+        num_steps=config.num_steps,
+        autocast_dtype=run.autocast_dtype,
+        device=device,
+        keep_vision=config.batch.keep_vision,
+        first_pass_chunks=config.batch.first_pass_chunks,
+    )
+
+
+def _speed_meter(run: ResolvedRun, engine: Engine) -> SpeedMeter:
     config = run.config
     model_config = AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
     flops = ModelFlops.of_config(
-        model_config, config.backbone, config.prompts, keeps_vision=config.batch.keep_vision != "off"
+        model_config,
+        config.backbone,
+        config.prompts,
+        keeps_vision=config.batch.keep_vision != "off",
+        first_pass_chunks=engine.first_pass_chunks,
     )
-    return SpeedMeter.of_device(flops, device, run.precision)
+    return SpeedMeter.of_device(flops, engine.device, run.precision)
 
 
 def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int) -> None:
@@ -153,7 +167,7 @@ def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int)
 def _out_of_memory(run: ResolvedRun, error: torch.OutOfMemoryError) -> str:
     batch, first = run.config.batch, str(error).splitlines()[0]
     now = "chunk_size" if batch.chunk_size else "max_tokens_per_chunk"
-    return (
-        f"{first} Lower batch.{now} (now {getattr(batch, now)}; the result does not change) or "
-        "processor.max_pixels, or use more ranks, or ds_configs/zero3_offload.json"
-    )
+    lower = f"Lower batch.{now} (now {getattr(batch, now)}; the result does not change)"
+    if batch.chunk_size == "auto":
+        lower = f"Lower `rows` in {run.run_dir / CHUNK_FILE} (the result does not change)"
+    return f"{first} {lower} or processor.max_pixels, or use more ranks, or ds_configs/zero3_offload.json"

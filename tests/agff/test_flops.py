@@ -19,6 +19,7 @@ from agff.batch import Batch, Encoded, Item, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.families import FAMILIES
 from agff.flops import ModelFlops
+from agff.joined import encode_joined
 from agff.kept_vision import with_image_features
 from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention
 from agff.objectives.objective import Objective, ObjectiveResult
@@ -73,12 +74,15 @@ def build(folder: Path, config: BackboneConfig) -> EmbeddingModel:
     return EmbeddingModel(choose_trainable(backbone, config), PROMPTS)
 
 
-def flops_of(model: EmbeddingModel, config: BackboneConfig, *, keeps_vision: bool = False) -> ModelFlops:
+def flops_of(
+    model: EmbeddingModel, config: BackboneConfig, *, keeps_vision: bool = False, first_pass_chunks: int = 1
+) -> ModelFlops:
     return ModelFlops.of_config(
         model.backbone.config,
         config,
         PROMPTS,
         keeps_vision=keeps_vision,
+        first_pass_chunks=first_pass_chunks,
         attention=COUNTED[config.attention],
     )
 
@@ -139,6 +143,10 @@ class NoProducts(Objective):
 class PlainEngine:
     encode: EmbeddingModel
     keeps_vision: bool
+    first_pass_chunks: int
+
+    def encode_together(self, chunks: Sequence[ModelInputs]) -> list[Encoded]:
+        return encode_joined(self.encode, chunks, self.encode.family)
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         if not self.keeps_vision or len(chunks) == 1 or not self.encode.tower.is_frozen:
@@ -159,15 +167,17 @@ class PlainEngine:
         return True
 
 
-@pytest.mark.parametrize("keeps_vision", [False, True])
+@pytest.mark.parametrize(("keeps_vision", "first_pass_chunks"), [(False, 1), (False, 2), (True, 3)])
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-def test_what_a_training_step_executes(folder: Path, choices: dict[str, Any], keeps_vision: bool) -> None:
-    """Chunks with and without images, one image of several chunks and rows, fillers; the last chunk is not
-    run twice, a kept tower once for each different image."""
+def test_what_a_training_step_executes(
+    folder: Path, choices: dict[str, Any], keeps_vision: bool, first_pass_chunks: int
+) -> None:
+    """Chunks with and without images, one image of several chunks and rows, fillers; the first chunk is not
+    run twice, a kept tower once for each different image, and pass 1 pads the chunks that it joins."""
     config = BackboneConfig(path=str(folder), attention="eager", **choices)
     model = build(folder, config)
     process = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
-    flops = flops_of(model, config, keeps_vision=keeps_vision)
+    flops = flops_of(model, config, keeps_vision=keeps_vision, first_pass_chunks=first_pass_chunks)
     groups = ([ITEMS[1], ITEMS[2], ITEMS[1]], ITEMS[:1], ITEMS[2:])
     batch = Batch(
         chunks=tuple(map(process, groups)),
@@ -178,10 +188,11 @@ def test_what_a_training_step_executes(folder: Path, choices: dict[str, Any], ke
         addresses=("a", "b"),
         filler=process([Item(text="")]),
     )
+    engine = PlainEngine(model, keeps_vision, first_pass_chunks)
     for num_chunks in (3, 4):
         padded = batch.padded_to(num_chunks=num_chunks, num_negatives=0)
         with Counter() as counter:
-            train_step(PlainEngine(model, keeps_vision), NoProducts(), FusionConfig(), padded)
+            train_step(engine, NoProducts(), FusionConfig(), padded)
         assert flops.of_batch(padded).executed == counter.get_total_flops()
 
 
@@ -193,7 +204,12 @@ def test_what_is_needed_is_what_remains_without_padding_and_recompute(
     config = BackboneConfig(path=str(folder), gradient_checkpointing=False, **choices)
     process = ItemProcessor.from_folder(folder, prompts=PROMPTS, limits=ProcessorConfig())
     flops = ModelFlops.of_config(
-        AutoConfig.from_pretrained(folder), config, PROMPTS, keeps_vision=True, attention=NEEDED_ATTENTION
+        AutoConfig.from_pretrained(folder),
+        config,
+        PROMPTS,
+        keeps_vision=True,
+        first_pass_chunks=1,
+        attention=NEEDED_ATTENTION,
     )
     shape = flops.shape(process(ITEMS[1:2]))
     step = flops.step([shape])

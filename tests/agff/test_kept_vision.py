@@ -20,6 +20,7 @@ from agff.backbone import LoraConfig
 from agff.batch import Encoded, Item, ModelInputs
 from agff.embedding_model import EmbeddingModel
 from agff.engine import Engine, start_process_group
+from agff.joined import encode_joined
 from agff.kept_vision import DeviceMemory, FeatureMemory, KeepVision, new_images, with_image_features
 from agff.objectives.contrastive import Contrastive
 from agff.similarity import FusionConfig
@@ -89,6 +90,10 @@ class Recorder:
     engine: Engine
     embeddings: list[Tensor]
     gradients: dict[str, Tensor | None]
+    first_pass_chunks: int = 1
+
+    def encode_together(self, chunks: Sequence[ModelInputs]) -> list[Encoded]:
+        return [self.encode(chunk) for chunk in chunks]
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         return self.engine.with_image_features(chunks)
@@ -215,6 +220,10 @@ class PlainEngine:
 
     model: EmbeddingModel
     keeps: bool
+    first_pass_chunks: int = 2
+
+    def encode_together(self, chunks: Sequence[ModelInputs]) -> list[Encoded]:
+        return encode_joined(self.encode, chunks, self.model.family)
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         return features_of(self.model, chunks) if self.keeps else chunks

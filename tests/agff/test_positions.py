@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from agff.batch import ModelInputs
 from agff.families import family_of
+from agff.joined import join_chunks
 from tests.agff.family_folders import BUILDERS, backbone_arguments
 from tests.agff.test_families import CHUNKS, QWEN, our_model, padding_mask, processor_of
 
@@ -101,23 +99,12 @@ def test_indices_of_images_equal_those_of_transformers(folder: Path, chunk: str)
             assert arguments[name] == value, name
 
 
-def joined(chunks: Sequence[ModelInputs]) -> ModelInputs:
-    """As agff/processor.py describes it."""
-    width = max(chunk["input_ids"].shape[1] for chunk in chunks)
-
-    def padded(chunk: ModelInputs, name: str) -> Tensor:
-        missing = width - chunk["input_ids"].shape[1] if name in PADDED else 0
-        return functional.pad(chunk[name], (0, missing)) if missing else chunk[name]
-
-    return {name: torch.cat([padded(chunk, name) for chunk in chunks]) for name in chunks[0]}
-
-
 def test_chunks_are_joined_axis_by_axis(folder: Path) -> None:
     """The rows of several chunks, a blank image among them, give what each chunk gives alone."""
     processor, model = processor_of(folder), our_model(folder, torch.float64)
     chunks = [processor(items) for items in CHUNKS.values()]
     with torch.no_grad():
-        together = model(joined(chunks))["embedding"]
+        together = model(join_chunks(chunks, model.family))["embedding"]
         alone = torch.cat([model(chunk)["embedding"] for chunk in chunks])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 

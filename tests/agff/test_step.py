@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agff.batch import Encoded, ModelInputs
+from agff.joined import encode_joined
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
@@ -20,7 +21,7 @@ from agff.similarity import FusionConfig
 from agff.step import train_step
 from data_pipeline.collate import TokenBudget
 from tests.agff.three_kinds import ThreeKinds, with_eligible
-from tests.agff.tiny import batch_of, global_rows, tiny_model
+from tests.agff.tiny import batch_of, global_rows, tiny_family, tiny_model
 from tests.ranks import run_ranks
 
 NUM_ROWS = 8
@@ -44,8 +45,12 @@ ranks have different numbers of chunks; explicit negatives are on the first rank
 class PlainEngine:
     """float64, no ZeRO: gradients are averaged over ranks by hand, as DeepSpeed does."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, first_pass_chunks: int = 1) -> None:
         self.model = model.double()
+        self.first_pass_chunks = first_pass_chunks
+
+    def encode_together(self, chunks: Sequence[ModelInputs]) -> list[Encoded]:
+        return encode_joined(self.encode, chunks, tiny_family())
 
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         return chunks
@@ -70,7 +75,9 @@ def gradients(chunking: int | TokenBudget, loss: Objective, num_fine: int) -> tu
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     rows = global_rows(NUM_ROWS, num_fine, rows_without_image=NO_IMAGE_ON_RANK_1)
     local = rows[rank * NUM_ROWS // world_size : (rank + 1) * NUM_ROWS // world_size]
-    engine = PlainEngine(tiny_model(num_fine, head=loss.build_head(None)))
+    # of chunks of one item three at once, of two items two: with a remainder, and with fillers
+    at_once = {1: 3, 2: 2}.get(chunking, 1) if isinstance(chunking, int) else 2
+    engine = PlainEngine(tiny_model(num_fine, head=loss.build_head(None)), at_once)
     batch = with_eligible(batch_of(local, chunking, num_fine))
     result = train_step(engine, loss, FusionConfig(), batch)
     if isinstance(loss, Contrastive):
@@ -164,8 +171,8 @@ def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
     pass."""
 
     class Recorder(PlainEngine):
-        def __init__(self, model: torch.nn.Module) -> None:
-            super().__init__(model)
+        def __init__(self, model: torch.nn.Module, first_pass_chunks: int = 1) -> None:
+            super().__init__(model, first_pass_chunks)
             self.seen: list[Tensor] = []
 
         def encode(self, inputs: ModelInputs) -> Encoded:
@@ -175,9 +182,11 @@ def test_dropout_is_drawn_again_the_same_in_the_second_pass() -> None:
     engine = Recorder(tiny_model(0))
     rows = global_rows(4, 0, rows_without_image=range(0))
     train_step(engine, Contrastive(), FusionConfig(), batch_of(rows, 2, 0))
-    assert len(engine.seen) == 6 + 5, "queries, targets and negatives in chunks of 2; twice, but the last"
+    assert len(engine.seen) == 6 + 5, "queries, targets and negatives in chunks of 2; twice, but the first"
     assert torch.equal(torch.stack(engine.seen[:5]), torch.stack(engine.seen[6:]))
     assert not torch.isin(torch.rand(8), torch.stack(engine.seen)).any(), "the next step draws others"
+    with pytest.raises(RuntimeError, match="draws random numbers encoded several chunks at once"):
+        train_step(Recorder(tiny_model(0), 2), Contrastive(), FusionConfig(), batch_of(rows, 2, 0))
 
 
 # ---------------------------------------------------------------- the real engine under ZeRO
@@ -224,6 +233,7 @@ def train_with_zero(
         num_steps=NUM_STEPS,
         autocast_dtype=None,
         device=device,
+        first_pass_chunks=3,
     )
     log = []
     for step in range(NUM_STEPS):
@@ -257,7 +267,9 @@ def reference_training(with_head: bool) -> tuple[dict[str, Tensor], list[float]]
 
     class Engine:
         encode = staticmethod(model)
+        first_pass_chunks = 1
         with_image_features = PlainEngine.with_image_features
+        encode_together = PlainEngine.encode_together
 
         def backward(self, loss: Tensor, is_last: bool) -> None:
             loss.backward()

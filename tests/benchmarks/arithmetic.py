@@ -96,7 +96,9 @@ def arithmetic_rows() -> list[Row]:
 def _row(recipe: str, model_type: str, values: Mapping[str, Any], num_ranks: int) -> Row:
     config = read_recipe(RECIPES / f"{recipe}.yaml")
     model_config = AutoConfig.for_model(model_type, **values)
-    flops = ModelFlops.of_config(model_config, config.backbone, config.prompts, keeps_vision=False)
+    flops = ModelFlops.of_config(
+        model_config, config.backbone, config.prompts, keeps_vision=False, first_pass_chunks=1
+    )
     items = [
         _length(item, config, model_config, flops)
         for item in mmeb_like(2 * config.batch.global_batch_size // num_ranks)

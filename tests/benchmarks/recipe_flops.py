@@ -190,7 +190,13 @@ def step_of_recipe(
     Executed and needed FLOPs, F_v and F_l are in it; the sum over ranks is the step's.
     """
     model_config = published_config(Path(config.backbone.path).name)
-    flops = ModelFlops.of_config(model_config, config.backbone, config.prompts, keeps_vision=True)
+    flops = ModelFlops.of_config(
+        model_config,
+        config.backbone,
+        config.prompts,
+        keeps_vision=True,
+        first_pass_chunks=config.batch.first_pass_chunks,
+    )
     sizes = Sizes(config, model_config, flops)
     batch = pairs(config, sizes, seed=seed)
     return [

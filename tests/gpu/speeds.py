@@ -109,7 +109,11 @@ def speed_of_a_step(load: Load, folder: Path) -> dict[str, float]:
         mark=lambda what: None,
     )
     flops = ModelFlops.of_config(
-        engine.model.backbone.config, run.config.backbone, run.config.prompts, keeps_vision=False
+        engine.model.backbone.config,
+        run.config.backbone,
+        run.config.prompts,
+        keeps_vision=True,
+        first_pass_chunks=1,
     )
     meter = SpeedMeter.of_device(flops, device, run.precision)
     values = [meter.measure(report) for report in reports[WARM_UP:]]

@@ -26,6 +26,7 @@ MARK = "AGFF_TEST_RUN"
 REPOSITORY = Path(__file__).parents[2]
 SMALL_RECIPE = {
     "name": "quickstart",
+    "deepspeed": "zero3",
     "num_steps": 4,
     "save_every": 2,
     "backbone": {"path": ".cache/quickstart/backbone"},
@@ -68,10 +69,10 @@ from launcher import train
 right = agff.trainer.train_step
 
 
-def train_step(engine, objective, batch):
+def train_step(engine, *arguments):
     if engine.deepspeed.global_steps + 1 == STEP and engine.deepspeed.global_rank == 1:
         DEED
-    return right(engine, objective, batch)
+    return right(engine, *arguments)
 
 
 agff.trainer.train_step = train_step

@@ -92,6 +92,7 @@ def meter() -> SpeedMeter:
         BackboneConfig(path="", freeze_vision=True),
         PromptConfig(num_fine=1),
         keeps_vision=True,
+        first_pass_chunks=1,
     )
     return SpeedMeter.of_device(flops, torch.device("cpu"), "fp32")
 

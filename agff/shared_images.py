@@ -13,7 +13,7 @@ from torch import Tensor
 IMAGE_IDS = "image_ids_U"
 """int64 content id of each of a chunk's different images: equal ids mean equal pixels."""
 IMAGE_FEATURES = "image_features"
-"""The vision tower's output; stands in the inputs for "pixel_values" once it has run."""
+"""The vision tower's output; it takes the place of "pixel_values" once the tower has run."""
 FEATURE_ROWS = "feature_rows_N"
 """int64: which image token of the different images each image token of the rows is. Only where a
 chunk's rows share images."""

@@ -76,14 +76,13 @@ def train(
     for step in range(start_step, num_steps):
         started = time.perf_counter()
         mark(f"waiting for the batch of step {step + 1}")
-        batch = _next_on_all_ranks(batches, engine, should_stop)
+        batch, wait_s = _next_on_all_ranks(batches, engine, should_stop)
         if batch is None:
             if step > start_step and step % save_every:
                 mark(f"saving step {step}")
                 save(step)
             return False
         mark(f"in step {step + 1}")
-        waited = time.perf_counter()
         learning_rate = engine.learning_rate
         result = train_step(engine, objective, fusion, batch)
         observe(
@@ -96,7 +95,7 @@ def train(
                 not_finite=result.not_finite,
                 gradient_norm=engine.gradient_norm if result.applied else float("nan"),
                 learning_rate=learning_rate,
-                wait_s=waited - started,
+                wait_s=wait_s,
                 step_s=time.perf_counter() - started,
                 batch=batch,
                 addresses=batch.addresses,
@@ -118,18 +117,21 @@ def train(
 
 def _next_on_all_ranks(
     batches: Iterator[Batch], engine: Engine, should_stop: Callable[[], bool]
-) -> Batch | None:
-    """The next batch on the device; None when any rank was asked to stop. A DataError is raised by all."""
+) -> tuple[Batch | None, float]:
+    """(the next batch on the device, seconds this rank waited for it); None when any rank was asked to stop.
+    A DataError is raised by all."""
     error: AgffError | None = None
     batch: Batch | None = None
+    started = time.perf_counter()
     try:
         batch = next(batches)
     except AgffError as caught:
         error = caught
+    wait_s = time.perf_counter() - started  # without that for the other ranks, which follows
     any_failed, any_stops = max_over_ranks([error is not None, should_stop()], device=engine.device)
     if any_failed:
         raise_together(error)
     if any_stops:
-        return None
+        return None, wait_s
     assert batch is not None
-    return batch.to(engine.device)
+    return batch.to(engine.device), wait_s

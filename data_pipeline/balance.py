@@ -6,6 +6,7 @@ which grows faster, and the images' own encoder are left out.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from agff.errors import DataError
 from agff.images import SHARD_FORMATS, read_header
 from data_pipeline.collate import Chunking
 from data_pipeline.plan import Plan
-from data_pipeline.reader import ROLES, RawSample, ShardReader
+from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, ShardReader
 
 MOST_STEPS = 100
 """That are measured before a run."""
@@ -95,7 +96,7 @@ def measure_balance(
 
     A sample that cannot be used is left out. Raises StorageError when a shard cannot be read.
     """
-    started = time.monotonic()
+    deadline = time.monotonic() + limit_s
     local = plan.description["global_batch_size"] // world_size
     num_ranks = min(world_size, max(2, MOST_PAIRS // local))
     last = min(num_steps, MOST_STEPS, max(1, MOST_PAIRS // (local * num_ranks)))
@@ -105,10 +106,9 @@ def measure_balance(
         for rank in range(num_ranks):
             rows = plan.rank_rows(step, rank=rank, world_size=world_size)
             samples = ((plan.source_names[source], int(sample)) for source, sample in rows)
-            lengths.append(list(_lengths(samples, reader, process, with_negatives=with_negatives)))
-            if time.monotonic() - started > limit_s:
-                break
-        if len(lengths) < num_ranks or not all(lengths):
+            own = _lengths(samples, reader, process, with_negatives=with_negatives)
+            lengths.append(list(itertools.takewhile(lambda _: time.monotonic() < deadline, own)))
+        if time.monotonic() >= deadline or not all(lengths):
             break
         total, measured = total + Balance.of_step(lengths, chunking), measured + 1
     return MeasuredBalance(balance=total, num_steps=measured, num_ranks=num_ranks) if measured else None
@@ -123,11 +123,11 @@ def _lengths(
         try:
             raw = reader.read(source, sample)
             found = [
-                (raw.record[role]["id"], process.num_tokens(_outline(raw, role)))
+                (int(raw.record[role]["id"]), process.num_tokens(_outline(raw, role)))
                 for role in ROLES
                 if role in raw.record and (with_negatives or role != "negative")
             ]
-        except (DataError, KeyError, TypeError):  # training draws another one
+        except (DataError, KeyError, *NOT_A_RECORD):  # training draws another one
             continue
         for content_id, length in found:
             if content_id not in seen:

@@ -60,7 +60,9 @@ def parse_train_arguments(argv: Sequence[str]) -> TrainArguments:
         help="check everything, print the start-up table and stop before the first step",
     )
     config, own = parse_recipe(parser, argv)
-    return TrainArguments(config=config, deepspeed=_deepspeed_file(config.deepspeed), dry_run=own.dry_run)
+    where = "--deepspeed" if _is_given("deepspeed", argv) else f"{own.recipe}: deepspeed"
+    deepspeed = _deepspeed_file(config.deepspeed, where)
+    return TrainArguments(config=config, deepspeed=deepspeed, dry_run=own.dry_run)
 
 
 def recipe_parser(command: str, description: str) -> RecipeParser:
@@ -78,7 +80,8 @@ def parse_recipe(parser: RecipeParser, argv: Sequence[str]) -> tuple[RunConfig, 
     What the parser does not know must be settings. Raises one ConfigError that lists all that are wrong.
     """
     if {"-h", "--help"} & set(argv):
-        named = [after for option, after in itertools.pairwise(argv) if option == "--objective"]
+        words = [word for argument in argv for word in argument.split("=", maxsplit=1)]
+        named = [after for option, after in itertools.pairwise(words) if option == "--objective"]
         _print_help(parser, next((name for name in named if name in OBJECTIVES), "contrastive"))
     own, rest = parser.parse_known_args(argv)
     recipe = _file_of("--recipe", own.recipe, RECIPES, ".yaml")
@@ -136,7 +139,11 @@ def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, text
 
 
-def _deepspeed_file(value: str | None) -> Path:
+def _is_given(name: str, argv: Sequence[str]) -> bool:
+    return any(argument.partition("=")[0] == f"--{name}" for argument in argv)
+
+
+def _deepspeed_file(value: str | None, where: str) -> Path:
     """What the recipe or the command line chose. Raises ConfigError when neither did."""
     if value is None:
         raise ConfigError(
@@ -144,7 +151,7 @@ def _deepspeed_file(value: str | None) -> Path:
             "into the recipe, or give --deepspeed zero2: a file, or one of "
             + _names(DEEPSPEED_CONFIGS, ".json")
         )
-    return _file_of("--deepspeed", value, DEEPSPEED_CONFIGS, ".json")
+    return _file_of(where, value, DEEPSPEED_CONFIGS, ".json")
 
 
 def _names(folder: Path, suffix: str) -> str:

@@ -1,5 +1,4 @@
-"""`deepspeed launcher/train.py --deepspeed ds_configs/zero3.json`: run a recipe, or continue an interrupted
-run of it."""
+"""`deepspeed launcher/train.py`: run a recipe, or continue an interrupted run of it."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ MAY_CHANGE_ON_RESUME = (
     "log_samples",
     "cpu_ranks",
     "batch.keep_vision",
+    "batch.first_pass_chunks",
     "data.num_workers",
     "data.check_hashes",
     "data.max_bad_in_a_row",
@@ -29,8 +30,17 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache.fetch_ahead_steps",
 )
 """Settings that leave the mathematics of a run as it is. Any other setting is refused when it changed."""
-FOLLOW_FROM_THE_BATCH = ("deepspeed.train_batch_size", "deepspeed.train_micro_batch_size_per_gpu")
-"""Filled in from the global batch and the number of ranks, which are compared themselves."""
+FOLLOW_FROM_OTHERS = (
+    "deepspeed.train_batch_size",
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.zero_optimization.reduce_bucket_size",
+    "deepspeed.zero_optimization.stage3_prefetch_bucket_size",
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold",
+)
+"""Filled in from the global batch and the number of ranks, which are compared themselves, or sizes of
+transfers, filled in from the model where they are absent."""
+BEFORE_IT_WAS_STORED = {"objective": "contrastive"}
+"""What a setting was in runs that do not store it."""
 DECIDE_THE_ORDER = (
     "seed",
     "batch.global_batch_size",
@@ -48,8 +58,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     aside."""
     found = []
     for key in sorted({*old, *new}):
-        name, before, after = prefix + key, old.get(key), new.get(key)
-        if name in (*MAY_CHANGE_ON_RESUME, *DECIDE_THE_ORDER, *FOLLOW_FROM_THE_BATCH) or before == after:
+        name, after = prefix + key, new.get(key)
+        before = old.get(key, BEFORE_IT_WAS_STORED.get(name))
+        if name in (*MAY_CHANGE_ON_RESUME, *DECIDE_THE_ORDER, *FOLLOW_FROM_OTHERS) or before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{name}.")

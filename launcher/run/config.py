@@ -17,7 +17,6 @@ from agff.batch import TextRule
 from agff.errors import ConfigError
 from agff.objectives import OBJECTIVES
 from agff.objectives.contrastive import Contrastive
-from agff.objectives.objective import Objective
 from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
@@ -116,7 +115,8 @@ class RunConfig:
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)
     objective: str = "contrastive"
     """What is trained for: a name of agff.objectives.OBJECTIVES; its settings are the section loss."""
-    loss: Objective = field(default_factory=Contrastive)
+    loss: Contrastive = field(default_factory=Contrastive)
+    """Of another objective that one's settings: see run_config_of."""
     optimizer: OptimizerConfig
     batch: BatchConfig
     data: DataConfig
@@ -147,8 +147,12 @@ class RunConfig:
 def run_config_of(objective: str) -> type[RunConfig]:
     """RunConfig whose section `loss` is that objective's. Raises ConfigError for an unknown one."""
     if objective not in OBJECTIVES:
-        raise ConfigError(f"expected one of {', '.join(OBJECTIVES)}, found {objective}")
+        raise ConfigError(
+            f"expected one of {', '.join(OBJECTIVES)}, found {objective}; without it: contrastive"
+        )
     cls = OBJECTIVES[objective]
+    if cls is Contrastive:
+        return RunConfig
     has_defaults = all(
         setting.default is not MISSING or setting.default_factory is not MISSING
         for setting in dataclasses.fields(cls)

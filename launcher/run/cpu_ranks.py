@@ -6,6 +6,7 @@ watches them: it passes signals on, ends all when one fails, and takes their exi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -39,25 +40,32 @@ def before_cpu_ranks() -> None:
 def run_cpu_ranks(num_ranks: int, train: Callable[[RankInfo], int]) -> int:
     """`train(rank)` in `num_ranks` processes, each with its share of the cores (or OMP_NUM_THREADS).
 
-    Returns the exit code of all: that of the rank that failed first, else 75 when they were stopped, else 0.
+    Returns the exit code of all: that of the first of the ranks that failed first, else 75 when they were
+    stopped, else 0.
     """
-    for name in ("CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    # torchrun's agent keeps a store of its own at another port
+    for name in ("CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         os.environ.pop(name, None)
     os.environ["LOCAL_SIZE"] = str(num_ranks)  # DeepSpeed takes it for the number of its devices
     port, fork, parent = free_port(), multiprocessing.get_context("fork"), os.getpid()
 
     def work(rank: int) -> None:
         _die_with(parent, name=f"agff rank {rank}")
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or _cores_of_a_rank(num_ranks)))
+        torch.set_num_threads(_threads_of_a_rank(num_ranks))
         info = RankInfo(
             rank=rank, local_rank=rank, world_size=num_ranks, master_addr="127.0.0.1", master_port=port
         )
         raise SystemExit(train(info))
 
     ranks = [fork.Process(target=work, args=(rank,)) for rank in range(num_ranks)]
-    for rank in ranks:
-        rank.start()
-    return _Watch(ranks).until_all_have_ended()
+    try:
+        for rank in ranks:
+            rank.start()
+        return _Watch(ranks).until_all_have_ended()
+    finally:  # after an error here: Python would wait for the ranks, which go on
+        for rank in ranks:
+            if rank.pid is not None and rank.is_alive():
+                rank.kill()
 
 
 class _Watch:
@@ -86,7 +94,8 @@ class _Watch:
     def _send(self, number: int) -> None:
         for rank in self._ranks:
             if rank.is_alive() and rank.pid is not None:
-                os.kill(rank.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    os.kill(rank.pid, number)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._send(number)
@@ -109,8 +118,13 @@ def _die_with(parent: int, *, name: str) -> None:
         os._exit(1)
 
 
-def _cores_of_a_rank(num_ranks: int) -> int:
-    return max(1, (os.cpu_count() or 1) // num_ranks)
+def _threads_of_a_rank(num_ranks: int) -> int:
+    """OMP_NUM_THREADS, of whose levels the first counts; or its share of the cores that we may use."""
+    if wanted := os.environ.get("OMP_NUM_THREADS"):
+        return int(wanted.split(",")[0])
+    # a job or a container may be given a part of the machine
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_ranks)
 
 
 def _exit_code(rank: BaseProcess) -> int:

@@ -40,6 +40,8 @@ def check_run_folder(run: ResolvedRun) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose another --run_dir")
     if not folder.exists() or all(any(map(path.match, WRITTEN_FIRST)) for path in folder.iterdir()):
+        if run.config.run_dir is None:
+            _warn_of_another_start(run)
         return
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(
@@ -54,6 +56,23 @@ def check_run_folder(run: ResolvedRun) -> None:
         raise ConfigError(
             f"{folder} belongs to another configuration: {'; '.join(changed)}. "
             "Give the old settings to continue that run, or another --run_dir to start a new one"
+        )
+
+
+def _warn_of_another_start(run: ResolvedRun) -> None:
+    """A run of this name that was started with another DeepSpeed file would not be continued."""
+    others = [
+        str(path.parent)
+        for path in sorted(run.run_dir.parent.glob(f"{run.config.name}-*/checkpoints"))
+        if path.parent != run.run_dir
+    ]
+    if others and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "%s is new and starts at step 0; %s %s checkpoints of another DeepSpeed file: to continue "
+            "that run, give its --deepspeed",
+            run.run_dir,
+            " and ".join(others),
+            "hold" if len(others) > 1 else "holds",
         )
 
 

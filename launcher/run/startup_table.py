@@ -90,14 +90,18 @@ def _chunks(run: ResolvedRun) -> str:
     if run.config.batch.chunk_size == "auto":
         return f"chunks of what fits, found before the first step, or in {CHUNK_FILE} of the run folder"
     if isinstance(run.chunking, TokenBudget):
-        return f"chunks of {run.chunking.max_tokens:,} tokens, two passes (GradCache)"
+        return f"chunks of {run.chunking.max_tokens:,} tokens, two passes (GradCache) if more than one"
     num_chunks = -(-run.most_items // run.chunking.rows)
     if num_chunks == 1:
         return "one chunk, one pass"
-    return f"up to {num_chunks} chunks of {run.chunking.rows} items, two passes (GradCache)"
+    return f"up to {num_chunks} chunks of {run.chunking.rows} items, two passes (GradCache) if more than one"
 
 
 def _parameter_gathers(run: ResolvedRun) -> str:
     """Of ZeRO-3 they follow from DeepSpeed's order of fetching, so they are measured
     (launcher/run/parameter_gathers.py)."""
-    return "1 per step: the updated parameters" if run.zero_stage < 3 else "logged after the second step"
+    return (
+        "1 per step: the updated parameters"
+        if run.zero_stage < 3
+        else "logged after the second step of this start"
+    )

@@ -9,11 +9,13 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 
+from agff.zero3 import fill_in
 from launcher.command_line import RECIPES, parse_train_arguments
 from launcher.run.changes import (
     DECIDE_THE_ORDER,
-    FOLLOW_FROM_THE_BATCH,
+    FOLLOW_FROM_OTHERS,
     MAY_CHANGE_ON_RESUME,
     differences,
 )
@@ -89,7 +91,11 @@ def test_what_follows_from_the_batch_is_in_the_resolved_configuration() -> None:
     hardware = Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False)
     config = parse_train_arguments([]).config
     run = resolve(config, values, deepspeed_name="zero3", world_size=2, hardware=hardware)
-    assert [name for name in FOLLOW_FROM_THE_BATCH if name.partition(".")[2] not in run.deepspeed] == []
+    batch_sizes = [name.partition(".")[2] for name in FOLLOW_FROM_OTHERS if "zero_optimization" not in name]
+    assert [name for name in batch_sizes if name not in run.deepspeed] == []
+    sizes = [name.rpartition(".")[2] for name in FOLLOW_FROM_OTHERS if "zero_optimization" in name]
+    filled_in = fill_in(run.deepspeed, torch.nn.Linear(2, 2))["zero_optimization"]
+    assert [name for name in sizes if name not in filled_in] == []
     assert run.deepspeed.keys() & set(FILLED_IN) == {
         "train_batch_size",
         "train_micro_batch_size_per_gpu",

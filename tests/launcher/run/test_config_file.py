@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,41 @@ def test_a_stored_section_that_is_none_is_named(section: str, value: str, tmp_pa
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), section: yaml.safe_load(value)}))
     with pytest.raises(ConfigError, match=rf"belongs to another configuration: .*{section}: "):
         check_run_folder(resolved(config, tmp_path / "run"))
+
+
+OLD_ZERO = {
+    "stage": 3,
+    "reduce_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+
+
+def test_a_run_of_an_older_version_is_continued_if_its_settings_are_the_same(tmp_path: Path) -> None:
+    """It knows no objective, no DeepSpeed file of the recipe, and has sizes that now come from the model."""
+    folder = tmp_path / "run"
+    config = write_run(folder)
+    values = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    for section, name in (("", "objective"), ("", "deepspeed"), ("batch", "keep_vision")):
+        del (values[section] if section else values)[name]
+    del values["batch"]["first_pass_chunks"]
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(values))
+    deepspeed = stored_deepspeed(folder)
+    (folder / DEEPSPEED_FILE).write_text(json.dumps({**deepspeed, "zero_optimization": OLD_ZERO}))
+    check_run_folder(resolved(config, folder))
+    assert read_run_config(folder).objective == "contrastive"
+
+
+def test_a_run_that_another_deepspeed_file_began_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = resolved(parse_train_arguments([]).config, tmp_path)
+    config = dataclasses.replace(run.config, run_dir=None)
+    fresh = dataclasses.replace(run, config=config, run_dir=Path("runs/quickstart-zero2"))
+    check_run_folder(fresh)
+    assert not caplog.messages
+    Path("runs/quickstart-zero3/checkpoints").mkdir(parents=True)
+    check_run_folder(fresh)
+    [message] = caplog.messages
+    assert "quickstart-zero2 is new and starts at step 0; runs/quickstart-zero3 holds checkpoints" in message

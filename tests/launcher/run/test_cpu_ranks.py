@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -65,6 +66,33 @@ def test_the_exit_code_is_that_of_the_ranks(codes: tuple[int, int], expected: in
         return codes[rank.rank]
 
     assert exit_code(started(train)) == expected
+
+
+def test_an_error_in_the_first_process_ends_the_ranks(tmp_path: Path) -> None:
+    def first_process() -> None:
+        cpu_ranks._Watch.until_all_have_ended = lambda watch: 1 // 0  # type: ignore[method-assign]
+        run_cpu_ranks(2, lambda rank: time.sleep(50) or 0)
+
+    process = multiprocessing.get_context("fork").Process(target=first_process)
+    process.start()
+    assert exit_code(process) == 1, "it does not wait for them"
+
+
+def test_what_a_launcher_left_in_the_environment_does_not_mislead_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `torchrun --nproc_per_node 1`, whose agent keeps the store; and levels of threads."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
+
+    def train(rank: RankInfo) -> int:
+        export(rank, os.environ)
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        return 0 if torch.get_num_threads() == 1 else 1
+
+    assert exit_code(started(train)) == 0
 
 
 @pytest.mark.parametrize("failing", [0, 1])

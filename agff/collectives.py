@@ -80,6 +80,7 @@ def weighted_mean_over_all_rows(value_B: Tensor, weight_B: Tensor) -> Tensor:
     eligible rows than another, or none. Values of weight 0 do not count, whatever they are. The gradient goes
     to the values alone.
     """
+    value_B = value_B.to(torch.promote_types(value_B.dtype, torch.float32))
     weight_B = weight_B.detach().to(value_B.dtype)
     total = weight_B.sum()
     if world_size() > 1:

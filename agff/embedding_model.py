@@ -56,7 +56,7 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, inputs: ModelInputs) -> Encoded:
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
-        in float32 or better, and the outputs of the head.
+        in float32 or better, and so are the outputs of the head.
 
         Inputs that hold IMAGE_FEATURES do without the vision tower. Under ZeRO-3 every parameter is gathered
         on the way: every rank must call it, with the same number of chunks. Raises ValueError, with its name,
@@ -65,19 +65,19 @@ class EmbeddingModel(nn.Module):
         if IMAGE_FEATURES not in inputs:
             inputs = self.tower.with_features(inputs, self.encode_images(inputs))
         arguments = self.tower.backbone_inputs(inputs)
-        wants_more = self.head is not None and self.head.num_states > 1
+        num_states = self.head.num_states if self.head is not None else 1
+        wanted = list(range(-num_states, 0)) if num_states > 1 else False  # all others are not kept
         # no padding mask: attention is causal, and padding is behind the last prompt
-        output = self.backbone(**arguments, use_cache=False, output_hidden_states=wants_more)
+        output = self.backbone(**arguments, use_cache=False, output_hidden_states=wanted)
         hidden_BTH = output.last_hidden_state
         block_end_BM = inputs["prompt_start_B"][:, None] + self.block_end_M
         rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
-        state_BMD = hidden_BTH[rows_B1, block_end_BM]
-        state_BMD = state_BMD.to(torch.promote_types(state_BMD.dtype, torch.float32))
+        state_BMD = _at_least_float32(hidden_BTH[rows_B1, block_end_BM])
         embedding_BMD = nn.functional.normalize(state_BMD, dim=-1)
         encoded = {"embedding": embedding_BMD}
         if self.head is None:
             return encoded
-        states = output.hidden_states[-self.head.num_states :] if wants_more else (hidden_BTH,)
+        states = output.hidden_states[-num_states:] if wanted else (hidden_BTH,)
         found = self.head(states, inputs, embedding_BMD)
         for name, tensor in found.items():
             if tensor.shape[:1] != embedding_BMD.shape[:1]:
@@ -85,7 +85,11 @@ class EmbeddingModel(nn.Module):
                     f"output {name!r} of {type(self.head).__name__} has shape {tuple(tensor.shape)}; its "
                     f"first axis must be the {len(embedding_BMD)} rows of the chunk"
                 )
-        return {**encoded, **found}
+        return {**encoded, **{name: _at_least_float32(tensor) for name, tensor in found.items()}}
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def draws_random_numbers(model: nn.Module) -> bool:

@@ -34,6 +34,8 @@ class Family(ABC):
     """Special tokens before and behind an image."""
     image_inputs: ClassVar[tuple[str, ...]]
     """Tensors of the image processor that the backbone takes."""
+    tower_inputs: ClassVar[tuple[str, ...]]
+    """Tensors of a chunk that only the vision tower reads, but for the images' sizes."""
     has_pixel_limits: ClassVar[bool]
     """Whether processor.min_pixels and processor.max_pixels mean something."""
     vision_tower: ClassVar[str]
@@ -116,6 +118,15 @@ class QwenVL(Family):
     image_token = "<|image_pad|>"
     around_image = (("<|vision_start|>",), ("<|vision_end|>",))
     image_inputs = ("pixel_values", "image_grid_thw")
+    tower_inputs = (
+        *image_inputs,
+        "image_lengths",
+        "image_position_ids",
+        "image_interp_indices",
+        "image_interp_weights",
+        "image_window_index",
+        "window_lengths",
+    )
     has_pixel_limits = True
     vision_tower = "visual"  # its merger, the projector to the language model, is a part of it
     packs_images = True
@@ -164,7 +175,8 @@ class QwenVL(Family):
 
     def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
         """See Family."""
-        return packed_arguments(inputs, merge_size=self.merge_size, window_size=self.window_size)
+        own = {name: inputs[name] for name in self.tower_inputs if name in inputs}
+        return packed_arguments(own, merge_size=self.merge_size, window_size=self.window_size)
 
     def language_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
         """See Family."""
@@ -200,7 +212,7 @@ class LlavaOneVision(Family):
 
     image_token = "<image>"
     around_image = ((), ())
-    image_inputs = ("pixel_values", "image_sizes")
+    image_inputs = tower_inputs = ("pixel_values", "image_sizes")
     has_pixel_limits = False
     vision_tower = "vision_tower"  # the projector trains, as in LLaVE
     packs_images = False  # its views are of one size, and a batch

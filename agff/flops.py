@@ -15,6 +15,7 @@ import torch
 
 from agff.backbone import BackboneConfig
 from agff.batch import Batch, ModelInputs
+from agff.joined import groups_of
 from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention, Block, Flops, Linear
 from agff.prompts import PromptConfig
 from agff.shared_images import IMAGE_IDS
@@ -208,9 +209,10 @@ class ModelFlops:
         images = _different_images([shape for shape in shapes if shape.has_real_images])
         parts = self.needed.flops(images, lengths)
         useful = sum(part.forward + part.backward for part in parts)
-        others, at_once = shapes[1:], self.first_pass_chunks
-        groups = [_joined(others[start : start + at_once]) for start in range(0, len(others), at_once)]
-        executed = sum(map(self.pass_1, groups)) + sum(map(self.pass_2, shapes))
+        others = shapes[1:]
+        groups = groups_of([(each.num_rows, each.padded_length) for each in others], self.first_pass_chunks)
+        executed = sum(self.pass_1(_joined(others[group])) for group in groups)
+        executed += sum(map(self.pass_2, shapes))
         if self.keeps_vision and len(shapes) > 1:
             towers = [self.run.vision.tower(shape.images).forward for shape in shapes]
             once = self.run.vision.tower(_different_images(shapes)).forward

@@ -23,22 +23,21 @@ Gradients = Mapping[str, Tensor]
 def encode_without_graph(
     encode: Callable[[Sequence[ModelInputs]], list[Encoded]],
     chunks: Sequence[ModelInputs],
-    *,
-    num_at_once: int,
+    groups: Sequence[slice],
 ) -> tuple[list[Encoded], list[RandomState]]:
     """What the model says of each chunk, and the random state before each one, so that pass 2 draws the same
     dropout.
 
-    encode: of that many chunks at once, of which there is more than one only for a model that draws no random
-    numbers. Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
+    groups: of the chunks that are encoded at once; more than one only where the model draws no random
+    numbers. Under ZeRO-3 a collective: every rank must call it with the same number of groups.
     """
     encoded: list[Encoded] = []
     random_states: list[RandomState] = []
-    for start in range(0, len(chunks), num_at_once):
-        group, before = chunks[start : start + num_at_once], random_state()
+    for part in groups:
+        group, before = chunks[part], random_state()
         with torch.no_grad():
             encoded += encode(group)
-        if len(group) > 1 and not torch.equal(before[0], random_state()[0]):
+        if len(group) > 1 and not _are_equal(before, random_state()):
             raise RuntimeError("a model that draws random numbers encoded several chunks at once in pass 1")
         random_states += [before] * len(group)
     return encoded, random_states
@@ -79,6 +78,11 @@ def backward_through_chunks(
         set_random_state(state)
         backward(surrogate(encode(chunk), gradient), index == len(chunks) - 1)
     set_random_state(before)
+
+
+def _are_equal(one: RandomState, other: RandomState) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
 
 def random_state() -> RandomState:

@@ -16,6 +16,42 @@ ALONG_TOKENS = ("input_ids", "position_ids")
 """Inputs whose last axis is the tokens; padding is 0 (agff/processor.py)."""
 
 
+PADDING = 0.8
+"""The narrowest of joined chunks has at least this share of the widest one's tokens a row."""
+
+
+def groups_of(sizes: Sequence[tuple[int, int]], num_at_once: int) -> list[slice]:
+    """Which neighbouring chunks are encoded at once: at most that many, of similar widths, and never more
+    tokens, padding included, than that many of the largest chunk. sizes: rows and padded length of each."""
+    most_tokens = num_at_once * max((rows * width for rows, width in sizes), default=0)
+    groups: list[slice] = []
+    for index, (rows, width) in enumerate(sizes):
+        if groups:
+            group = sizes[groups[-1]]
+            widths = [width, *(other for _, other in group)]
+            num_tokens = (rows + sum(other for other, _ in group)) * max(widths)
+            if (
+                len(group) < num_at_once
+                and min(widths) >= PADDING * max(widths)
+                and num_tokens <= most_tokens
+            ):
+                groups[-1] = slice(groups[-1].start, index + 1)
+                continue
+        groups.append(slice(index, index + 1))
+    return groups
+
+
+def split_into(groups: Sequence[slice], num_groups: int) -> list[slice]:
+    """As many groups as the rank that has most of them: the largest are cut in two."""
+    groups = list(groups)
+    while len(groups) < num_groups:
+        place = max(range(len(groups)), key=lambda index: groups[index].stop - groups[index].start)
+        start, stop = groups[place].start, groups[place].stop
+        middle = (start + stop) // 2
+        groups[place : place + 1] = [slice(start, middle), slice(middle, stop)]
+    return groups
+
+
 def join_chunks(chunks: Sequence[ModelInputs], family: Any) -> ModelInputs:
     """The rows of several chunks as one chunk, wherever its tensors are.
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from agff.batch import ModelInputs
-from agff.shared_images import NOT_OF_THE_TOWER
 from agff.vision_attention import Segments
 
 
@@ -59,8 +58,8 @@ def packed_arguments(inputs: ModelInputs, *, merge_size: int, window_size: int |
     """
     length_N, grid_N3 = inputs["image_lengths"], inputs["image_grid_thw"]
     lengths = grid_N3.prod(dim=1).tolist()
-    own = (*NOT_OF_THE_TOWER, "image_lengths", "window_lengths")
-    arguments = {name: tensor for name, tensor in inputs.items() if name not in own} | {
+    lengths_only = ("image_lengths", "window_lengths")
+    arguments: dict[str, Any] = {name: x for name, x in inputs.items() if name not in lengths_only} | {
         "image_cu_seqlens": boundaries(length_N),
         "image_max_seqlen": max(lengths),
         "image_segments": (Segments(lengths),),

@@ -17,8 +17,6 @@ IMAGE_FEATURES = "image_features"
 FEATURE_ROWS = "feature_rows_N"
 """int64: which image token of the different images each image token of the rows is. Only where a
 chunk's rows share images."""
-NOT_OF_THE_TOWER = ("input_ids", "position_ids", "prompt_start_B", IMAGE_FEATURES, IMAGE_IDS, FEATURE_ROWS)
-"""Inputs that the vision tower does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)

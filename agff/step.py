@@ -11,6 +11,7 @@ from torch import Tensor
 from agff.batch import Batch, Encoded, ModelInputs
 from agff.collectives import max_over_ranks
 from agff.grad_cache import as_leaves, backward_through_chunks, encode_without_graph, gradients_at, surrogate
+from agff.joined import groups_of, split_into
 from agff.objectives.objective import Objective
 from agff.similarity import FusionConfig
 
@@ -22,7 +23,8 @@ class StepEngine(Protocol):
         """The chunks with the output of a frozen vision tower in place of their pixels."""
 
     first_pass_chunks: int
-    """Chunks that pass 1, without a graph, encodes at once; 1 for a model that draws random numbers."""
+    """Chunks that pass 1, without a graph, encodes at once at most; 1 for a model that draws random
+    numbers."""
 
     def encode(self, inputs: ModelInputs) -> Encoded:
         """What the model says of the rows of one chunk."""
@@ -64,8 +66,11 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
     )
     batch = batch.padded_to(num_chunks=num_chunks, num_negatives=num_negatives)
     first, *others = engine.with_image_features(batch.chunks)
+    sizes = [(chunk["input_ids"].shape[0], chunk["input_ids"].shape[1]) for chunk in others]
+    groups = groups_of(sizes, engine.first_pass_chunks)
+    [num_groups] = max_over_ranks([len(groups)], device=batch.row_of_item_R.device)
     encoded, random_states = encode_without_graph(
-        engine.encode_together, others, num_at_once=engine.first_pass_chunks
+        engine.encode_together, others, split_into(groups, num_groups)
     )
     kept = engine.encode(first)
     leaves = as_leaves([kept, *encoded])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from agff.batch import ModelInputs, take_rows
 from agff.families import FAMILIES, LlavaOneVision, QwenVL, family_of
-from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES, NOT_OF_THE_TOWER
+from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES
 
 
 class VisionTower(ABC):
@@ -56,10 +56,9 @@ class VisionTower(ABC):
     def backbone_output(self, inputs: ModelInputs) -> Any:
         """What the backbone takes for the chunk's images in place of pixels."""
 
-    @staticmethod
-    def image_inputs(inputs: ModelInputs) -> ModelInputs:
+    def image_inputs(self, inputs: ModelInputs) -> ModelInputs:
         """What of the inputs the tower reads: pixels, sizes, and what the loader has computed from them."""
-        return {name: tensor for name, tensor in inputs.items() if name not in NOT_OF_THE_TOWER}
+        return {name: inputs[name] for name in self.family.tower_inputs if name in inputs}
 
     def with_features(self, inputs: ModelInputs, features: Tensor) -> dict[str, Tensor]:
         """The inputs with the tower's output in place of what only the tower reads."""

@@ -70,11 +70,13 @@ class Contrastive(Objective):
                 fusion=fusion,
             )
             loss, pair_loss_B = (loss + backward_loss) / 2, (pair_loss_B + backward_rows.loss_B) / 2
+        has_negatives_B = (rows.num_negatives_B > 0).to(rows.positive_B.dtype)
+        num_compared = has_negatives_B.sum().clamp(min=1)
         shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
         metrics = {
             "similarity/positive": rows.positive_B.mean(),
-            "similarity/hardest_negative": rows.hardest_B.mean(),
-            "batch_accuracy": (rows.positive_B > rows.hardest_B).to(shares.dtype).mean(),
+            "similarity/hardest_negative": (rows.hardest_B * has_negatives_B).sum() / num_compared,
+            "batch_accuracy": ((rows.positive_B > rows.hardest_B) * has_negatives_B).sum() / num_compared,
             "ega/mean_weight": rows.weight_sum_B.sum() / rows.num_negatives_B.sum().clamp(min=1),
             **{f"pattern_share/{name}": share for name, share in zip(PATTERNS, shares, strict=True)},
         }

@@ -31,7 +31,8 @@ class Head(nn.Module):
     def forward(self, states: Sequence[Tensor], inputs: ModelInputs, embedding_BMD: Tensor) -> Encoded:
         """Further named tensors of each row of the chunk; "embedding" is already there.
 
-        states: the last `num_states` hidden states (B, T, H), the last layer's at the end. A learned
+        states: the last `num_states` hidden states (B, T, H), the last layer's at the end, which alone is
+        behind the final norm. Outputs become float32 or better. A learned
         temperature, or whatever a row does not decide, is expanded to (B,): parameters used outside of a
         forward get no gradient under ZeRO.
         """

@@ -55,6 +55,7 @@ def load_run(run: Path) -> tuple[Embedder, int]:
     model = untrained_model(config, dtype=torch.float32, attention="sdpa")  # whatever it trained with
     weights = consolidated_weights(run, step=step)
     _fill(model, weights, f"{run}: checkpoint of step {step}")
+    model.head = None  # it served the training
     return Embedder(model, processor, config.fusion, texts=config.texts), step
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agff.batch import Encoded, ModelInputs
+from agff.embedding_model import EmbeddingModel
 from agff.joined import encode_joined
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
@@ -212,12 +213,10 @@ def zero_config(stage: int, local_batch_size: int, clip: float) -> dict[str, Any
     }
 
 
-def train_with_zero(
-    stage: int, chunk_size: int, with_head: bool = False
-) -> tuple[dict[str, Tensor], list[Any]]:
+def train_with_zero(stage: int, chunk_size: int, kind: str) -> tuple[dict[str, Tensor], list[Any]]:
     """Three optimizer steps on this rank's half; (whole parameters, [(applied, gradient norm)]).
 
-    with_head: by the objective whose head makes a vector, a loss of a row and a temperature.
+    kind "head": by the objective whose head makes a vector, a loss of a row and a temperature.
     """
     import deepspeed
 
@@ -227,7 +226,7 @@ def train_with_zero(
     local = NUM_ROWS // world_size
     device = start_process_group(rank)
     engine = Engine(
-        tiny_model(4, head=objective_of(with_head).build_head(None)),
+        model_of(kind),
         deepspeed_config=zero_config(stage, local, clip=0.5),
         optimizer=OPTIMIZER,
         num_steps=NUM_STEPS,
@@ -239,27 +238,34 @@ def train_with_zero(
     for step in range(NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
         batch = with_eligible(batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 4))
-        result = train_step(engine, objective_of(with_head), FusionConfig(), batch)
+        result = train_step(engine, objective_of(kind), FusionConfig(), batch)
         log.append((result.applied, engine.gradient_norm))
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters())):
         return {name: p.detach().clone() for name, p in engine.model.named_parameters()}, log
 
 
-def objective_of(with_head: bool) -> Objective:
-    return ThreeKinds() if with_head else Contrastive(amplification=2.0)
+def objective_of(kind: str) -> Objective:
+    return ThreeKinds() if kind == "head" else Contrastive(amplification=2.0)
 
 
-ZERO_CASES = [(stage, chunk_size, False) for stage in (1, 2, 3) for chunk_size in (1, 4, 12)]
-ZERO_CASES += [(stage, chunk_size, True) for stage in (1, 2, 3) for chunk_size in (2, 12)]
+def model_of(kind: str) -> EmbeddingModel:
+    return tiny_model(4, lora=kind == "lora", head=objective_of(kind).build_head(None))
+
+
+ZERO_CASES = [(stage, chunk_size, "full") for stage in (1, 2, 3) for chunk_size in (1, 4, 12)]
+ZERO_CASES += [(stage, chunk_size, "head") for stage in (1, 2, 3) for chunk_size in (2, 12)]
+ZERO_CASES += [(stage, chunk_size, "lora") for stage in (1, 2, 3) for chunk_size in (1, 4)]
+"""With lora the vision tower is frozen: its output of pass 1 is given back, also where two chunks share an
+image."""
 
 
 def train_all_stages() -> dict[Any, tuple[dict[str, Tensor], list[Any]]]:
     return {case: train_with_zero(*case) for case in ZERO_CASES}
 
 
-def reference_training(with_head: bool) -> tuple[dict[str, Tensor], list[float]]:
+def reference_training(kind: str) -> tuple[dict[str, Tensor], list[float]]:
     """The same three steps in one process with plain torch."""
-    model = tiny_model(4, head=objective_of(with_head).build_head(None))
+    model = model_of(kind)
     optimizer = build_adamw(model.parameters(), OPTIMIZER)
     optimizer.param_groups[0].update(fused=False, foreach=False)  # the plainest loop of torch's three
     schedule = build_schedule(optimizer, OPTIMIZER, num_steps=NUM_STEPS)
@@ -284,21 +290,25 @@ def reference_training(with_head: bool) -> tuple[dict[str, Tensor], list[float]]
     for step in range(NUM_STEPS):
         rows = global_rows(NUM_ROWS, 4, rows_without_image=NO_IMAGE_ON_RANK_1, seed=step)
         batch = with_eligible(batch_of(rows, NUM_ROWS, 4))
-        train_step(Engine(), objective_of(with_head), FusionConfig(), batch)
+        train_step(Engine(), objective_of(kind), FusionConfig(), batch)
     return {name: p.detach() for name, p in model.named_parameters()}, norms
 
 
 def test_zero_stages_equal_a_plain_optimizer_after_three_steps() -> None:
-    initial = dict(tiny_model(4, head=ThreeKinds().build_head(None)).named_parameters())
-    references = {with_head: reference_training(with_head) for with_head in (False, True)}
+    kinds = ("full", "head", "lora")
+    references = {kind: reference_training(kind) for kind in kinds}
+    initial_of = {kind: dict(model_of(kind).named_parameters()) for kind in kinds}
     results = run_ranks(train_all_stages, world_size=2)
     for case, (parameters, log) in results[0].items():
-        expected, norms = references[case[-1]]
+        (expected, norms), initial = references[case[-1]], initial_of[case[-1]]
         assert min(norms) > 0.5, "clipping must be at work"
         assert expected.keys() == parameters.keys()
         assert all(applied for applied, _ in log)
         assert [norm for _, norm in log] == pytest.approx(norms, rel=1e-3), case
-        for name, parameter in parameters.items():
+        trained = [name for name, parameter in initial.items() if parameter.requires_grad]
+        assert any("visual" in name for name in trained) == (case[-1] != "lora")
+        for name in trained:
+            parameter = parameters[name]
             update = (expected[name] - initial[name].detach()).abs().max()
             assert update > 1e-4
             # Adam divides by the root of the second moment: an element whose gradient is rounding noise moves

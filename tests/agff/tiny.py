@@ -123,7 +123,8 @@ def chunk(texts: list[list[int]], images: list[Tensor | None], num_fine: int) ->
 def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed: int = 0) -> list[dict]:
     """Pairs (image + text query, text target); rows in `rows_without_image` have a text-only query.
 
-    Rows 0, 1 and 3 have an explicit negative; that of row 3 is row 1's target, so for row 1 it is none.
+    Rows 0 and 2 share an image. Rows 0, 1 and 3 have an explicit negative; that of row 3 is row 1's target,
+    so for row 1 it is none.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -142,6 +143,8 @@ def global_rows(num_rows: int, num_fine: int, *, rows_without_image: range, seed
                 "target_id": 100 + index % (num_rows - 1),  # the first and the last row share a target
             }
         )
+    if num_rows > 2 and 0 not in rows_without_image and 2 not in rows_without_image:
+        rows[2]["query"] = (rows[2]["query"][0], rows[0]["query"][1])
     for index in (0, 1):
         rows[index] |= {"negative": (text(), None), "negative_id": 200 + index}
     if num_rows > 3:

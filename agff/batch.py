@@ -143,7 +143,7 @@ class Batch:
                 f"{num_pairs} query ids, {self.target_ids_B.shape[0]} target ids, {len(self.addresses)} "
                 f"addresses, {self.row_of_item_R.shape[0]} items; expected {num_items} items"
             )
-        if wrong := [name for name, tensor in self.pair_data.items() if len(tensor) != num_pairs]:
+        if wrong := [name for name, tensor in self.pair_data.items() if tensor.shape[0] != num_pairs]:
             raise ValueError(f"pair_data {', '.join(wrong)}: first axis must be the {num_pairs} pairs")
 
     @property

@@ -83,9 +83,8 @@ def test_every_parameter_in_use_gets_a_gradient_also_without_images(folder: Path
     reached = []
     for items in (["a heart", "two"], ["a heart", Image.new("RGB", (56, 56), "red")]):
         model.zero_grad()
-        model(processor([as_item(item) for item in items])).square().sum(dim=-1).mul(
-            torch.rand(2, 3)
-        ).sum().backward()
+        embedding_BMD = model(processor([as_item(item) for item in items]))["embedding"]
+        embedding_BMD.square().sum(dim=-1).mul(torch.rand(2, 3)).sum().backward()
         reached.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
     assert reached[0] == reached[1]
     assert any("visi" in name or "visual" in name for name in reached[0])
@@ -139,12 +138,12 @@ def test_training_differs_from_evaluation_by_the_dropout_that_is_configured(fold
                 torch.nn.init.normal_(parameter)
         inputs = processor([Item(text="a heart"), Item(text="two")])
         with torch.no_grad():
-            in_training = [model(inputs) for _ in range(2)]
+            in_training = [model(inputs)["embedding"] for _ in range(2)]
         assert torch.equal(*in_training) == (lora is None)
         embedder = Embedder(model, processor, FusionConfig())
         assert not any(module.training for module in embedder.model.modules())
         with torch.no_grad():
-            in_evaluation = [model(inputs) for _ in range(2)]
+            in_evaluation = [model(inputs)["embedding"] for _ in range(2)]
         assert torch.equal(*in_evaluation)
         assert torch.equal(in_training[0], in_evaluation[0]) == (lora is None)
 

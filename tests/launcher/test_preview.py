@@ -197,6 +197,8 @@ CHANGES: dict[str, Callable[[Path], Sequence[str]]] = {
 CHANGES_NOTHING = {
     "batch.chunk_size",
     "batch.max_tokens_per_chunk",
+    "batch.first_pass_chunks",
+    "batch.keep_vision",
     "data.num_workers",
     "data.check_hashes",
     "data.stalled_after_s",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +19,7 @@ import torch
 
 from launcher.run import cpu_ranks
 from launcher.run.cpu_ranks import INTERRUPTED, before_cpu_ranks, run_cpu_ranks
-from launcher.run.ranks import RankInfo, export, rank_from_environment
+from launcher.run.ranks import RankInfo, export
 from launcher.run.stop_request import EXIT_CODE, StopRequest
 
 pytestmark = pytest.mark.timeout(60)
@@ -158,24 +160,38 @@ def test_no_rank_outlives_the_first_process(tmp_path: Path, number: signal.Signa
     wait_for(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks))
 
 
-def test_each_rank_has_its_place_and_its_share_of_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+COMPUTES = """
+import os
+import sys
+
+import torch
+
+from launcher.run.cpu_ranks import before_cpu_ranks, run_cpu_ranks
+from launcher.run.ranks import export, rank_from_environment
+
+
+def train(rank):
+    environ = {}
+    export(rank, environ)
+    assert rank_from_environment(environ) == rank
+    assert "CROSS_SIZE" not in os.environ
+    assert torch.ones(2_000_000).add(1).sum() == 4_000_000
+    place = f"{rank.rank} of {rank.world_size} at {rank.master_addr}:{rank.master_port}"
+    with open(f"{sys.argv[1]}/{rank.rank}", "w") as file:
+        file.write(f"{place}, {torch.get_num_threads()} threads")
+    return 0
+
+
+before_cpu_ranks()
+sys.exit(run_cpu_ranks(2, train))
+"""
+"""A program by itself: the thread pool of the process that runs the tests is dead in what it forks."""
+
+
+def test_each_rank_has_its_place_and_its_share_of_the_cores(tmp_path: Path) -> None:
     """And can use it: a thread pool of the first process would be dead here, and this would hang."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setenv("CROSS_SIZE", "1")
-
-    def train(rank: RankInfo) -> int:
-        environ: dict[str, str] = {}
-        export(rank, environ)
-        assert rank_from_environment(environ) == rank
-        assert "CROSS_SIZE" not in os.environ
-        assert torch.ones(2_000_000).add(1).sum() == 4_000_000
-        place = f"{rank.rank} of {rank.world_size} at {rank.master_addr}:{rank.master_port}"
-        (tmp_path / f"{rank.rank}").write_text(f"{place}, {torch.get_num_threads()} threads")
-        return 0
-
-    assert exit_code(started(train)) == 0
+    environ = {**os.environ, "OMP_NUM_THREADS": "2", "CROSS_SIZE": "1"}
+    subprocess.run([sys.executable, "-c", COMPUTES, tmp_path], env=environ, timeout=50, check=True)
     first, second = ((tmp_path / name).read_text() for name in "01")
     assert first.startswith("0 of 2 at 127.0.0.1:")
     assert first.endswith(", 2 threads")

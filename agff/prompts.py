@@ -81,7 +81,7 @@ def initial_vectors(
     """(M * tokens_per_prompt, H) soft tokens made of the embeddings of `config.texts`.
 
     Each text's token embeddings are averaged in `tokens_per_prompt` near-equal parts. Blocks that share a
-    text (K > 8) are told apart by rolling the vector, so that no two prompts start equal.
+    text (K > 8) differ by rolling the vector, so that no two prompts start equal.
 
     embed: ids (T,) -> (T, H); under ZeRO-3 the caller gathers the embedding first.
     """

@@ -84,4 +84,3 @@ def test_a_step_computes_little_that_is_not_needed(
 def test_every_recipe_of_a_published_model_has_its_rows() -> None:
     rows = flops_rows()
     assert {row.case.split(",")[0] for row in rows} == {path.stem for path in RECIPES.glob("mmeb_*.yaml")}
-    assert all(row.ratio >= 1 for row in rows if row.against == "needed ones")

@@ -1,8 +1,9 @@
 """`python -m tests.benchmarks.bench` (`make bench`): one table of ratios, each measured in turn in one run.
 
-step: ours beside a bare torch loop. peers: ours beside the public two-pass step. loss: beside its three
-matrix products. flops: executed beside needed ones of each recipe at real widths. memory: growth with the
-batch. loader: beside a loop that only decodes. conversion: beside a copy.
+step: ours beside a bare torch loop. peers: ours beside the public two-pass step. before: the quickstart's
+step beside that of an earlier commit. loss: beside its three matrix products. flops: executed beside needed
+ones of each recipe at real widths. memory: growth with the batch. loader: beside a loop that only decodes.
+conversion: beside a copy.
 
 The machine should have nothing else to do. `python -m tests.benchmarks.report .cache/bench/measured.json`
 puts the table into the READMEs.
@@ -18,13 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.benchmarks.synthetic import write_backbone
 from tests.benchmarks.table import Measured, Row
 from tests.benchmarks.turns import Ratio
 
 Group = Callable[[argparse.Namespace, Path], list[Row]]
 """(arguments, folder of a backbone) -> rows. What a group needs is imported by it: a child that another group
-starts needs none of it."""
+starts needs none of it, and one that runs the code of another commit must not have ours."""
 
 
 def _step(arguments: argparse.Namespace, folder: Path) -> list[Row]:
@@ -37,6 +37,12 @@ def _peers(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     from tests.benchmarks.steps import against_public_step
 
     return against_public_step(folder, quick=arguments.quick)
+
+
+def _before(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.before import against_earlier_commit
+
+    return against_earlier_commit(folder, quick=arguments.quick)
 
 
 def _loss(arguments: argparse.Namespace, folder: Path) -> list[Row]:
@@ -62,9 +68,9 @@ def _loss(arguments: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def _flops(arguments: argparse.Namespace, folder: Path) -> list[Row]:
-    from tests.benchmarks.arithmetic import arithmetic_rows
+    from tests.benchmarks.recipe_flops import flops_rows
 
-    return arithmetic_rows()
+    return flops_rows()
 
 
 def _memory(arguments: argparse.Namespace, folder: Path) -> list[Row]:
@@ -88,6 +94,7 @@ def _conversion(arguments: argparse.Namespace, folder: Path) -> list[Row]:
 GROUPS: dict[str, Group] = {
     "step": _step,
     "peers": _peers,
+    "before": _before,
     "loss": _loss,
     "flops": _flops,
     "memory": _memory,
@@ -115,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path(".cache/bench"), help="folder of the table (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
+    from tests.benchmarks.synthetic import write_backbone
+
     # no operator is compiled, no core spins while a rank waits for its turn
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     rows: list[Row] = []

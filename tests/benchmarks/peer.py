@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agff.batch import Item
 from agff.families import family_of
+from agff.shared_images import FEATURE_ROWS
 from tests.benchmarks.synthetic import PROMPTS, examples, processor_of
 from tests.benchmarks.turns import Cases
 
@@ -108,9 +109,10 @@ def _chunks(folder: Path, items: Sequence[Item], rows: int) -> list[Inputs]:
 
 
 def _inputs(folder: Path, items: Sequence[Item]) -> Inputs:
-    """What transformers' processor makes of the items: ids, mask, patches and grids."""
+    """What transformers' processor makes of the items: ids, mask, patches and grids; one image a row."""
     process = processor_of(folder)
     own = process(items)
+    assert FEATURE_ROWS not in own, "rows share an image, whose pixels are there once"
     ids, lengths = own["input_ids"].clone(), [process.num_tokens(item) for item in items]
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -119,7 +121,7 @@ def _inputs(folder: Path, items: Sequence[Item]) -> Inputs:
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "mm_token_type_ids": own["mm_token_type_ids"],
+        "mm_token_type_ids": (ids == process.image_token_id).int(),
         "pixel_values": own["pixel_values"],
         "image_grid_thw": own["image_grid_thw"],
     }

@@ -1,13 +1,11 @@
-"""What a step of a recipe computes at real widths, beside what it must: by formula, without weights.
-
-The lengths are like MMEB-train's: kinds of pairs and sizes of images as its subsets have them, chosen by us,
-not measured. `python -m tests.benchmarks.recipe_flops` prints a line for each recipe.
-"""
+"""What a step of a recipe computes at real widths, beside what it must: by formula, without weights, on
+lengths like MMEB's (tests/mmeb_like.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +19,18 @@ from agff.vision_flops import Image, LlavaVisionFlops
 from data_pipeline.collate import FixedRows
 from launcher.run.config import RunConfig
 from launcher.run.config_file import read_recipe
+from tests.benchmarks.table import Row
+from tests.mmeb_like import SUBSETS, Length, Size
 
 RECIPES = Path(__file__).parents[2] / "launcher/recipes"
 NUM_RANKS = 8
-Size = tuple[int, int]
-"""Width and height in pixels."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Pairs of one kind of MMEB's subsets; numbers of tokens are (least, most)."""
-
-    num_subsets: int
-    query_image: Size | None
-    query_tokens: tuple[int, int]
-    target_image: Size | None
-    target_tokens: tuple[int, int]
-
-
-KINDS = (
-    Kind(5, (500, 375), (10, 30), None, (2, 8)),  # an image to its class
-    Kind(5, (640, 480), (15, 40), None, (2, 8)),  # a question on a photo
-    Kind(3, (1700, 2200), (15, 40), None, (2, 10)),  # on a document, a chart
-    Kind(2, (640, 480), (10, 20), None, (12, 40)),  # an image to its caption
-    Kind(3, None, (20, 90), (640, 480), (8, 20)),  # a caption, a dialogue to its image
-    Kind(2, (640, 480), (15, 40), (640, 480), (8, 20)),  # an image and a change to an image
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("mmeb_qwen2vl_2b", {}),
+    ("mmeb_qwen2vl_2b", {"lora": None}),
+    ("mmeb_llava_ov_7b", {}),
 )
+"""Recipe, and what of its backbone is chosen otherwise."""
+WITH = {False: "without", True: "with"}
 
 
 def published_config(name: str) -> Any:
@@ -102,11 +86,13 @@ def published_config(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Row:
+class ItemRow:
     """An item as the backbone sees it."""
 
     length: int
     image: Image | None
+    content: tuple[Any, ...]
+    """Equal items have equal ones."""
 
 
 class Sizes:
@@ -132,12 +118,13 @@ class Sizes:
         grid = (1, height // vision.patch_size, width // vision.patch_size)
         return (grid,), grid[1] * grid[2] // vision.spatial_merge_size**2
 
-    def row(self, size: Size | None, num_text_tokens: int) -> Row:
-        """An item."""
-        image, num_image_tokens = self.image(size) if size else (None, 0)
-        around = sum(map(len, self._family.around_image)) if size else 0
+    def row(self, item: Length, *of: Any) -> ItemRow:
+        """An item of a side of a subset."""
+        image, num_image_tokens = self.image(item.image) if item.image else (None, 0)
+        around = sum(map(len, self._family.around_image)) if item.image else 0
         room = self._processor.max_tokens - num_image_tokens - around - self._num_soft_tokens
-        return Row(num_image_tokens + around + min(num_text_tokens, room) + self._num_soft_tokens, image)
+        length = num_image_tokens + around + min(item.num_text_tokens, room) + self._num_soft_tokens
+        return ItemRow(length, image, (*of, item.content))
 
     def blank(self) -> Image:
         """The image of a chunk of texts."""
@@ -145,32 +132,26 @@ class Sizes:
         return self.image((side, side))[0]
 
 
-def pairs(config: RunConfig, sizes: Sizes, *, seed: int) -> list[tuple[Row, Row]]:
-    """A global batch: sub-batches in turn from one subset, three quarters of the images landscape."""
-    generator = np.random.default_rng(seed)
-    weights = np.array([kind.num_subsets for kind in KINDS]) / sum(kind.num_subsets for kind in KINDS)
-
-    def row(size: Size | None, tokens: tuple[int, int]) -> Row:
-        if size is not None:
-            scale = generator.uniform(0.8, 1.0, size=2)
-            size = (int(size[0] * scale[0]), int(size[1] * scale[1]))
-            size = size if generator.random() < 0.75 else (size[1], size[0])
-        return sizes.row(size, int(generator.integers(tokens[0], tokens[1] + 1)))
-
-    rows = []
-    for _ in range(config.batch.global_batch_size // config.data.sub_batch_size):
-        kind = KINDS[generator.choice(len(KINDS), p=weights)]
-        rows += [
-            (row(kind.query_image, kind.query_tokens), row(kind.target_image, kind.target_tokens))
-            for _ in range(config.data.sub_batch_size)
+def pairs(config: RunConfig, sizes: Sizes, *, seed: int) -> list[tuple[ItemRow, ItemRow]]:
+    """A global batch: sub-batches in turn, each from one subset."""
+    generator, size = np.random.default_rng(seed), config.data.sub_batch_size
+    names = list(SUBSETS)
+    found = []
+    for _ in range(config.batch.global_batch_size // size):
+        name = names[generator.integers(len(names))]
+        sides = [
+            [sizes.row(item, name, side) for item in drawn.draw(generator, size)]
+            for side, drawn in enumerate(SUBSETS[name])
         ]
-    return rows
+        found += list(zip(*sides, strict=True))
+    return found
 
 
-def chunk_shapes(rows: list[Row], num_rows: int, blank: Image) -> Iterator[ChunkShape]:
-    """The rows in chunks, as the loader cuts them."""
-    for indices in FixedRows(rows=num_rows).cut([row.length for row in rows]):
-        part = [rows[index] for index in indices]
+def chunk_shapes(rows: Iterable[ItemRow], num_rows: int, blank: Image) -> Iterator[ChunkShape]:
+    """The different rows in chunks, as the loader cuts them."""
+    different = list({row.content: row for row in rows}.values())
+    for indices in FixedRows(rows=num_rows).cut([row.length for row in different]):
+        part = [different[index] for index in indices]
         images = {id(row): row.image for row in part if row.image is not None} or {0: blank}
         yield ChunkShape(
             num_rows=len(part),
@@ -182,9 +163,7 @@ def chunk_shapes(rows: list[Row], num_rows: int, blank: Image) -> Iterator[Chunk
         )
 
 
-def step_of_recipe(
-    config: RunConfig, *, chunk_size: int, num_ranks: int = NUM_RANKS, seed: int = 0
-) -> list[StepFlops]:
+def step_of_recipe(config: RunConfig, *, num_ranks: int = NUM_RANKS, seed: int = 0) -> list[StepFlops]:
     """A step of each rank, which takes every `num_ranks`-th pair of the global batch.
 
     Executed and needed FLOPs, F_v and F_l are in it; the sum over ranks is the step's.
@@ -194,19 +173,14 @@ def step_of_recipe(
         model_config,
         config.backbone,
         config.prompts,
-        keeps_vision=True,
+        keeps_vision=config.batch.keep_vision != "off",
         first_pass_chunks=config.batch.first_pass_chunks,
     )
     sizes = Sizes(config, model_config, flops)
     batch = pairs(config, sizes, seed=seed)
+    assert config.batch.chunk_size is not None, "the recipes have one"
     return [
-        flops.step(
-            list(
-                chunk_shapes(
-                    [row for pair in batch[rank::num_ranks] for row in pair], chunk_size, sizes.blank()
-                )
-            )
-        )
+        flops.step(list(chunk_shapes(chain(*batch[rank::num_ranks]), config.batch.chunk_size, sizes.blank())))
         for rank in range(num_ranks)
     ]
 
@@ -224,25 +198,50 @@ def bound(config: RunConfig, step: StepFlops) -> int:
     return (1 if backbone.freeze_vision else times) * step.vision_forward + times * step.language_forward
 
 
-def main() -> None:
-    for path in sorted(RECIPES.glob("mmeb_*.yaml")):
-        recipe = read_recipe(path)
-        for checkpointing in (False, True):
-            config = replace(recipe, backbone=replace(recipe.backbone, gradient_checkpointing=checkpointing))
-            ranks = step_of_recipe(config, chunk_size=8)
-            executed, needed, useful, vision, language = (
-                sum(getattr(rank, part) for rank in ranks) / 1e15
-                for part in ("executed", "needed", "useful", "vision_forward", "language_forward")
-            )
-            limit = sum(bound(config, rank) for rank in ranks) / 1e15
-            num_padded = sum(rank.num_padded_tokens for rank in ranks)
-            print(
-                f"{path.stem}, checkpointing {'on' if checkpointing else 'off'}: PFLOP of a step: executed "
-                f"{executed:.2f}, needed {needed:.2f}, useful {useful:.2f}, bound {limit:.2f}, "
-                f"F_v {vision:.2f}, F_l {language:.2f}; executed / needed {executed / needed:.3f}, / bound "
-                f"{executed / limit:.3f}; padding {1 - sum(r.num_tokens for r in ranks) / num_padded:.1%}"
-            )
+def variant(recipe: str, choices: Mapping[str, Any], *, checkpointing: bool) -> RunConfig:
+    """The recipe with another backbone."""
+    config = read_recipe(RECIPES / f"{recipe}.yaml")
+    backbone = replace(config.backbone, gradient_checkpointing=checkpointing, **choices)
+    return replace(config, backbone=backbone)
 
 
-if __name__ == "__main__":
-    main()
+def flops_rows() -> list[Row]:
+    """Of every variant, with and without gradient checkpointing: executed FLOPs beside the needed ones and
+    beside the bound."""
+    return [
+        row
+        for recipe, choices in VARIANTS
+        for checkpointing in (False, True)
+        for row in _rows(
+            recipe + ", full tuning" * ("lora" in choices) + f", {WITH[checkpointing]} checkpointing",
+            variant(recipe, choices, checkpointing=checkpointing),
+        )
+    ]
+
+
+def _rows(case: str, config: RunConfig) -> list[Row]:
+    ranks = step_of_recipe(config)
+    executed, vision, language, num_tokens, num_padded = (
+        sum(getattr(rank, part) for rank in ranks)
+        for part in ("executed", "vision_forward", "language_forward", "num_tokens", "num_padded_tokens")
+    )
+    note = (
+        f"{executed / 1e15:.2f} PFLOP, F_v {vision / 1e15:.2f}, F_l {language / 1e15:.2f}; "
+        f"{1 - num_tokens / num_padded:.1%} of the tokens are padding"
+    )
+    others = {
+        "needed ones": sum(rank.needed for rank in ranks),
+        "two passes of the plain model": sum(bound(config, rank) for rank in ranks),
+    }
+    return [
+        Row(
+            group="flops",
+            what=f"executed FLOPs of a step on {NUM_RANKS} ranks",
+            case=case,
+            against=against,
+            quantity="FLOPs",
+            ratio=executed / other,
+            note=note,
+        )
+        for against, other in others.items()
+    ]

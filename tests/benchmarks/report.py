@@ -17,7 +17,7 @@ from tests.benchmarks.table import Measured
 
 MEASURED = Path(__file__).with_name("measured.json")
 ROOT = Path(__file__).parents[2]
-OF_THE_STEP = ("step", "peers", "loss", "flops")
+OF_THE_STEP = ("step", "peers", "before", "loss", "flops")
 PART = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

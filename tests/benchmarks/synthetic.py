@@ -37,9 +37,11 @@ def processor_of(folder: Path, limits: ProcessorConfig = LIMITS) -> ItemProcesso
 
 @cache
 def examples(num_pairs: int, *, image_side: int = 56) -> list[Example]:
-    """Pairs of two kinds in turn: an image with a question and a text, and a text and an image.
+    """Two pairs of an image with a question and a text, then two of a text and an image, and so on: every
+    rank and every chunk has both.
 
-    Texts have 2 to 12 words, every fourth image has twice the side of the others. No two items are equal.
+    Texts have 2 to 12 words, every fifth image has twice the side of the others. No two items and no two
+    images are equal.
     """
     generator = np.random.default_rng(0)
 
@@ -48,14 +50,14 @@ def examples(num_pairs: int, *, image_side: int = 56) -> list[Example]:
         return f"{number} " + " ".join("".join(generator.choice(SYLLABLES, 2)) for _ in range(count))
 
     def image(number: int) -> Item:
-        side = image_side * (2 if number % 4 == 0 else 1)
+        side = image_side * (2 if number % 5 == 0 else 1)
         pixels = generator.integers(0, 256, size=(side, side, 3), dtype=np.uint8)
         return Item(text=f"{IMAGE_PLACEHOLDER}\n{text(number)}\n", image=Image.fromarray(pixels))
 
     pairs = []
     for number in range(num_pairs):
         with_image, alone = image(number), Item(text=text(number))
-        query, target = (with_image, alone) if number % 2 == 0 else (alone, with_image)
+        query, target = (with_image, alone) if number // 2 % 2 == 0 else (alone, with_image)
         pairs.append(
             Example(
                 query=query,

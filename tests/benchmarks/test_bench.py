@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.benchmarks.arithmetic import RECIPES, arithmetic_rows
 from tests.benchmarks.bench import GROUPS, main
 from tests.benchmarks.peer import accumulate
 from tests.benchmarks.report import MEASURED, PART, texts
-from tests.benchmarks.steps import NUM_CHUNKS, BareLoop, Setting, engine_of
+from tests.benchmarks.steps import LARGEST_WHOLE, NUM_CHUNKS, BareLoop, Setting, engine_of
 from tests.benchmarks.synthetic import write_backbone
 from tests.benchmarks.table import Measured, Row
 from tests.benchmarks.turns import Contender, Ratio, take_turns
@@ -127,10 +128,12 @@ def test_the_readmes_hold_what_was_measured() -> None:
         assert PART.findall(readme.read_text()) == [text], readme
 
 
-def test_executed_arithmetic_is_at_least_what_is_needed() -> None:
-    rows = arithmetic_rows()
-    assert {row.case for row in rows} == {path.stem for path in RECIPES.glob("*.yaml")}
-    assert all(row.ratio >= 1 for row in rows)
+def test_zero3_is_measured_with_every_matrix_partitioned(tmp_path: Path) -> None:
+    folder = write_backbone(tmp_path, quick=False)
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        names = weights.keys()
+        shapes = [weights.get_slice(name).get_shape() for name in names]
+    assert all((math.prod(shape) > LARGEST_WHOLE) == (len(shape) > 1) for shape in shapes)
 
 
 @pytest.mark.slow

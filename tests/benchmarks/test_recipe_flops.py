@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,8 +10,14 @@ from transformers import AutoModel
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable
 from agff.flops import ChunkShape, ModelFlops
 from agff.prompts import PromptConfig
-from launcher.run.config_file import read_recipe
-from tests.benchmarks.recipe_flops import RECIPES, bound, published_config, step_of_recipe
+from tests.benchmarks.recipe_flops import (
+    RECIPES,
+    bound,
+    flops_rows,
+    published_config,
+    step_of_recipe,
+    variant,
+)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=16)])
@@ -69,11 +73,14 @@ def test_a_step_computes_little_that_is_not_needed(
     recipe: str, choices: dict[str, None], limit: float, checkpointing: bool
 ) -> None:
     """Padding and adapters included. LoRA's bound allows no recompute, so it holds without checkpointing."""
-    config = read_recipe(RECIPES / f"{recipe}.yaml")
-    backbone = replace(config.backbone, gradient_checkpointing=checkpointing, **choices)
-    config = replace(config, backbone=backbone)
-    ranks = step_of_recipe(config, chunk_size=8)
+    config = variant(recipe, choices, checkpointing=checkpointing)
+    ranks = step_of_recipe(config)
     executed = sum(rank.executed for rank in ranks)
     allowed = limit * sum(bound(config, rank) for rank in ranks)
-    assert (executed <= allowed) == (backbone.lora is None or not checkpointing)
+    assert (executed <= allowed) == (config.backbone.lora is None or not checkpointing)
     assert sum(r.num_padded_tokens for r in ranks) <= 1.10 * sum(r.num_tokens for r in ranks)
+
+
+def test_every_recipe_of_a_published_model_has_its_rows() -> None:
+    rows = flops_rows()
+    assert {row.case.split(",")[0] for row in rows} == {path.stem for path in RECIPES.glob("mmeb_*.yaml")}

@@ -46,7 +46,7 @@ class Load:
     pairs_per_rank: int
     num_chunks: int
     image_side: int
-    """Of three images in four, in pixels; the fourth is twice as large."""
+    """Of four images in five, in pixels; the fifth is twice as large."""
     limits: ProcessorConfig
     precision: str
     num_steps: int
@@ -112,8 +112,8 @@ def speed_of_a_step(load: Load, folder: Path) -> dict[str, float]:
         engine.model.backbone.config,
         run.config.backbone,
         run.config.prompts,
-        keeps_vision=True,
-        first_pass_chunks=1,
+        keeps_vision=run.config.batch.keep_vision != "off",
+        first_pass_chunks=engine.first_pass_chunks,
     )
     meter = SpeedMeter.of_device(flops, device, run.precision)
     values = [meter.measure(report) for report in reports[WARM_UP:]]

@@ -24,6 +24,8 @@ from tests.mmeb_like import SUBSETS, Length, Size
 
 RECIPES = Path(__file__).parents[2] / "launcher/recipes"
 NUM_RANKS = 8
+ROWS_OF_AUTO = 8
+"""Rows of a chunk where the recipe leaves them to the machine."""
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mmeb_qwen2vl_2b", {}),
     ("mmeb_qwen2vl_2b", {"lora": None}),
@@ -178,9 +180,9 @@ def step_of_recipe(config: RunConfig, *, num_ranks: int = NUM_RANKS, seed: int =
     )
     sizes = Sizes(config, model_config, flops)
     batch = pairs(config, sizes, seed=seed)
-    assert config.batch.chunk_size is not None, "the recipes have one"
+    num_rows = config.batch.chunk_size if isinstance(config.batch.chunk_size, int) else ROWS_OF_AUTO
     return [
-        flops.step(list(chunk_shapes(chain(*batch[rank::num_ranks]), config.batch.chunk_size, sizes.blank())))
+        flops.step(list(chunk_shapes(chain(*batch[rank::num_ranks]), num_rows, sizes.blank())))
         for rank in range(num_ranks)
     ]
 

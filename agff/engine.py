@@ -189,7 +189,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _zero3(self) -> Iterator[None]:
-        with efficient_linear(self.deepspeed_config), counted_gathers(self.gathers):
+        with efficient_linear(self.deepspeed_config), counted_gathers(self.deepspeed_config, self.gathers):
             yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

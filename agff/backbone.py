@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from agff.backbone_folder import check_backbone_folder
 from agff.errors import ConfigError
 from agff.families import family_of
 from agff.patch_projection import project_patches_by_product
+from agff.vision import VISION_OUTPUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     """The model of a Hugging Face folder without its language-model head, in evaluation mode.
 
     With an active ZeRO-3 configuration of transformers the parameters are partitioned while loading; then a
-    collective. Raises ConfigError when the folder holds no model, or not all of its weights,
-    or those of another one.
+    collective. Raises ConfigError when the folder holds no model, or not all of its weights, or those of
+    another one, and when this transformers cannot run it as it is run here.
     """
     from transformers import AutoModel
 
@@ -91,8 +93,20 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
             f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
             "they would start at random: download the folder again"
         )
+    _check_takes_features(model)
     _speed_up_vision(model, attention)
     return model
+
+
+def _check_takes_features(model: Any) -> None:
+    """A forward that does not know the argument would swallow it with all images, silently."""
+    family_of(model.config)
+    if VISION_OUTPUT not in signature(type(model).forward).parameters:
+        raise ConfigError(
+            f"transformers {version('transformers')}: {type(model).__name__} does not take the vision "
+            f"tower's output ({VISION_OUTPUT}) and would ignore every image; install the version that "
+            "requirements.txt names"
+        )
 
 
 def _speed_up_vision(model: Any, attention: str) -> None:

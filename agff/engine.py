@@ -132,11 +132,12 @@ class Engine:
     def with_image_features(self, chunks: Sequence[ModelInputs]) -> Sequence[ModelInputs]:
         """The chunks of a step with the output of a frozen vision tower in place of the pixels, so that the
         tower runs once for both passes and once for each different image. The same chunks where that saves
-        nothing: a tower that trains, one chunk, keep_vision "off".
+        nothing: a tower that trains, one chunk, keep_vision "off". Every step begins with it.
 
         Under ZeRO-3 a collective: every rank must call it with the same number of chunks.
         """
         model: Any = self.model
+        self.feature_memory.start_step()
         if self.feature_memory.where == "off" or len(chunks) == 1 or not model.tower.is_frozen:
             return chunks
         is_collective = self.deepspeed.zero_optimization_partition_weights()
@@ -144,7 +145,6 @@ class Engine:
         def agree(num_calls: int) -> int:
             return max_over_ranks([num_calls], device=self.device)[0] if is_collective else num_calls
 
-        self.feature_memory.start_step()
         with torch.no_grad(), self._autocast(), self._zero3():
             return with_image_features(
                 chunks,
@@ -189,7 +189,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _zero3(self) -> Iterator[None]:
-        with efficient_linear(self.deepspeed_config), counted_gathers(self.gathers):
+        with efficient_linear(self.deepspeed_config), counted_gathers(self.deepspeed_config, self.gathers):
             yield
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """The backbone families: how each spells an image in tokens, where its parts are, what its numbers mean.
 
-A new family is one class here and one row of FAMILIES.
+A new family is a row of FAMILIES and one of agff/vision_flops.py's VISION_FLOPS. If no class here fits, it is
+a class too, with a row of agff/vision.py's TOWERS.
 """
 
 from __future__ import annotations

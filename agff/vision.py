@@ -19,6 +19,9 @@ from agff.batch import ModelInputs, take_rows
 from agff.families import FAMILIES, LlavaOneVision, QwenVL, family_of
 from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES
 
+VISION_OUTPUT = "mm_encoder_outputs"
+"""Argument of every backbone's forward."""
+
 
 class VisionTower(ABC):
     """A backbone's vision tower, apart from the rest. Holds no state but the model."""
@@ -69,7 +72,7 @@ class VisionTower(ABC):
     def backbone_inputs(self, inputs: ModelInputs) -> dict[str, Any]:
         """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES."""
         found = {"image": self.backbone_output(inputs)}
-        return {**self.family.language_arguments(inputs), "mm_encoder_outputs": found}
+        return {**self.family.language_arguments(inputs), VISION_OUTPUT: found}
 
 
 @dataclass(frozen=True, kw_only=True)

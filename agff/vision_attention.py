@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -125,14 +126,25 @@ def attend_by_length(
     return output_PHD if order is None else output_PHD.index_select(0, order[1])
 
 
+@cache
+def _varlen_takes_scale() -> bool:
+    """The towers give their scale, which is not always that of the head size; the first versions of torch's
+    varlen_attn take none."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention import varlen
+
+    return "scale" in signature(varlen.varlen_attn).parameters
+
+
 def has_varlen_kernel(query: Tensor) -> bool:
-    """Whether torch has a kernel for segments of any length here: torch 2.10, CUDA, Ampere or later, 16 bit,
-    heads of a multiple of 8 up to 256."""
+    """Whether torch has a kernel for segments of any length here: a `varlen_attn` with `scale`, CUDA, Ampere
+    or later, 16 bit, heads of a multiple of 8 up to 256."""
     head_size = query.shape[-1]
     return (
         query.is_cuda
         and torch.version.cuda is not None
-        and find_spec("torch.nn.attention.varlen") is not None
+        and _varlen_takes_scale()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and query.dtype in (torch.bfloat16, torch.float16)
         and head_size % 8 == 0

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from agff.backbone import BackboneConfig
 from agff.batch import ModelInputs
-from agff.errors import ConfigError
 from agff.layer_flops import Attention, Block, Flops, Linear
 
 Grid = tuple[int, int, int]
@@ -120,12 +119,29 @@ class QwenVisionFlops(VisionFlops):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlavaVisionFlops(VisionFlops):
-    """SigLIP on each view (the whole image and its crops), then a projector of two layers.
+class PoolingHead:
+    """SigLIP's: one learned query attends to each view, then an MLP.
 
-    A pooling head of the tower, which no published LLaVA-OneVision has, is refused.
+    transformers runs it where the configuration has vision_use_head, and nothing reads its output, so it has
+    no backward. The published LLaVA-OneVision models have it false; SiglipVisionConfig's default is true.
     """
 
+    width: int
+    inner: int
+
+    def flops(self, images: Sequence[Image]) -> Flops:
+        """Keys and values of each patch; query, output and MLP of each view."""
+        views, patches = sum(map(len, images)), num_patches(images)
+        of_patches = patches * (2 * self.width**2 + 2 * self.width)  # projections, then scores and weighting
+        of_views = views * (2 * self.width**2 + 2 * self.width * self.inner)
+        return Flops(forward=2 * (of_patches + of_views))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaVisionFlops(VisionFlops):
+    """SigLIP on each view (the whole image and its crops), then a projector of two layers."""
+
+    head: PoolingHead | None
     projector_linears: tuple[Linear, ...]
     side: int
     """Of a view in patches."""
@@ -136,8 +152,6 @@ class LlavaVisionFlops(VisionFlops):
     def of_config(cls, model_config: Any, backbone: BackboneConfig, attention: Attention) -> Self:
         """See VisionFlops."""
         vision, layers = model_config.vision_config, model_config.vision_feature_layer
-        if vision.vision_use_head:
-            raise ConfigError("vision_use_head=true is not counted; no published LLaVA-OneVision has it")
         trains = backbone.lora is None and not backbone.freeze_vision
         projector_trains = backbone.lora is None
         layers = [layers] if isinstance(layers, int) else layers
@@ -156,6 +170,9 @@ class LlavaVisionFlops(VisionFlops):
                 passes_gradient=False,
             ),
             blocks=(block,) * last_read + (unread,) * (vision.num_hidden_layers - last_read),
+            head=PoolingHead(width=vision.hidden_size, inner=vision.intermediate_size)
+            if vision.vision_use_head
+            else None,
             projector_linears=(
                 Linear(
                     inputs=vision.hidden_size * len(layers),
@@ -189,7 +206,8 @@ class LlavaVisionFlops(VisionFlops):
     def tower(self, images: Sequence[Image]) -> Flops:
         """See VisionFlops."""
         patches, pairs = num_patches(images), _image_pairs(images)
-        return sum((block.flops(patches, pairs) for block in self.blocks), self.patch.flops(patches))
+        flops = sum((block.flops(patches, pairs) for block in self.blocks), self.patch.flops(patches))
+        return flops if self.head is None else flops + self.head.flops(images)
 
     def projector(self, images: Sequence[Image]) -> Flops:
         """See VisionFlops."""

@@ -107,6 +107,8 @@ class Gathers:
     count: int = 0
     num_bytes: int = 0
     """Of the whole parameters, as they arrive."""
+    is_counted: bool = True
+    """False where this DeepSpeed gathers in another way, which is not counted."""
 
 
 def check_all_reduced(model: nn.Module) -> None:
@@ -118,17 +120,25 @@ def check_all_reduced(model: nn.Module) -> None:
     """
     left = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     if left:
+        # all ranks raise it: they have the same modules, and an image, if a blank one, in every chunk; and
+        # reducing is a collective, in which a rank with other gradients would have hung before
         raise TrainingError(
             f"ZeRO-3 left the gradients of {len(left)} parameters out of the update, {', '.join(left[:3])}; "
             'they are in a module that must not be gathered whole: "leaf_module": {"classes": []} in the '
             "DeepSpeed configuration gathers none"
-        )
+        ).shared()
 
 
 @contextmanager
-def counted_gathers(found: Gathers) -> Iterator[None]:
-    """Add what is gathered in here."""
-    gather = partition_parameters._dist_allgather_fn
+def counted_gathers(config: Mapping[str, Any], found: Gathers) -> Iterator[None]:
+    """Add what ZeRO-3 gathers in here, as long as DeepSpeed gathers through a function of this private
+    name."""
+    gather = getattr(partition_parameters, "_dist_allgather_fn", None)
+    is_needed = config["zero_optimization"]["stage"] == 3
+    found.is_counted = gather is not None or not is_needed
+    if gather is None or not is_needed:
+        yield
+        return
 
     def counted(source: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
         found.count += 1

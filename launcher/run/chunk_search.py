@@ -68,6 +68,7 @@ def resolve_chunks(
     """The run with what fits in place of "auto"; from the run folder if it was found before. Collective.
 
     build: an engine for a run; every try gets a new one, since running out of memory leaves it in any state.
+    The next engine's FeatureMemory forgets the peak of the tries.
     All ranks try the same item, the largest of the first steps, with the same limit, so that they run out of
     memory at the same place: a rank that stops alone leaves the others waiting in a collective.
 

@@ -27,7 +27,11 @@ def with_gathers_logged(
         if len(so_far) == 2:
             return
         so_far.append(replace(gathers))
-        if len(so_far) == 2 and gathers.count and rank() == 0:
+        if len(so_far) < 2 or rank() != 0:
+            return
+        if not gathers.is_counted:
+            tqdm.write("parameter gathers: not counted by this DeepSpeed")
+        elif gathers.count:
             first, both = so_far
             size = (both.num_bytes - first.num_bytes) / 2**20
             count = both.count - first.count

@@ -10,6 +10,7 @@ import torch
 
 from agff.collectives import gather_objects, max_over_ranks
 from agff.flops import ModelFlops, StepFlops
+from agff.kept_vision import FeatureMemory
 from agff.trainer import StepReport
 from launcher.run.device_peak import peak_flops
 from launcher.run.hardware import Precision
@@ -21,11 +22,15 @@ class SpeedMeter:
 
     flops: ModelFlops
     device: torch.device
+    memory: FeatureMemory
+    """The engine's: it restarts torch's peak in every step, and knows the highest one."""
     peak_flops: float | None
     """Of one device; None where it is not known, as on a CPU."""
 
     @classmethod
-    def of_device(cls, flops: ModelFlops, device: torch.device, precision: Precision) -> Self:
+    def of_device(
+        cls, flops: ModelFlops, device: torch.device, precision: Precision, *, memory: FeatureMemory
+    ) -> Self:
         """With the peak of the device at hand, if it is known."""
         peak = None
         if device.type == "cuda":
@@ -34,7 +39,7 @@ class SpeedMeter:
                 precision,
                 allows_tf32=torch.get_float32_matmul_precision() != "highest",
             )
-        return cls(flops=flops, device=device, peak_flops=peak)
+        return cls(flops=flops, device=device, memory=memory, peak_flops=peak)
 
     def measure(self, report: StepReport) -> dict[str, float]:
         """Values of one step by name, the same on every rank. Collective."""
@@ -47,7 +52,7 @@ class SpeedMeter:
                 num_pairs=batch.num_pairs,
                 wait_s=report.wait_s,
                 step_s=report.step_s,
-                peak_memory_bytes=peak_memory_bytes(self.device),
+                peak_memory_bytes=peak_memory_bytes(self.memory),
             )
         )
         return values_of(ranks, self.peak_flops)
@@ -94,8 +99,9 @@ def values_of(ranks: list[RankStep], peak_flops: float | None) -> dict[str, floa
     return values
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held so far: of a GPU's memory, else of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory_bytes(memory: FeatureMemory) -> int:
+    """The most that was held at once so far: of a GPU's memory since its engine was built, else of the
+    machine's since the process began."""
+    if memory.highest_peak is not None:
+        return memory.highest_peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

@@ -153,7 +153,7 @@ def _speed_meter(run: ResolvedRun, engine: Engine) -> SpeedMeter:
         keeps_vision=config.batch.keep_vision != "off",
         first_pass_chunks=engine.first_pass_chunks,
     )
-    return SpeedMeter.of_device(flops, engine.device, run.precision)
+    return SpeedMeter.of_device(flops, engine.device, run.precision, memory=engine.feature_memory)
 
 
 def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int) -> None:

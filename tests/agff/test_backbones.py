@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from agff.backbone import BackboneConfig, LoraConfig, check_attention, choose_trainable, load_backbone
 from agff.batch import Item
@@ -236,6 +237,25 @@ def test_weights_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
         load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     with pytest.raises(ConfigError, match=r"cannot load a backbone"):
+        load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_transformers_that_would_drop_images_is_refused(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward of another version takes whatever it does not know, and ignores it."""
+    BUILDERS[family](tmp_path)
+    model = load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
+
+    def forward(self: Any, input_ids: Tensor | None = None, **kwargs: Any) -> None: ...
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    expected = (
+        rf"transformers {version('transformers')}: {type(model).__name__} does not take the vision tower's "
+        r"output \(mm_encoder_outputs\) and would ignore every image; install the version that requirements"
+    )
+    with pytest.raises(ConfigError, match=expected):
         load_backbone(tmp_path, dtype=torch.float32, attention="sdpa")
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Batch, Encoded, Item, ModelInputs
@@ -126,6 +126,24 @@ def test_formulas_equal_the_counter(
         forward, both = count(model, chunk)
         assert flops.pass_1(shape) == forward.get_total_flops()
         assert flops.pass_2(shape) == both.get_total_flops()
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_a_pooling_head_that_nobody_reads_is_counted_as_it_runs(
+    choices: dict[str, Any], tmp_path: Path
+) -> None:
+    """SiglipVisionConfig has one where a configuration does not say vision_use_head."""
+    BUILDERS["llava_onevision"](tmp_path)
+    written = AutoConfig.from_pretrained(tmp_path)
+    written.vision_config.vision_use_head = True
+    AutoModel.from_config(written).save_pretrained(tmp_path)
+    config = BackboneConfig(path=str(tmp_path), **choices)
+    model = build(tmp_path, config)
+    chunk = ItemProcessor.from_folder(tmp_path, prompts=PROMPTS, limits=ProcessorConfig())(ITEMS)
+    flops = flops_of(model, config)
+    forward, both = count(model, chunk)
+    assert flops.pass_1(flops.shape(chunk)) == forward.get_total_flops()
+    assert flops.pass_2(flops.shape(chunk)) == both.get_total_flops()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from agff import vision_attention
 from agff.backbone import load_backbone
-from agff.vision_attention import Segments, attend_within_segments, has_varlen_kernel
+from agff.vision_attention import Segments, _varlen_takes_scale, attend_within_segments, has_varlen_kernel
 from tests.agff.family_folders import BUILDERS
 from tests.agff.test_families import CHUNKS, QWEN, our_model, processor_of
 
@@ -112,6 +112,7 @@ def test_a_kernel_for_segments_of_any_length_is_called_once(monkeypatch: pytest.
         ({"capability": (7, 5)}, False),
         ({"cuda": None}, False),
         ({"module": None}, False),
+        ({"kernel": lambda query, is_causal=False: query}, False),  # torch 2.10's has no scale
     ],
 )
 def test_the_kernel_is_used_where_it_works(
@@ -121,6 +122,8 @@ def test_the_kernel_is_used_where_it_works(
     query = {"shape": (1, 16, 9, 80), "dtype": torch.bfloat16, "is_cuda": True, "device": "cuda:0"} | change
     monkeypatch.setattr("torch.version.cuda", machine["cuda"])
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: machine["capability"])
+    monkeypatch.setattr(vision_attention, "_varlen_takes_scale", _varlen_takes_scale.__wrapped__)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", change.get("kernel", lambda *_, scale: None))
     if "module" in change:
         monkeypatch.setattr(vision_attention, "find_spec", lambda name: None)
     assert has_varlen_kernel(SimpleNamespace(**query)) == usable  # type: ignore[arg-type]

@@ -115,7 +115,7 @@ def speed_of_a_step(load: Load, folder: Path) -> dict[str, float]:
         keeps_vision=run.config.batch.keep_vision != "off",
         first_pass_chunks=engine.first_pass_chunks,
     )
-    meter = SpeedMeter.of_device(flops, device, run.precision)
+    meter = SpeedMeter.of_device(flops, device, run.precision, memory=engine.feature_memory)
     values = [meter.measure(report) for report in reports[WARM_UP:]]
     return {name: statistics.median(value[name] for value in values) for name in values[0]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,11 @@ from agff.backbone import BackboneConfig
 from agff.batch import Batch
 from agff.collectives import rank
 from agff.flops import ModelFlops, StepFlops
+from agff.kept_vision import DeviceMemory, FeatureMemory
 from agff.prompts import PromptConfig
 from agff.trainer import StepReport
 from launcher.run.device_peak import DEVICE_PEAKS, peak_flops
-from launcher.run.speed import RankStep, SpeedMeter, values_of
+from launcher.run.speed import RankStep, SpeedMeter, peak_memory_bytes, values_of
 from tests.agff.tiny import batch_of, global_rows, tiny_folder
 from tests.ranks import run_ranks
 
@@ -94,7 +96,9 @@ def meter() -> SpeedMeter:
         keeps_vision=True,
         first_pass_chunks=1,
     )
-    return SpeedMeter.of_device(flops, torch.device("cpu"), "fp32")
+    return SpeedMeter.of_device(
+        flops, torch.device("cpu"), "fp32", memory=FeatureMemory("gpu", torch.device("cpu"))
+    )
 
 
 def batch_of_rank(number: int) -> Batch:
@@ -120,6 +124,24 @@ def measure_on_a_rank() -> dict[str, float]:
         skipped=(),
     )
     return meter().measure(report)
+
+
+class Memory:
+    """Of a GPU whose peak is 7 since it was restarted."""
+
+    peak = 9
+
+    def now(self) -> DeviceMemory:
+        return DeviceMemory(total=10, usable=10, peak=self.peak)
+
+    def restart_peak(self) -> None:
+        self.peak = 7
+
+
+def test_the_peak_is_the_engine_s_on_a_gpu_and_the_process_s_on_a_cpu() -> None:
+    assert peak_memory_bytes(FeatureMemory("off", torch.device("cuda"), reader=Memory())) == 7
+    resident = peak_memory_bytes(FeatureMemory("off", torch.device("cpu")))
+    assert resident >= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000 > 10**8
 
 
 def test_a_rank_with_fewer_chunks_computes_fillers_which_are_no_use() -> None:

@@ -466,7 +466,7 @@ def test_dry_run_prints_the_table_and_writes_nothing(
     assert train_main([*recipe, *shards, "--dry-run"]) == 0
     output = capfd.readouterr().out
     assert "LoRA rank 16" in output
-    assert "chunk 8 x 64 chunks = local 512, x 2 ranks = global 1024" in output
+    assert "local 512 x 2 ranks = global 1024; chunks of what fits, found before the first step" in output
     assert sorted(in_project.rglob("*")) == before
 
 

@@ -32,7 +32,7 @@ def fill_in(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     gathered while the layer before it computes, and its gradients are reduced at once. Parameters are kept
     whole from the smallest on, up to RESIDENT_ELEMENTS. DeepSpeed's own linear keeps no gathered weight for
     the backward pass, for a Python function in each layer: where layers are recomputed, the plain one keeps
-    those of a single layer.
+    those of a single layer, and where nothing is partitioned there is no gathered weight.
     """
     zero = config["zero_optimization"]
     if zero["stage"] != 3:
@@ -40,13 +40,15 @@ def fill_in(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     layer = max((sum(map(_num_elements, part.parameters())) for part in whole_modules(model)), default=0)
     bucket = max(SMALLEST_BUCKET, layer)
     is_recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    written = {**zero, **{f"stage3_{name}": value for name, value in zero.items()}}
+    threshold = written.get("stage3_param_persistence_threshold", _largest_resident(model))
+    is_partitioned = any(_num_elements(parameter) > threshold for parameter in model.parameters())
     sizes = {
         "reduce_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,
-        "stage3_param_persistence_threshold": _largest_resident(model),
-        "memory_efficient_linear": not is_recomputed,
+        "stage3_param_persistence_threshold": threshold,
+        "memory_efficient_linear": is_partitioned and not is_recomputed,
     }
-    written = {*zero, *(f"stage3_{name}" for name in zero)}
     absent = {name: size for name, size in sizes.items() if name not in written}
     return {**config, "zero_optimization": {**zero, **absent}}
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
@@ -61,6 +62,29 @@ def test_a_rank_that_sees_one_device_alone_takes_it(
     assert device.index == expected
     assert os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(expected)
     assert taken == [expected, expected], "DeepSpeed's, which it reads from LOCAL_RANK, and ours"
+
+
+class SdpaKernels(TorchDispatchMode):
+    """Names of torch's attention kernels that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in str(function):
+            self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "is_fused"), [(torch.bfloat16, False), (None, True)])
+def test_attention_in_16_bit_on_a_cpu_is_plain_products(dtype: torch.dtype | None, is_fused: bool) -> None:
+    engine = Engine.__new__(Engine)
+    engine.device, engine._autocast_dtype = torch.device("cpu"), dtype
+    rows = [torch.randn(2, 2, 8, 16, dtype=dtype or torch.float32, requires_grad=True) for _ in range(3)]
+    with SdpaKernels() as kernels, engine._attention():
+        nn.functional.scaled_dot_product_attention(*rows).sum().backward()
+    assert bool(kernels.names) == is_fused, kernels.names
 
 
 # ---------------------------------------------------------------- models from folders

@@ -303,6 +303,11 @@ def test_sizes_left_out_come_from_the_model_and_written_ones_win() -> None:
     assert {name: kept[name] for name in written} == written
     assert "stage3_prefetch_bucket_size" not in kept, "it is the same key"
     assert fill_in({"zero_optimization": {"stage": 2}}, model) == {"zero_optimization": {"stage": 2}}
+    small = torch.nn.Linear(2, 2)
+    for threshold, is_partitioned in ((3, True), (4, False)):
+        zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+        filled = fill_in({"zero_optimization": zero}, small)["zero_optimization"]
+        assert filled["memory_efficient_linear"] == is_partitioned, "a gathered weight is what it saves"
 
 
 def test_what_is_gathered_whole_is_there_in_every_family(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def peak_of_a_step(folder: Path, num_pairs: int) -> tuple[int, int, int]:
     process = processor_of(folder)
     batch = collate(examples(num_pairs), process, chunking=FixedRows(rows=CHUNK_ROWS))
     step(collate(examples(CHUNK_ROWS), process, chunking=FixedRows(rows=CHUNK_ROWS)))
+    examples.cache_clear()  # the pictures themselves are no inputs
+    gc.collect()
     dist.barrier()
     reset_peak()
     step(batch)

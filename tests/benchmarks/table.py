@@ -96,19 +96,14 @@ class Measured:
             (f"ours / theirs, medians ({self.origin})", "of", "ratio"),
             [
                 (
-                    f"{what} / {against}" + _cases(rows),
+                    f"{what} / {against}",
                     quantity,
-                    ", ".join(f"{row.ratio:.2f}" for row in rows),
+                    "; ".join(f"{row.case} {row.ratio:.2f}".strip() for row in rows),
                 )
                 for (_, what, against, quantity), rows in cases.items()
             ],
         )
         return "\n".join(lines) + "\n"
-
-
-def _cases(rows: Sequence[Row]) -> str:
-    named = [row.case for row in rows if row.case]
-    return f": {', '.join(named)}" if named else ""
 
 
 def _spread(row: Row) -> str:

@@ -119,7 +119,7 @@ def test_a_table_is_read_back_and_its_cases_are_one_line_of_the_summary(tmp_path
     measured.write(tmp_path)
     assert Measured.read(tmp_path / "measured.json") == measured
     assert (tmp_path / "measured.md").read_text().splitlines()[-1].count("counted") == 1
-    assert measured.summary(["g"]).splitlines()[-1] == "| step / loop: ZeRO-1, ZeRO-3 | time | 1.00, 1.23 |"
+    assert measured.summary(["g"]).splitlines()[-1] == "| step / loop | time | ZeRO-1 1.00; ZeRO-3 1.23 |"
 
 
 def test_the_readmes_hold_what_was_measured() -> None:

@@ -35,7 +35,6 @@ ELSEWHERE = {
     ".venv/bin/python launcher/doctor.py --shards shards/mmeb": (
         "needs the nodes; tests/slurm starts doctor under srun"
     ),
-    "source .venv/bin/activate": "the environment these tests run in",
     "hf download --repo-type dataset TIGER-Lab/MMEB-train --local-dir mmeb": "needs the data hub",
     "hf download Qwen/Qwen2-VL-2B-Instruct --local-dir models/Qwen2-VL-2B-Instruct": "needs the model hub",
     **{

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,9 +100,8 @@ def _search(
     processor: ItemProcessor,
     build: Callable[[ResolvedRun], Engine],
 ) -> FoundChunk:
-    largest = _largest_item(
-        [item for step in range(LOOKED_AT_STEPS) for item in _items(batches, step)], processor
-    )
+    items = (item for step in range(LOOKED_AT_STEPS) for item in _items(batches, step))
+    largest = _largest_item(items, processor)
     tokens = processor.num_tokens(largest)
 
     def fits(rows: int, checkpointing: bool) -> bool:
@@ -127,7 +126,7 @@ def _items(batches: StepBatches, step: int) -> Iterator[Item]:
         yield from example.items
 
 
-def _largest_item(items: Sequence[Item], processor: ItemProcessor) -> Item:
+def _largest_item(items: Iterable[Item], processor: ItemProcessor) -> Item:
     """The item with the most tokens of any rank, the same on all of them. Collective."""
     own = max(items, key=processor.num_tokens)
     return max(gather_objects(own), key=processor.num_tokens)

@@ -20,6 +20,9 @@ def measured_batches(run: ResolvedRun, data: RunData, processor: ItemProcessor) 
     if isinstance(data.folder, CachedFolder):
         unknown = "not measured: the shards are remote, and nothing is fetched before the run begins"
         return {"padding": unknown, "rank imbalance": unknown, "shards ahead": _shards_ahead(run, data)}
+    if run.config.batch.chunk_size == "auto":
+        unknown = "not measured: the chunks are found before the first step"
+        return {"padding": unknown, "rank imbalance": unknown}
     try:
         measured = measure_balance(
             data.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Head, Objective, ObjectiveResult
 from agff.similarity import FusionConfig
 from agff.step import train_step
-from launcher.run.config import RunConfig
+from launcher.run.config import RunConfig, run_config_of
 from launcher.run.config_file import read_recipe
+from launcher.run.typed_values import setting_names
 from tests.agff.test_step import PlainEngine
 from tests.agff.tiny import batch_of, global_rows, tiny_model
 from tests.ranks import run_ranks
@@ -102,10 +104,12 @@ def test_a_loss_of_another_objective_is_refused() -> None:
         RunConfig(**values)
 
 
-def test_every_objective_has_default_settings_or_says_what_is_missing() -> None:
-    for name, cls in OBJECTIVES.items():
-        assert isinstance(cls, type), name
-        assert issubclass(cls, Objective), name
+@pytest.mark.usefixtures("with_cosine")
+@pytest.mark.parametrize("name", [*OBJECTIVES, "cosine"])
+def test_the_settings_of_every_objective_are_those_of_the_section_loss(name: str) -> None:
+    found = {setting for setting in setting_names(run_config_of(name)) if setting.startswith("loss.")}
+    assert found == {f"loss.{field.name}" for field in dataclasses.fields(OBJECTIVES[name])}
+    assert found
 
 
 # ---------------------------------------------------------------- the head

@@ -40,7 +40,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunData, ItemProces
 
 def run_of(**choices: Any) -> Any:
     data = SimpleNamespace(with_negatives=True, cache=choices.get("cache", CacheConfig()))
-    config = SimpleNamespace(num_steps=choices.get("num_steps", 3), data=data)
+    batch = SimpleNamespace(chunk_size=choices.get("chunk_size", 4))
+    config = SimpleNamespace(num_steps=choices.get("num_steps", 3), data=data, batch=batch)
     return SimpleNamespace(config=config, world_size=2, zero_stage=3, chunking=FixedRows(rows=4))
 
 
@@ -116,6 +117,8 @@ def test_what_cannot_be_measured_is_said_with_its_reason(
     monkeypatch.setattr(measured_batches, "LIMIT_S", -1)
     rows = measured_batches.measured_batches(run_of(), data, processor)
     assert rows["padding"] == "not measured: the pairs of one step were not read within -1 s"
+    searched = measured_batches.measured_batches(run_of(chunk_size="auto"), data, processor)
+    assert set(searched.values()) == {"not measured: the chunks are found before the first step"}
     gone = RunData(folder=LocalFolder(tmp_path), manifest=data.manifest, plan=data.plan)
     assert measured_batches.measured_batches(run_of(), gone, processor)["padding"].startswith(
         "not measured: "

@@ -156,11 +156,6 @@ class Batch:
         """N, the explicit negatives of this rank and their padding."""
         return self.negative_ids_N.shape[0]
 
-    def num_tokens(self, *, num_prompt_tokens: int) -> int:
-        """Real (unpadded) tokens of all rows of this rank, of which each ends in that many soft ones."""
-        own = self.chunks[: len(self.chunks) - self.num_fillers]
-        return sum(int((chunk["prompt_start_B"] + num_prompt_tokens).sum()) for chunk in own)
-
     def padded_to(self, *, num_chunks: int, num_negatives: int) -> Batch:
         """The same batch with fillers up to that many chunks and negatives, so that all ranks have equally
         many."""

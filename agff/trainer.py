@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from agff.batch import Batch, SkippedSample
+from agff.batch import Batch
 from agff.collectives import max_over_ranks, raise_together
 from agff.engine import Engine
 from agff.errors import AgffError, TrainingError
@@ -28,7 +28,7 @@ class StepReport:
     metrics: Mapping[str, Tensor]
     """The objective's, of the local rows, on the device."""
     pair_losses: tuple[float, ...]
-    """Of this rank's pairs, in the order of `addresses`."""
+    """Of this rank's pairs, in the order of `batch.addresses`."""
     applied: bool
     not_finite: tuple[str, ...]
     """Names of the model's outputs that were not finite on this rank, where the step was not applied."""
@@ -41,10 +41,6 @@ class StepReport:
     """Time of the whole step, the wait included."""
     batch: Batch
     """Its chunks are on the CPU, without the fillers that other ranks' chunks made necessary."""
-    addresses: tuple[str, ...]
-    """Of this rank's pairs."""
-    skipped: tuple[SkippedSample, ...]
-    """Samples of this rank's batch that were redrawn because they could not be used."""
 
 
 def train(
@@ -98,8 +94,6 @@ def train(
                 wait_s=wait_s,
                 step_s=time.perf_counter() - started,
                 batch=batch,
-                addresses=batch.addresses,
-                skipped=batch.skipped,
             )
         )
         skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1

@@ -80,7 +80,7 @@ class RunLog:
 
     def __call__(self, report: StepReport) -> None:
         """Collective on every step (skipped samples, spikes) and on each `log_every`-th (metrics)."""
-        own = torch.stack([report.loss.float(), report.loss.new_tensor(len(report.skipped)).float()])
+        own = torch.stack([report.loss.float(), report.loss.new_tensor(len(report.batch.skipped)).float()])
         # the same numbers on every rank: what follows is collective
         loss, num_skipped = mean_over_ranks(own).tolist()
         if num_skipped:
@@ -88,7 +88,7 @@ class RunLog:
         if spike := self._spikes.judge(loss):
             self._note_spike(report, spike)
         if self._samples is not None:
-            self._samples.write(json.dumps({"step": report.step, "addresses": report.addresses}) + "\n")
+            self._samples.write(json.dumps({"step": report.step, "addresses": report.batch.addresses}) + "\n")
         if not report.applied:
             self._note_not_finite(report)
         self._bar.update()
@@ -121,7 +121,7 @@ class RunLog:
         """`applied` is the same on all ranks, so they come here together."""
         losses = gather_objects(report.loss.item())
         outputs = sorted({name for names in gather_objects(report.not_finite) for name in names})
-        addresses = gather_objects(report.addresses)
+        addresses = gather_objects(report.batch.addresses)
         if self._is_writer:
             log.warning(
                 "step %d skipped on all ranks: the gradient was not finite; losses by rank: %s; outputs of "
@@ -137,7 +137,7 @@ class RunLog:
                     )
 
     def _note_spike(self, report: StepReport, spike: Spike) -> None:
-        worst = heapq.nlargest(WORST_PAIRS, zip(report.pair_losses, report.addresses, strict=True))
+        worst = heapq.nlargest(WORST_PAIRS, zip(report.pair_losses, report.batch.addresses, strict=True))
         worst = heapq.nlargest(WORST_PAIRS, (pair for pairs in gather_objects(worst) for pair in pairs))
         if not self._is_writer:
             return
@@ -156,7 +156,7 @@ class RunLog:
             file.write(json.dumps({"step": report.step, **asdict(spike), "worst_pairs": pairs}) + "\n")
 
     def _note_skipped(self, report: StepReport) -> None:
-        skipped = [sample for samples in gather_objects(report.skipped) for sample in samples]
+        skipped = [sample for samples in gather_objects(report.batch.skipped) for sample in samples]
         self._skipped.update(sample.source for sample in skipped)
         if self._is_writer:
             with (self._run_dir / "skipped.jsonl").open("a") as file:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
     pairs = [
         (loss + offset, f"S-00000.tar:{step:06d}{index:02d}") for index, offset in enumerate(range(-10, 11))
     ]
+    batch = batch_of(global_rows(len(pairs), 0, rows_without_image=range(0)), len(pairs), 0)
     return StepReport(
         step=step,
         loss=torch.tensor(loss),
@@ -70,9 +72,7 @@ def report(step: int, loss: float, *, applied: bool = True) -> StepReport:
         learning_rate=1e-3,
         wait_s=0.0,
         step_s=1.0,
-        batch=batch_of(global_rows(2, 0, rows_without_image=range(0)), 2, 0),
-        addresses=tuple(pair[1] for pair in pairs),
-        skipped=(),
+        batch=replace(batch, addresses=tuple(pair[1] for pair in pairs)),
     )
 
 

@@ -28,6 +28,12 @@ class Item:
     """As agff.images makes it: RGB, upright."""
     address: str = field(default="", compare=False)
     """Where it comes from, for errors; "" where nobody knows."""
+    instruction: str = field(default="", compare=False)
+    """The part of `text` that is instruction, where the source keeps it apart."""
+    box: tuple[float, float, float, float] | None = None
+    """The region of `image` that is meant: x0, y0, x1, y1 in its pixels. None: the whole image."""
+    caption: str = ""
+    """What a model that generates learns to say of the image."""
 
     def __post_init__(self) -> None:
         if problem := text_problem(self.text, has_image=self.image is not None):
@@ -85,6 +91,16 @@ class ProcessItems(Protocol):
 
     def num_tokens(self, item: Item) -> int:
         """Length of the item's row, known without processing it."""
+
+
+class SeesPairs(Protocol):
+    """What an objective makes of a pair before its items become rows (`agff.objectives.objective`)."""
+
+    def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
+        """The items to encode, query first."""
+
+    def pair_data_of(self, source: str, query: Item, target: Item) -> Mapping[str, float]:
+        """What the objective wants to know of the pair, by name; the same names for every pair."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from agff.batch import TextRule
 from agff.errors import CheckpointError, ConfigError
 from agff.files import changed_files, file_fingerprint
+from agff.objectives import OBJECTIVES
+from agff.objectives.objective import Objective
 from agff.processor import ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig
 
 CONTRACT_FILE = "agff_config.json"
 CARD_FILE = "README.md"
-FORMAT = 4
+FORMAT = 5
 """Counts up when a field of Contract, of the settings in it, or the golden items change."""
 MAX_HASHED_BYTES = 64 * 2**20
 """Loading compares larger files, the weights, by size: it does not read 15 GB twice, and the golden vectors
@@ -38,6 +40,10 @@ class Contract:
     processor: ProcessorConfig
     fusion: FusionConfig
     texts: TextRule
+    objective: str | None
+    """Of a head that is part of the model, the name in agff.objectives.OBJECTIVES; null: there is none."""
+    objective_settings: dict[str, Any]
+    """Of that objective."""
     pooling: str
     dtype: Literal["float32", "bfloat16"]
     """Number format of the weights."""
@@ -47,6 +53,16 @@ class Contract:
     """Where the weights come from."""
     files: dict[str, str]
     """Size and SHA-256 of each file that loading reads, by its name."""
+
+
+def released_objective(contract: Contract) -> Objective | None:
+    """The objective whose head is part of the model. Raises ConfigError for one that this version does not
+    have."""
+    if contract.objective is None:
+        return None
+    if contract.objective not in OBJECTIVES:
+        raise ConfigError(f"objective={contract.objective} is not one of {', '.join(OBJECTIVES)}")
+    return _from_json(OBJECTIVES[contract.objective], contract.objective_settings, "objective_settings")
 
 
 def write_contract(folder: Path, contract: Contract) -> None:
@@ -102,7 +118,8 @@ def _from_json(kind: Any, values: Any, where: str) -> Any:
     """The dataclass whose fields the JSON object has, all of them and no other; nothing is converted."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'the file'} must be a JSON object, found {_shown(values)}")
-    hints, prefix = get_type_hints(kind), f"{where}." if where else ""
+    all_hints, prefix = get_type_hints(kind), f"{where}." if where else ""
+    hints = {field.name: all_hints[field.name] for field in dataclasses.fields(kind)}
     if missing := sorted(hints.keys() - values.keys()):
         raise ConfigError(f"{', '.join(prefix + name for name in missing)} missing")
     if unknown := sorted(values.keys() - hints.keys()):

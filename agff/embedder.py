@@ -18,6 +18,7 @@ from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem, to_device
 from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError, all_or_errors
 from agff.images import open_image
+from agff.objectives.objective import Objective
 from agff.processor import ItemProcessor
 from agff.similarity import FusionConfig, fused_similarity
 
@@ -36,7 +37,10 @@ class Embedder:
         fusion: FusionConfig,
         *,
         texts: TextRule = MMEB_TEXTS,
+        objective: Objective | None = None,
     ) -> None:
+        """objective: that of the model's head, where it has one."""
+        self.objective = objective
         self.model = model.eval()
         self.processor = processor
         self.fusion = fusion

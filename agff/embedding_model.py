@@ -85,6 +85,7 @@ class EmbeddingModel(nn.Module):
                     f"output {name!r} of {type(self.head).__name__} has shape {tuple(tensor.shape)}; its "
                     f"first axis must be the {len(embedding_BMD)} rows of the chunk"
                 )
+        # the head's own "embedding", where it has one, takes the place of the prompts' states
         return {**encoded, **{name: _at_least_float32(tensor) for name, tensor in found.items()}}
 
 

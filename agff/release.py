@@ -2,6 +2,7 @@
 
 <release>/backbone/            weights, configuration, tokenizer and image processor as Hugging Face has them
           prompts.safetensors  the soft tokens
+          head.safetensors     the head that makes the embeddings, where the objective has one
           golden.safetensors   embeddings of built-in items, compared at every load
           agff_config.json     the contract: prompts, limits, fusion, versions, origin, hashes of the files
           README.md            the model card
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,17 @@ from agff.contract import (
     check_files,
     fingerprints,
     read_contract,
+    released_objective,
     write_contract,
 )
 from agff.embedder import AnyItem, Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError, ConfigError
+from agff.objectives import name_of
+from agff.objectives.objective import Head
 from agff.processor import ItemProcessor
 
-PROMPTS_FILE, GOLDEN_FILE = "prompts.safetensors", "golden.safetensors"
+PROMPTS_FILE, HEAD_FILE, GOLDEN_FILE = "prompts.safetensors", "head.safetensors", "golden.safetensors"
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between a golden vector, the checkpoint's own in float32, and the release's: 0.8 and 2.6 degrees.
 
@@ -60,6 +65,8 @@ def save_release(
     model, processor = _merge_adapters(embedder.model).to(dtype), embedder.processor
     vectors = model.prompted_embedding.vectors.detach().cpu().clone()
     save_file({"vectors": vectors}, folder / PROMPTS_FILE)
+    if model.head is not None:
+        save_file(model.head.state_dict(), folder / HEAD_FILE)
     backbone = plain_backbone(model)
     backbone.save_pretrained(folder / "backbone")
     processor.save(folder / "backbone")
@@ -68,7 +75,10 @@ def save_release(
         processor=processor.limits,
         fusion=embedder.fusion,
         texts=embedder.texts,
-        pooling="last soft token of each prompt block, L2-normalised",
+        objective=name_of(embedder.objective) if embedder.objective else None,
+        objective_settings=asdict(embedder.objective) if embedder.objective else {},
+        pooling="last soft token of each prompt block, L2-normalised"
+        + ("; then the head" if model.head is not None else ""),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         origin=dict(origin),
@@ -92,14 +102,20 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
         check_files(folder, contract)
     dtype = getattr(torch, contract.dtype)
     with _named_errors(folder / "backbone", contract):
+        objective = released_objective(contract)
         backbone = load_backbone(folder / "backbone", dtype=dtype, attention="sdpa")
-        model = EmbeddingModel(backbone, contract.prompts)
+        head = objective.build_head(backbone.config) if objective else None
+        model = EmbeddingModel(backbone, contract.prompts, head)
         processor = ItemProcessor.from_folder(
             folder / "backbone", prompts=contract.prompts, limits=contract.processor
         )
     vectors = model.prompted_embedding.vectors
     vectors.data.copy_(_read_tensor(folder / PROMPTS_FILE, "vectors", vectors.shape))
-    embedder = Embedder(model.to(device), processor, contract.fusion, texts=contract.texts)
+    if head is not None:
+        _fill_head(head.to(dtype), folder / HEAD_FILE)
+    embedder = Embedder(
+        model.to(device), processor, contract.fusion, texts=contract.texts, objective=objective
+    )
     if check:
         try:
             check_golden(embedder, folder, dtype=contract.dtype)
@@ -161,6 +177,22 @@ def plain_backbone(model: EmbeddingModel) -> Any:
     backbone = _merge_adapters(model).backbone
     backbone.set_input_embeddings(model.prompted_embedding.base)
     return backbone
+
+
+def _fill_head(head: Head, path: Path) -> None:
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; {CONVERT_AGAIN}") from None
+    wanted = head.state_dict()
+    if problems := [
+        f"{name} is {list(found[name].shape) if name in found else 'missing'}, must be "
+        f"{list(wanted[name].shape) if name in wanted else 'absent'}"
+        for name in sorted(wanted.keys() | found.keys())
+        if name not in wanted or name not in found or found[name].shape != wanted[name].shape
+    ]:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}; {CONVERT_AGAIN}")
+    head.load_state_dict(found)
 
 
 def _read_tensor(path: Path, name: str, shape: torch.Size) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from agff.batch import Batch, Item, ProcessItems, SkippedSample
@@ -64,7 +66,7 @@ def collate(
     skipped: Sequence[SkippedSample] = (),
 ) -> Batch:
     """The local pairs of one step. An item that occurs several times becomes one row, whichever sides it is
-    on.
+    on; the same image with another region or caption is another item.
 
     Raises DataError when an item does not fit the backbone, or content ids do not say what is equal.
     """
@@ -86,16 +88,19 @@ def collate(
         negative_ids_N=torch.tensor([content_id for _, content_id in negatives], dtype=torch.int64),
         addresses=tuple(example.address for example in examples),
         filler=process([Item(text="")]),
+        pair_data=_pair_data(examples),
         skipped=tuple(skipped),
     )
 
 
 def _distinct(items: Sequence[tuple[Item, int]]) -> tuple[list[Item], list[int]]:
     """(items of different content, which of them each given item is). items: with their content ids."""
-    row_of_id: dict[int, int] = {}
+    row_of_key: dict[Any, int] = {}
     rows: list[Item] = []
+    row_of_item = []
     for item, content_id in items:
-        row = row_of_id.setdefault(content_id, len(rows))
+        row = row_of_key.setdefault((content_id, item.box, item.caption), len(rows))
+        row_of_item.append(row)
         if row == len(rows):
             rows.append(item)
         elif (item.text, _size(item)) != (rows[row].text, _size(rows[row])):
@@ -104,7 +109,20 @@ def _distinct(items: Sequence[tuple[Item, int]]) -> tuple[list[Item], list[int]]
                 "image size is another; equal ids must mean equal content: check the shards with "
                 "launcher/verify.py --deep, and prepare them again"
             )
-    return rows, [row_of_id[content_id] for _, content_id in items]
+    return rows, row_of_item
+
+
+def _pair_data(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """What comes with the pairs, by name, with the pair as first axis."""
+    data = {
+        name: torch.tensor([example.pair_data[name] for example in examples])
+        for name in examples[0].pair_data
+    }
+    if examples[0].vectors is not None:
+        vectors = [np.asarray(example.vectors, dtype=np.float32) for example in examples]
+        vectors_B2E = torch.from_numpy(np.stack(vectors))
+        data["query_teacher"], data["target_teacher"] = (side.contiguous() for side in vectors_B2E.unbind(1))
+    return data
 
 
 def _size(item: Item) -> tuple[int, int] | None:

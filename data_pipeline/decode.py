@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from agff.batch import NO_CONTENT, Item, text_problem
+import numpy as np
+
+from agff.batch import NO_CONTENT, Item, SeesPairs, text_problem
 from agff.errors import DataError
 from agff.images import SHARD_FORMATS, decode_image
 from data_pipeline.reader import NOT_A_RECORD, RawSample
@@ -23,14 +26,27 @@ class Example:
     negative_id: int
     """NO_CONTENT without a negative."""
     address: str
+    source: str = ""
+    vectors: np.ndarray | None = None
+    """(2, E) of a teacher, of query and target, where the run has them."""
+    pair_data: Mapping[str, float] = field(default_factory=dict)
+    """What the objective wants to know of the pair."""
 
     @property
     def items(self) -> tuple[Item, ...]:
         """Query, target and, if there is one, negative."""
         return (self.query, self.target, *((self.negative,) if self.negative else ()))
 
+    def seen_by(self, objective: SeesPairs) -> Example:
+        """The pair with what the objective makes of its items, and wants to know of it."""
+        query, target = objective.items_of_pair(self.source, self.query, self.target)
+        data = objective.pair_data_of(self.source, self.query, self.target)
+        return replace(self, query=query, target=target, pair_data=data)
 
-def decode(raw: RawSample, *, with_negative: bool = True, seen_pixels: int | None = None) -> Example:
+
+def decode(
+    raw: RawSample, *, source: str = "", with_negative: bool = True, seen_pixels: int | None = None
+) -> Example:
     """Raises DataError for whatever is wrong with the sample; its text starts with the address.
 
     with_negative: False leaves an explicit negative out. seen_pixels: what the model sees of one image at
@@ -47,6 +63,7 @@ def decode(raw: RawSample, *, with_negative: bool = True, seen_pixels: int | Non
             target_id=_content_id(record["target"]["id"]),
             negative_id=_content_id(record["negative"]["id"]) if with_negative else NO_CONTENT,
             address=raw.address,
+            source=source,
         )
     except KeyError as error:
         raise DataError(f"{raw.address}: member or field {error} is missing") from None
@@ -62,8 +79,11 @@ def _content_id(value: int) -> int:
 
 def _item(role: str, raw: RawSample, seen_pixels: int | None) -> Item:
     text, found, image = raw.record[role]["text"], raw.images.get(role), None
+    instruction = raw.record[role].get("instruction", "")
+    if not isinstance(instruction, str):
+        raise DataError(f"{raw.address}.json: {role}: instruction must be a text, found {instruction!r:.60}")
     if problem := text_problem(text, has_image=found is not None):  # before the costly part
         raise DataError(f"{raw.address}.json: {role}: {problem}")
     if found is not None:
         image = decode_image(found.content, found.address, formats=SHARD_FORMATS, seen_pixels=seen_pixels)
-    return Item(text=text, image=image, address=f"{raw.address}: {role}")
+    return Item(text=text, image=image, address=f"{raw.address}: {role}", instruction=instruction)

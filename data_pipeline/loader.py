@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from agff.batch import Batch, ProcessItems, SkippedSample
+from agff.batch import Batch, ProcessItems, SeesPairs, SkippedSample
 from agff.errors import AgffError, DataError
 from data_pipeline.collate import Chunking, collate
 from data_pipeline.decode import Example, decode
@@ -47,6 +47,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     """Redraws of one row before giving up."""
     with_negatives: bool = True
     """Explicit hard negatives, where a source has them, are part of the batch."""
+    objective: SeesPairs | None = None
+    """What it makes of each pair is in the batch."""
     seen_pixels: int | None = None
     """What the model sees of one image at most; much larger JPEGs are decoded at a fraction of their size."""
     fetch_ahead_steps: int = 0
@@ -101,13 +103,13 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         """The rank's pairs of a step, before they are processed. Raises DataError."""
         return self._examples(step, self._decode, [])
 
-    def _assemble(self, step: int, decode_sample: Callable[[RawSample], Example]) -> Batch:
+    def _assemble(self, step: int, decode_sample: Callable[[RawSample, str], Example]) -> Batch:
         skipped: list[SkippedSample] = []
         examples = self._examples(step, decode_sample, skipped)
         return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
     def _examples(
-        self, step: int, decode_sample: Callable[[RawSample], Example], skipped: list[SkippedSample]
+        self, step: int, decode_sample: Callable[[RawSample, str], Example], skipped: list[SkippedSample]
     ) -> list[Example]:
         numbers = self.plan.row_numbers(rank=self.rank, world_size=self.world_size)
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
@@ -122,7 +124,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         row: int,  # of the global batch: any number of ranks draws the same instead
         source: int,
         sample: int,
-        decode_sample: Callable[[RawSample], Example],
+        decode_sample: Callable[[RawSample, str], Example],
         skipped: list[SkippedSample],
     ) -> Example:
         """The row's example; an unusable one goes into `skipped`, and another of its source is drawn."""
@@ -132,7 +134,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             if self.watch:
                 self.watch.reading(step, source, sample)
             try:
-                return decode_sample(self.reader.read(name, sample))
+                return decode_sample(self.reader.read(name, sample), name)
             except DataError as error:  # not StorageError: the order must not depend on the network
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
@@ -141,11 +143,12 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         what = f"{len(failures)} bad samples in a row for row {row} of step {step}, {limit}"
         raise DataError("\n  ".join([f"{what}:", *failures]))
 
-    def _decode(self, raw: RawSample) -> Example:
-        return decode(raw, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)
+    def _decode(self, raw: RawSample, source: str) -> Example:
+        example = decode(raw, source=source, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)
+        return example.seen_by(self.objective) if self.objective else example
 
-    def _decode_and_process(self, raw: RawSample) -> Example:
-        example = self._decode(raw)
+    def _decode_and_process(self, raw: RawSample, source: str) -> Example:
+        example = self._decode(raw, source)
         for item in example.items:
             self.process([item])
         return example

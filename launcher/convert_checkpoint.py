@@ -56,15 +56,21 @@ def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
 
 
 def _write_and_compare(embedder: Embedder, folder: Path, origin: dict[str, Any], dtype: torch.dtype) -> float:
-    live = save_release(embedder, folder, origin=origin, dtype=dtype).state_dict()
+    live = save_release(embedder, folder, origin=origin, dtype=dtype).state_dict() | _head(embedder)
     released = load(folder, check=False)
     cosine = check_golden(released, folder, dtype=str(dtype).removeprefix("torch."))
-    for name, weight in plain_backbone(released.model).state_dict().items():
+    for name, weight in (plain_backbone(released.model).state_dict() | _head(released)).items():
         if not torch.equal(weight, live[name]):
             raise CheckpointError(
                 f"{folder}: weight {name} read back differs from the checkpoint's; nothing was released"
             )
     return cosine
+
+
+def _head(embedder: Embedder) -> dict[str, torch.Tensor]:
+    """Weights of the head that is part of the model, by the names of its file."""
+    head = embedder.model.head
+    return {f"head.{name}": weight for name, weight in head.state_dict().items()} if head is not None else {}
 
 
 @contextlib.contextmanager

@@ -5,3 +5,8 @@ from agff.objectives.objective import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive}
 """By the recipe's `objective`."""
+
+
+def name_of(objective: Objective) -> str:
+    """Its key in OBJECTIVES."""
+    return next(name for name, cls in OBJECTIVES.items() if cls is type(objective))

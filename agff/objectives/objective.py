@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from agff.batch import Batch, Encoded, ModelInputs
+from agff.batch import Batch, Encoded, Item, ModelInputs
 from agff.similarity import FusionConfig
 
 
 class Head(nn.Module):
-    """What an objective reads from the backbone's states beside the embeddings. It trains with the model and
-    is no part of a release.
+    """What an objective reads from the backbone's states beside the embeddings. It trains with the model.
 
     Under ZeRO it is a module like any other: all its parameters take part in every chunk on every rank, so
     where nothing is eligible its output must still depend on them, times zero.
@@ -28,11 +27,16 @@ class Head(nn.Module):
     is_random: ClassVar[bool] = False
     """Draws random numbers beside those of dropout modules, as masks. Both passes then draw the same."""
 
+    is_released: ClassVar[bool] = False
+    """Part of the model and of its release: its "embedding", (B, M, D) unit vectors, takes the place of that
+    of the prompts' states. Any other head serves the training alone, and is dropped by the conversion."""
+
     def forward(self, states: Sequence[Tensor], inputs: ModelInputs, embedding_BMD: Tensor) -> Encoded:
         """Further named tensors of each row of the chunk; "embedding" is already there.
 
         states: the last `num_states` hidden states (B, T, H), the last layer's at the end, which alone is
-        behind the final norm. Outputs become float32 or better. A learned
+        behind the final norm, in the number format of the weights. embedding_BMD is float32 or better, and
+        outputs become so: normalise in float32. A learned
         temperature, or whatever a row does not decide, is expanded to (B,): parameters used outside of a
         forward get no gradient under ZeRO.
         """
@@ -55,6 +59,21 @@ class ObjectiveResult:
 class Objective(ABC):
     """Settings of a loss, the recipe's section `loss`, and the loss itself. A subclass and a row of
     `agff.objectives.OBJECTIVES` is a new one."""
+
+    needs_vectors: ClassVar[bool] = False
+    """Compares with a teacher's vectors (data.vectors): pair_data["query_teacher"], ["target_teacher"]."""
+
+    def check(self, source_names: Sequence[str]) -> None:  # noqa: B027 (most fit any data)
+        """Raise ConfigError for settings that do not fit the data; before the first step."""
+
+    def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
+        """The items to encode for a pair of that source. Called in a worker of the loader."""
+        return query, target
+
+    def pair_data_of(self, source: str, query: Item, target: Item) -> Mapping[str, float]:
+        """Of a pair of that source: becomes `batch.pair_data`, by name, the same names for every pair. Called
+        in a worker of the loader, with the items as the shards have them."""
+        return {}
 
     def build_head(self, backbone_config: Any) -> Head | None:
         """What must be read from the backbone beside the embeddings; None: nothing."""

@@ -42,6 +42,7 @@ class RunData:
             chunking=run.chunking,
             max_bad_in_a_row=config.max_bad_in_a_row,
             with_negatives=config.with_negatives,
+            objective=run.config.loss,
             seen_pixels=processor.max_image_pixels,
             fetch_ahead_steps=config.cache.fetch_ahead_steps if isinstance(self.folder, CachedFolder) else 0,
         )
@@ -67,6 +68,7 @@ def open_data(config: RunConfig) -> RunData:
     mixture = Mixture(
         weights=config.data.weights, caps=config.data.caps, sub_batch_size=config.data.sub_batch_size
     )
+    config.loss.check(list(manifest.sources))
     plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
     return RunData(folder=folder, manifest=manifest, plan=plan)
 

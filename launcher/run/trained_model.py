@@ -55,8 +55,10 @@ def load_run(run: Path) -> tuple[Embedder, int]:
     model = untrained_model(config, dtype=torch.float32, attention="sdpa")  # whatever it trained with
     weights = consolidated_weights(run, step=step)
     _fill(model, weights, f"{run}: checkpoint of step {step}")
-    model.head = None  # it served the training
-    return Embedder(model, processor, config.fusion, texts=config.texts), step
+    if model.head is not None and not model.head.is_released:
+        model.head = None  # it served the training
+    objective = config.loss if model.head is not None else None
+    return Embedder(model, processor, config.fusion, texts=config.texts, objective=objective), step
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:

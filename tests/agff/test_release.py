@@ -8,20 +8,26 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from agff import contract
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
+from agff.batch import Encoded, ModelInputs
 from agff.contract import CONTRACT_FILE, FORMAT, Contract, fingerprints, read_contract, write_contract
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
+from agff.objectives import OBJECTIVES
+from agff.objectives.contrastive import Contrastive
+from agff.objectives.objective import Head, Objective
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.release import MIN_COSINE, check_golden, golden_items, load, save_release
@@ -31,20 +37,43 @@ from tests.drawings import tiny_backbone
 PROMPTS = PromptConfig(num_fine=2)
 
 
-def embedder(backbone: Path, *, lora: bool = False) -> Embedder:
+class Projection(Head):
+    """Makes the embeddings itself, of another width."""
+
+    is_released = True
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(hidden_size, width, bias=False)
+
+    def forward(self, states: Sequence[Tensor], inputs: ModelInputs, embedding_BMD: Tensor) -> Encoded:
+        projected = self.project(embedding_BMD.to(self.project.weight.dtype))
+        return {"embedding": nn.functional.normalize(projected.float(), dim=-1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected(Contrastive):
+    shared_width: int = 12
+
+    def build_head(self, backbone_config: Any) -> Head:
+        return Projection(backbone_config.get_text_config().hidden_size, self.shared_width)
+
+
+def embedder(backbone: Path, *, lora: bool = False, objective: Objective | None = None) -> Embedder:
     """Weights large enough that every layer has its say: a vision block turns the vectors by 12 degrees."""
     torch.manual_seed(0)
     chosen = BackboneConfig(path=str(backbone), lora=LoraConfig(rank=2) if lora else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = load_backbone(backbone, dtype=torch.float32, attention="sdpa")
-        model = EmbeddingModel(choose_trainable(base, chosen), PROMPTS)
+        head = objective.build_head(base.config) if objective else None
+        model = EmbeddingModel(choose_trainable(base, chosen), PROMPTS, head)
     torch.nn.init.normal_(model.prompted_embedding.vectors, std=0.05)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed_tokens" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     processor = ItemProcessor.from_folder(backbone, prompts=PROMPTS, limits=ProcessorConfig())
-    return Embedder(model, processor, FusionConfig())
+    return Embedder(model, processor, FusionConfig(), objective=objective)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +101,32 @@ def test_a_release_makes_the_vectors_of_the_model(
     # float32: merged adapters sum in another order; bfloat16 has 8 bits of each weight and sum
     cosine = torch.cosine_similarity(released.encode(items), expected, dim=-1).min().item()
     assert cosine > (1 - 1e-6 if dtype == torch.float32 else 0.999)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_makes_the_embeddings_is_part_of_the_release(
+    backbone: Path, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "projected", Projected)
+    trained = embedder(backbone, objective=Projected(shared_width=10))
+    expected = trained.encode(list(golden_items().values()))
+    assert expected.shape == (3, 3, 10)
+    save_release(trained, tmp_path / "release", origin={}, dtype=dtype)
+    released = load(tmp_path / "release")
+    assert released.objective == Projected(shared_width=10)
+    found = released.encode(list(golden_items().values()))
+    assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.999
+    loaded = load(tmp_path / "release", check=False)
+    assert loaded.model.head is not None
+    torch.nn.init.normal_(next(loaded.model.head.parameters()))
+    with pytest.raises(CheckpointError, match="does not reproduce its golden vectors"):
+        check_golden(loaded, tmp_path / "release", dtype=str(dtype).removeprefix("torch."))
+    save_file({"projekt.weight": torch.zeros(10, 16)}, tmp_path / "release" / "head.safetensors")
+    with pytest.raises(CheckpointError, match=r"head.safetensors: project.weight is missing, must be .* ab"):
+        load(tmp_path / "release", check=False)
+    monkeypatch.delitem(OBJECTIVES, "projected")
+    with pytest.raises(CheckpointError, match="objective=projected is not one of contrastive"):
+        load(tmp_path / "release", check=False)
 
 
 PARTS = {"decoder layer": "backbone.language_model.layers.1.", "vision block": "backbone.visual.blocks.0."}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -235,3 +236,44 @@ def test_equal_ids_of_different_items_are_named() -> None:
     examples = [example(0), replace(example(1), target_id=example(0).query_id)]
     with pytest.raises(DataError, match=r"has the content id \d+ of another item .*verify.py --deep"):
         collate(examples, Letters(0), chunking=FixedRows(rows=4))
+
+
+class Captioned:
+    """What an objective may ask for: other items, and values of a pair."""
+
+    def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
+        return replace(query, caption=f"{source}: {target.text}"), target
+
+    def pair_data_of(self, source: str, query: Item, target: Item) -> Mapping[str, float]:
+        return {"has_image": query.image is not None, "length": len(target.text)}
+
+
+def test_an_objective_sees_each_pair_before_its_items_become_rows() -> None:
+    def captioned(pair: int) -> Example:
+        return replace(example(pair), source="pets").seen_by(Captioned())
+
+    # pairs 4 and 6 have one query, but now with two captions
+    batch = collate([captioned(n) for n in (3, 4, 6)], Letters(0), chunking=FixedRows(rows=9))
+    assert len(set(batch.row_of_item_R.tolist())) == 8, "6 items, 2 negatives"
+    assert batch.query_ids_B[1] == batch.query_ids_B[2]
+    assert batch.pair_data["has_image"].tolist() == [True, False, False]
+    assert batch.pair_data["length"].tolist() == [len(PAIRS[n][1][0].text) for n in (3, 4, 6)]
+    assert captioned(4).query.caption == f"pets: {PAIRS[4][1][0].text}"
+
+
+def test_the_same_image_with_another_region_is_another_row() -> None:
+    pair = example(0)
+    regions = [replace(pair, query=replace(pair.query, box=(0.0, 0.0, x, 2.0))) for x in (1.0, 2.0, 2.0)]
+    batch = collate(regions, Letters(0), chunking=FixedRows(rows=9))
+    first, second, third = batch.row_of_item_R[:3].tolist()
+    assert first != second == third
+
+
+def test_vectors_of_a_teacher_come_with_their_pair() -> None:
+    vectors = np.arange(12, dtype=np.float16).reshape(2, 2, 3)
+    examples = [replace(example(n), vectors=vectors[n]) for n in range(2)]
+    data = collate(examples, Letters(0), chunking=FixedRows(rows=9)).pair_data
+    assert data["query_teacher"].tolist() == [[0, 1, 2], [6, 7, 8]]
+    assert data["target_teacher"].tolist() == [[3, 4, 5], [9, 10, 11]]
+    assert data["query_teacher"].dtype == torch.float32
+    assert data["target_teacher"].is_contiguous()

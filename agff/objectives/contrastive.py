@@ -51,7 +51,7 @@ class Contrastive(Objective):
         no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
         loss, rows = _one_direction(
             query_BMD,
-            torch.cat([target_BMD, negative_NMD]),
+            torch.cat([target_BMD, negative_NMD]) if len(negative_NMD) else target_BMD,
             batch.query_ids_B,
             candidate_ids=torch.cat([batch.target_ids_B, batch.negative_ids_N]),
             partner_ids=torch.cat([batch.query_ids_B, no_partner_N]),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agff.batch import Encoded, ModelInputs
 from agff.embedding_model import EmbeddingModel
+from agff.grad_cache import sides_as_leaves
 from agff.joined import encode_joined
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
@@ -149,7 +150,8 @@ def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_tar
     batch = batch_of(rows, NUM_ROWS, 0)
     with torch.no_grad():
         query, target, negative = (
-            side["embedding"][:, 0] for side in batch.split([engine.encode(c) for c in batch.chunks])
+            side["embedding"][:, 0]
+            for side in sides_as_leaves(batch, [engine.encode(c) for c in batch.chunks])
         )
     place = {j: k for k, j in enumerate(j for j, r in enumerate(rows) if "negative" in r)}
 

@@ -202,7 +202,7 @@ def test_explicit_negatives_follow_the_targets(shards: tuple[Path, Manifest]) ->
     batch = batches_of(shards, weights={"Shapes_t2i": 1})[0]
     assert isinstance(batch, Batch)
     assert batch.num_negatives == batch.num_pairs == 8
-    _, targets, negatives = batch.split([{"pixels": chunk["pixels"]} for chunk in batch.chunks])
+    _, targets, negatives = batch.split({"pixels": torch.cat([chunk["pixels"] for chunk in batch.chunks])})
     assert not torch.equal(targets["pixels"], negatives["pixels"])
     reader = ShardReader(LocalFolder(shards[0]), shards[1])
     by_address = {raw.address: raw for raw in (reader.read("Shapes_t2i", n) for n in range(24))}
@@ -220,7 +220,8 @@ def test_items_keep_their_order_whatever_the_chunks(shards: tuple[Path, Manifest
         assert isinstance(batch, Batch)
         batch = batch.padded_to(num_chunks=len(batch.chunks) + 2, num_negatives=batch.num_negatives + 1)
         query, target, negative = (
-            side["pixels"] for side in batch.split([{"pixels": chunk["pixels"]} for chunk in batch.chunks])
+            side["pixels"]
+            for side in batch.split({"pixels": torch.cat([chunk["pixels"] for chunk in batch.chunks])})
         )
         seen.append((query.tolist(), target.tolist(), negative[:-1].tolist()))
         assert batch.negative_ids_N[-1] == NO_CONTENT

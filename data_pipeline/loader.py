@@ -24,6 +24,7 @@ from data_pipeline.decode import Example, decode
 from data_pipeline.handover import HandedBatch, Slots
 from data_pipeline.plan import Plan
 from data_pipeline.reader import RawSample, ShardReader
+from data_pipeline.vectors import Vectors
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
@@ -49,6 +50,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     """Explicit hard negatives, where a source has them, are part of the batch."""
     objective: SeesPairs | None = None
     """What it makes of each pair is in the batch."""
+    vectors: Vectors | None = None
+    """Of a teacher, for each pair."""
     seen_pixels: int | None = None
     """What the model sees of one image at most; much larger JPEGs are decoded at a fraction of their size."""
     fetch_ahead_steps: int = 0
@@ -134,11 +137,15 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             if self.watch:
                 self.watch.reading(step, source, sample)
             try:
-                return decode_sample(self.reader.read(name, sample), name)
+                example = decode_sample(self.reader.read(name, sample), name)
             except DataError as error:  # not StorageError: the order must not depend on the network
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
                 sample = self.plan.redraw(step, row, attempt=len(failures))
+                continue
+            # behind the handler: a teacher's vector that cannot be used is no sample to pass over
+            vectors = self.vectors.read(name, sample) if self.vectors else None
+            return dataclasses.replace(example, vectors=vectors)
         limit = f"allowed are {self.max_bad_in_a_row} (data.max_bad_in_a_row)"
         what = f"{len(failures)} bad samples in a row for row {row} of step {step}, {limit}"
         raise DataError("\n  ".join([f"{what}:", *failures]))

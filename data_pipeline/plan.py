@@ -212,25 +212,6 @@ class Plan:
         return np.random.default_rng([self._seed, 4, source, epoch, window]).permutation(size)
 
 
-def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two descriptions of plans, one line each; empty for equal orders."""
-    names = ("version", "seed", "global_batch_size", "sub_batch_size")
-    changes = [f"{name}: {old[name]} -> {new[name]}" for name in names if old[name] != new[name]]
-    for name in sorted({*old["sources"], *new["sources"]}):
-        before, after = old["sources"].get(name), new["sources"].get(name)
-        if before is None or after is None:
-            changes.append(f"source {name} was {'added' if before is None else 'removed'}")
-            continue
-        if before["shards"] != after["shards"]:
-            changes.append(f"source {name}: its shards are others")
-        changes += [
-            f"source {name}: {key} {before[key]} -> {after[key]}"
-            for key in ("samples", "share")
-            if before[key] != after[key]
-        ]
-    return changes
-
-
 def _cap(mixture: Mixture, name: str) -> int | None:
     return mixture.caps.get(name) if isinstance(mixture.caps, Mapping) else mixture.caps
 

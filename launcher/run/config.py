@@ -39,6 +39,8 @@ class DataConfig:
     caps: int | dict[str, int] | None = None
     """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some
     by name."""
+    vectors: str | None = None
+    """Folder of a teacher's vectors of these shards, written by launcher/embed.py; local. null: none."""
     with_negatives: bool = True
     """Explicit hard negatives, where a source has them, are candidates of the whole global batch."""
     sub_batch_size: int

@@ -18,7 +18,7 @@ from agff.errors import DataError
 from agff.images import SHARD_FORMATS, read_header
 from data_pipeline.collate import Chunking
 from data_pipeline.plan import Plan
-from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, ShardReader
+from data_pipeline.reader import NOT_A_RECORD, PAIR_ROLES, RawSample, ShardReader, roles_of
 
 MOST_STEPS = 100
 """That are measured before a run."""
@@ -124,8 +124,8 @@ def _lengths(
             raw = reader.read(source, sample)
             found = [
                 (int(raw.record[role]["id"]), process.num_tokens(_outline(raw, role)))
-                for role in ROLES
-                if role in raw.record and (with_negatives or role != "negative")
+                for role in roles_of(raw.record)
+                if with_negatives or role in PAIR_ROLES
             ]
         except (DataError, KeyError, *NOT_A_RECORD):  # training draws another one
             continue

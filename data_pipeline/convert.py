@@ -252,7 +252,13 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
             )
             for task, record in zip(own, records, strict=True)
         )
-        sources[subset] = Source(num_rows=num_rows, num_rejected=num_rejected, shards=shards, index=index)
+        sources[subset] = Source(
+            num_rows=num_rows,
+            num_rejected=num_rejected,
+            shards=shards,
+            index=index,
+            most_negatives=max(record.most_negatives for record in records),
+        )
         if sources[subset].num_samples + num_rejected != num_rows:
             raise AssertionError(
                 f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}"

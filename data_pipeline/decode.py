@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from agff.batch import NO_CONTENT, Item, SeesPairs, text_problem
+from agff.batch import Item, SeesPairs, text_problem
 from agff.errors import DataError
 from agff.images import SHARD_FORMATS, decode_image
-from data_pipeline.reader import NOT_A_RECORD, RawSample
+from data_pipeline.reader import NOT_A_RECORD, PAIR_ROLES, RawSample, roles_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,11 @@ class Example:
 
     query: Item
     target: Item
-    negative: Item | None
-    """Explicit hard negative, where the source has one."""
+    negatives: tuple[Item, ...] = ()
+    """Explicit hard negatives, where the source has them."""
     query_id: int
     target_id: int
-    negative_id: int
-    """NO_CONTENT without a negative."""
+    negative_ids: tuple[int, ...] = ()
     address: str
     source: str = ""
     vectors: np.ndarray | None = None
@@ -34,8 +33,8 @@ class Example:
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """Query, target and, if there is one, negative."""
-        return (self.query, self.target, *((self.negative,) if self.negative else ()))
+        """Query, target and negatives."""
+        return (self.query, self.target, *self.negatives)
 
     def seen_by(self, objective: SeesPairs) -> Example:
         """The pair with what the objective makes of its items, and wants to know of it."""
@@ -45,23 +44,23 @@ class Example:
 
 
 def decode(
-    raw: RawSample, *, source: str = "", with_negative: bool = True, seen_pixels: int | None = None
+    raw: RawSample, *, source: str = "", with_negatives: bool = True, seen_pixels: int | None = None
 ) -> Example:
     """Raises DataError for whatever is wrong with the sample; its text starts with the address.
 
-    with_negative: False leaves an explicit negative out. seen_pixels: what the model sees of one image at
+    with_negatives: False leaves explicit negatives out. seen_pixels: what the model sees of one image at
     most.
     """
     record = raw.record
     try:
-        with_negative = with_negative and "negative" in record
+        negatives = [role for role in roles_of(record) if role not in PAIR_ROLES] if with_negatives else []
         return Example(
             query=_item("query", raw, seen_pixels),
             target=_item("target", raw, seen_pixels),
-            negative=_item("negative", raw, seen_pixels) if with_negative else None,
+            negatives=tuple(_item(role, raw, seen_pixels) for role in negatives),
             query_id=_content_id(record["query"]["id"]),
             target_id=_content_id(record["target"]["id"]),
-            negative_id=_content_id(record["negative"]["id"]) if with_negative else NO_CONTENT,
+            negative_ids=tuple(_content_id(record[role]["id"]) for role in negatives),
             address=raw.address,
             source=source,
         )

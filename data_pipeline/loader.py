@@ -151,7 +151,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         raise DataError("\n  ".join([f"{what}:", *failures]))
 
     def _decode(self, raw: RawSample, source: str) -> Example:
-        example = decode(raw, source=source, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)
+        example = decode(raw, source=source, with_negatives=self.with_negatives, seen_pixels=self.seen_pixels)
         return example.seen_by(self.objective) if self.objective else example
 
     def _decode_and_process(self, raw: RawSample, source: str) -> Example:

@@ -50,11 +50,16 @@ class Source:
     num_rejected: int
     shards: tuple[Shard, ...]
     index: StoredFile
+    most_negatives: int = 1
+    """Explicit negatives of one sample at most; a manifest of before does not say it, but has one or none."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for counts that are none."""
-        if any(type(count) is not int or count < 0 for count in (self.num_rows, self.num_rejected)):
-            raise ValueError(f"{self.num_rows!r} rows and {self.num_rejected!r} rejected ones are no counts")
+        counts = (self.num_rows, self.num_rejected, self.most_negatives)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(
+                f"{counts[0]!r} rows, {counts[1]!r} rejected ones, {counts[2]!r} negatives are no counts"
+            )
 
     @property
     def num_samples(self) -> int:
@@ -94,6 +99,7 @@ def read_manifest(folder: Folder) -> Manifest:
                 num_rejected=source["num_rejected"],
                 shards=tuple(Shard(**shard) for shard in source["shards"]),
                 index=StoredFile(**source["index"]),
+                most_negatives=source.get("most_negatives", 1),
             )
             for name, source in values["sources"].items()
         }

@@ -3,7 +3,8 @@
 Members of a sample: `<key>.json`, and the original bytes of its images as `<key>.query.jpg`,
 `<key>.target.png`, ... An image that several rows of a shard use is stored with the first of them; the
 others' JSON names that member, and where its bytes are in the file: {"image": "000000012.query.jpg", "at":
-[offset, size]}.
+[offset, size]}. The JSON has a side for each role: query, target, and where the source has explicit
+negatives, negative, negative_1, negative_2, ...
 
 The bytes are those of `webdataset.TarWriter` with fixed time, user and group; a test holds that. They are
 written with tarfile because TarWriter copies each byte once more: 4,082 instead of 4,445 rows a
@@ -25,7 +26,8 @@ from typing import Any
 from agff.errors import DataError
 from agff.files import partial_path, publish, sha256_of
 from agff.images import SHARD_FORMATS, read_header, read_image_file
-from data_pipeline.layouts.mmeb_train import Pair, Side
+from data_pipeline.layouts.training_rows import Pair, Side
+from data_pipeline.reader import negative_role
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Of an image's member, by its format."""
@@ -42,6 +44,8 @@ class ShardRecord:
     """(offset, size) of each sample in the tar, all its members together."""
     rejected: list[tuple[int, str]]
     """(row, reason) of each row that was not written."""
+    most_negatives: int = 1
+    """Explicit negatives of one sample at most; a record of before has one or none."""
 
 
 def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> ShardRecord:
@@ -52,11 +56,14 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
     """
     samples: list[tuple[int, int]] = []
     rejected: list[tuple[int, str]] = []
+    most_negatives = 0
     stored: dict[bytes, _Stored] = {}
     partial = partial_path(path)
     with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, pair in enumerate(pairs, start=first_row):
             try:
+                if isinstance(pair, str):
+                    raise DataError(pair)
                 members = _members(pair, row, stored)
             except DataError as error:
                 rejected.append((row, str(error)))
@@ -69,11 +76,17 @@ def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> S
                     stored[digest] = _Stored(name=header.name, offset=tar.offset + tarfile.BLOCKSIZE)
                 tar.addfile(header, io.BytesIO(content))
             samples.append((offset, tar.offset - offset))
+            most_negatives = max(most_negatives, len(pair.negatives))
     sha256 = sha256_of(partial)
     size_bytes = partial.stat().st_size
     publish(partial, path)
     return ShardRecord(
-        num_samples=len(samples), size_bytes=size_bytes, sha256=sha256, samples=samples, rejected=rejected
+        num_samples=len(samples),
+        size_bytes=size_bytes,
+        sha256=sha256,
+        samples=samples,
+        rejected=rejected,
+        most_negatives=most_negatives,
     )
 
 
@@ -90,17 +103,12 @@ class _Stored:
     offset: int
 
 
-def _members(
-    pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]
-) -> list[tuple[str, bytes, bytes | None]]:
+def _members(pair: Pair, row: int, stored: Mapping[bytes, _Stored]) -> list[tuple[str, bytes, bytes | None]]:
     """(name, content, SHA-256 of an image) of each member."""
-    if isinstance(pair, str):
-        raise DataError(pair)
     record: dict[str, Any] = {"row": row}
     images: dict[bytes, tuple[str, bytes, bytes]] = {}
-    for role, side in (("query", pair.query), ("target", pair.target), ("negative", pair.negative)):
-        if side is None:
-            continue
+    roles = ("query", "target", *map(negative_role, range(len(pair.negatives))))
+    for role, side in zip(roles, pair.sides, strict=True):
         image, suffix = _read_image(side, role)
         digest = _sha256(image) if image is not None else None
         record[role] = {"text": side.text, "image": None, "id": _content_id(side.text, digest)}

@@ -26,7 +26,7 @@ from data_pipeline.manifest import (
     write_index,
     write_manifest,
 )
-from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, parse_sample
+from data_pipeline.reader import NOT_A_RECORD, PAIR_ROLES, RawSample, parse_sample, roles_of
 from data_pipeline.shards import content_id
 from data_pipeline.storage import LocalFolder
 
@@ -148,10 +148,10 @@ def _sample_problems(path: Path, shard: Shard, content: _ShardContent, *, deep: 
                 sample = parse_sample(read_range(offset, size), path.name, read_range)
                 problems += [
                     f"{sample.address}: text or image of the {role} is not what was written"
-                    for role in ROLES
-                    if role in sample.record and _is_changed(sample, role)
+                    for role in roles_of(sample.record)
+                    if _is_changed(sample, role)
                 ]
-                if missing := [role for role in ROLES[:2] if role not in sample.record]:
+                if missing := [role for role in PAIR_ROLES if role not in sample.record]:
                     problems.append(f"{sample.address}: the {missing[0]} is missing")
                 elif deep:
                     decode(sample)

@@ -100,6 +100,7 @@ def _start(argv: Sequence[str]) -> int:
         _check_gpus_are_usable()
         prepare_quickstart_if_named(arguments.config)
     data = open_data(run.config)
+    run = run.with_most_negatives(data.most_negatives)
     processor = build_processor(run.config)
     check_run_folder(run)
     if rank.rank == 0:

@@ -20,7 +20,7 @@ from agff.errors import DataError
 from agff.processor import ItemProcessor
 from data_pipeline.decode import decode
 from data_pipeline.plan import Plan
-from data_pipeline.reader import ROLES, RawSample, ShardReader
+from data_pipeline.reader import RawSample, ShardReader, roles_of
 
 THUMBNAIL_PX = 192
 """Longer side of a picture on the page, at most."""
@@ -69,7 +69,7 @@ class Draw:
     address: str
     """`shard.tar:key`; empty when the sample could not be read."""
     items: Mapping[str, ShownItem]
-    """By role: query, target, negative."""
+    """By role: query, target, negative, negative_1, ..."""
     reason: str = ""
     """Why the sample cannot be used; empty when it can."""
 
@@ -184,8 +184,11 @@ class SampleView:
 
     def _items(self, raw: RawSample) -> dict[str, ShownItem]:
         seen_pixels = self.text_view.processor.max_image_pixels
-        example = decode(raw, with_negative=self.with_negatives, seen_pixels=seen_pixels)
-        return {role: self._item(item) for role, item in zip(ROLES, example.items, strict=False)}
+        example = decode(raw, with_negatives=self.with_negatives, seen_pixels=seen_pixels)
+        return {
+            role: self._item(item)
+            for role, item in zip(roles_of(raw.record), example.items, strict=self.with_negatives)
+        }
 
     def _item(self, item: Item) -> ShownItem:
         return ShownItem(
@@ -199,9 +202,7 @@ def _texts(record: object) -> dict[str, ShownItem]:
     """The texts of a record that may be malformed."""
     sides = record if isinstance(record, Mapping) else {}
     return {
-        role: ShownItem(text=str(sides[role]["text"]))
-        for role in ROLES
-        if role in sides and "text" in sides[role]
+        role: ShownItem(text=str(sides[role]["text"])) for role in roles_of(sides) if "text" in sides[role]
     }
 
 

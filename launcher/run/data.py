@@ -35,6 +35,11 @@ class RunData:
     """Of a teacher, for every source of the plan."""
 
     @property
+    def most_negatives(self) -> int:
+        """Explicit negatives of one pair at most."""
+        return max(self.manifest.sources[name].most_negatives for name in self.plan.source_names)
+
+    @property
     def description(self) -> dict[str, Any]:
         """All that decides what a step trains on, as checkpoints store it: the plan's, and the hashes of the
         vectors."""

@@ -32,6 +32,7 @@ from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
 from launcher.run.config import BatchConfig, DataConfig, RunConfig, resolve
 from launcher.run.data import build_processor, open_data
 from launcher.run.hardware import Hardware
+from tests import mmeb
 from tests.drawings import tiny_backbone, write_drawings
 from tests.launcher.runs import SMALL_RECIPE
 
@@ -205,7 +206,7 @@ CHANGES_NOTHING = {
     "data.accept_changes",
     "data.cache",
 }
-IN_OTHER_TESTS = {"data.shards", "data.max_bad_in_a_row"}
+IN_OTHER_TESTS = {"data.shards", "data.max_bad_in_a_row", "data.vectors"}
 
 
 def backbone_of_other_limits(folder: Path) -> Path:
@@ -274,6 +275,25 @@ def test_pairs_are_in_the_order_of_the_plan(
     ]
     line = f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): steps 5 to 7, 36 pairs, 0 unusable samples\n"
     assert capsys.readouterr().out == line
+
+
+def test_each_negative_of_a_pair_has_its_column(backbone: Path, tmp_path: Path) -> None:
+    texts = [f"{number}th" for number in range(12)]
+    rows = [
+        {**mmeb.row(qry=f"q{n}"), "neg_text": [], "neg_text_1": "", "neg_text_2": ""} | negatives
+        for n, negatives in enumerate([{}, {"neg_text": texts[:11], "neg_text_2": texts[11]}] * 2)
+    ]
+    run = write_run(tmp_path, backbone, rows)
+    page = preview(run, tmp_path / "page.html", "--batch.global_batch_size", "4", "--steps", "1")
+    heads = [cell.text for cell in page.all("tr", "head")[0].all("th")]
+    assert heads == ["pair", "query", "target", "negative", *(f"negative {n}" for n in range(1, 12))]
+    shown = [
+        [text.text for cell in pair.all("td", "negative") for text in cell.all("p", "text")]
+        for pair in page.all("tr", "pair")
+    ]
+    assert sorted(shown) == [[], [], texts, texts]
+    (batch,) = run.batches("--batch.global_batch_size", "4", num_steps=1)
+    assert batch.num_negatives == 24
 
 
 def test_contents_lead_to_every_sub_batch(drawn: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import signal
@@ -32,6 +33,8 @@ WARN_AFTER_S = 30
 """A longer wait for a batch is worth a warning that names the shard being read."""
 
 log = logging.getLogger(__name__)
+_Decode = Callable[[RawSample, str, Callable[[int], int]], Example]
+"""A sample, its source, which of so many regions."""
 
 
 @dataclass(kw_only=True)
@@ -106,14 +109,12 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         """The rank's pairs of a step, before they are processed. Raises DataError."""
         return self._examples(step, self._decode, [])
 
-    def _assemble(self, step: int, decode_sample: Callable[[RawSample, str], Example]) -> Batch:
+    def _assemble(self, step: int, decode_sample: _Decode) -> Batch:
         skipped: list[SkippedSample] = []
         examples = self._examples(step, decode_sample, skipped)
         return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
-    def _examples(
-        self, step: int, decode_sample: Callable[[RawSample, str], Example], skipped: list[SkippedSample]
-    ) -> list[Example]:
+    def _examples(self, step: int, decode_sample: _Decode, skipped: list[SkippedSample]) -> list[Example]:
         numbers = self.plan.row_numbers(rank=self.rank, world_size=self.world_size)
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
         return [
@@ -127,7 +128,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         row: int,  # of the global batch: any number of ranks draws the same instead
         source: int,
         sample: int,
-        decode_sample: Callable[[RawSample, str], Example],
+        decode_sample: _Decode,
         skipped: list[SkippedSample],
     ) -> Example:
         """The row's example; an unusable one goes into `skipped`, and another of its source is drawn."""
@@ -137,7 +138,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             if self.watch:
                 self.watch.reading(step, source, sample)
             try:
-                example = decode_sample(self.reader.read(name, sample), name)
+                region = functools.partial(self.plan.region, step=step, row=row, attempt=len(failures))
+                example = decode_sample(self.reader.read(name, sample), name, region)
             except DataError as error:  # not StorageError: the order must not depend on the network
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
@@ -150,12 +152,18 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         what = f"{len(failures)} bad samples in a row for row {row} of step {step}, {limit}"
         raise DataError("\n  ".join([f"{what}:", *failures]))
 
-    def _decode(self, raw: RawSample, source: str) -> Example:
-        example = decode(raw, source=source, with_negatives=self.with_negatives, seen_pixels=self.seen_pixels)
+    def _decode(self, raw: RawSample, source: str, region: Callable[[int], int]) -> Example:
+        example = decode(
+            raw,
+            source=source,
+            with_negatives=self.with_negatives,
+            seen_pixels=self.seen_pixels,
+            draw=region,
+        )
         return example.seen_by(self.objective) if self.objective else example
 
-    def _decode_and_process(self, raw: RawSample, source: str) -> Example:
-        example = self._decode(raw, source)
+    def _decode_and_process(self, raw: RawSample, source: str, region: Callable[[int], int]) -> Example:
+        example = self._decode(raw, source, region)
         for item in example.items:
             self.process([item])
         return example

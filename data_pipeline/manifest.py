@@ -3,7 +3,8 @@
 <shards>/manifest.json
          <SOURCE>/<SOURCE>-00000.tar   an ordinary WebDataset shard
                   index.arrow          one row a sample, in shard order: shard, offset, size (Arrow IPC)
-                  rejected.jsonl       rows of the source that were not written, with their reasons
+                  rejected.jsonl       rows of the source that were not written, and regions that were left
+                                       out of others, with their reasons
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ class Source:
     index: StoredFile
     most_negatives: int = 1
     """Explicit negatives of one sample at most; a manifest of before does not say it, but has one or none."""
+    num_left_out: int = 0
+    """Regions that could not be used, of images that were written."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for counts that are none."""
-        counts = (self.num_rows, self.num_rejected, self.most_negatives)
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(
-                f"{counts[0]!r} rows, {counts[1]!r} rejected ones, {counts[2]!r} negatives are no counts"
-            )
+        names = ("num_rows", "num_rejected", "most_negatives", "num_left_out")
+        counts = {name: getattr(self, name) for name in names}
+        if wrong := {name: x for name, x in counts.items() if type(x) is not int or x < 0}:
+            raise ValueError(f"{wrong} are no counts")
 
     @property
     def num_samples(self) -> int:
@@ -99,7 +101,7 @@ def read_manifest(folder: Folder) -> Manifest:
                 num_rejected=source["num_rejected"],
                 shards=tuple(Shard(**shard) for shard in source["shards"]),
                 index=StoredFile(**source["index"]),
-                most_negatives=source.get("most_negatives", 1),
+                **{name: source[name] for name in ("most_negatives", "num_left_out") if name in source},
             )
             for name, source in values["sources"].items()
         }

@@ -128,6 +128,11 @@ class Plan:
             self._sample_numbers(source, shard, position - (ends[shard] - self._kept_sizes[source][shard]))[0]
         )
 
+    def region(self, count: int, *, step: int, row: int, attempt: int) -> int:
+        """Which of `count` regions a row of the global batch takes of its sample: a function of (seed, step,
+        row, attempt) as `redraw` is, with attempt 0 for the sample of the plan."""
+        return int(np.random.default_rng([self._seed, 6, step, row, attempt]).integers(count))
+
     def _rows(self, step: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these increasing numbers. One lookup a source, however many sub-batches it has."""
         sub_batch = step * (self._size // self._sub_batch) + numbers // self._sub_batch

@@ -17,23 +17,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from agff.batch import IMAGE_PLACEHOLDER, MMEB_TEXTS, instructed_text, text_problem, without_placeholder
 from agff.errors import DataError
-from data_pipeline.layouts.columns import ColumnKind, schema_findings
+from data_pipeline.layouts.columns import ColumnKind, open_table, rows_between, schema_findings
 from data_pipeline.layouts.parts import check_parts, copies
 from data_pipeline.layouts.training_rows import IMAGE_ALONE, Pair, Side, below
 
 _REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 _OPTIONAL = ("qry_inst", "pos_inst")
 _OF_NEGATIVES = re.compile(r"neg_(?:text|image_path|inst)(?P<number>|_\d+)", re.ASCII)
-_READ_BUFFER_BYTES = 2**20
-"""Of each column; without it a whole row group, which may be a whole subset, would be held in memory."""
 _TEXT, _TEXTS = ColumnKind(is_image=False, many=False), ColumnKind(is_image=False, many=True)
 SPLITS = ("original", "diverse_instruction")
 
@@ -51,7 +47,36 @@ def find_subsets(root: Path, *, split: str) -> list[str]:
     return sorted({path.parent.name for path in paths})
 
 
-def parquet_files(root: Path, subset: str, *, split: str) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class MmebTrain:
+    """A download as a layout: its subsets are the sources."""
+
+    root: Path
+    split: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See Layout."""
+        return {"split": self.split}
+
+    def sources(self) -> list[str]:
+        """See Layout."""
+        return find_subsets(self.root, split=self.split)
+
+    def count_rows(self, source: str) -> int:
+        """See Layout."""
+        return count_rows(self.root, source, split=self.split)
+
+    def rows(self, source: str, *, start: int, stop: int) -> Iterator[Pair | str]:
+        """See Layout."""
+        return read_pairs(self.root, source, split=self.split, start=start, stop=stop)
+
+    def tables(self, source: str) -> list[Path]:
+        """See Layout."""
+        return _parquet_files(self.root, source, split=self.split)
+
+
+def _parquet_files(root: Path, subset: str, *, split: str) -> list[Path]:
     """The subset's parquet files in order."""
     return sorted((root / subset).glob(f"{split}-*.parquet"))
 
@@ -62,7 +87,7 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
     Raises DataError, with one line for each finding, for a subset of which a part is absent or there twice,
     that has no row, or a table without the columns of text that MMEB-train has.
     """
-    paths = parquet_files(root, subset, split=split)
+    paths = _parquet_files(root, subset, split=split)
     if not paths:
         found = ", ".join(sorted(path.name for path in (root / subset).glob("*.parquet")))
         raise DataError(
@@ -72,7 +97,7 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
     findings, total, with_rows = _findings_of_names(paths, split), 0, []
     for path in paths:
         try:
-            with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
+            with open_table(path) as file:
                 findings += schema_findings(file, _columns(file.schema_arrow.names), path)
                 total += file.metadata.num_rows
                 with_rows += [path] if file.metadata.num_rows else []
@@ -107,40 +132,12 @@ def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
 
 def read_pairs(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[Pair | str]:
     """Rows start .. stop - 1 of a subset: a Pair, or the reason why the row cannot be used."""
-    for values in _rows(root, subset, split=split, start=start, stop=stop):
+    paths = _parquet_files(root, subset, split=split)
+    for values in rows_between(paths, lambda names: list(_columns(names)), start=start, stop=stop):
         try:
             yield _pair(root, values)
         except DataError as error:
             yield str(error)
-
-
-def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[_Row]:
-    """Row groups outside of start .. stop are not read."""
-    position = 0
-    for path in parquet_files(root, subset, split=split):
-        try:
-            with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
-                columns = list(_columns(file.schema_arrow.names))
-                for group in range(file.num_row_groups):
-                    num_rows = file.metadata.row_group(group).num_rows
-                    if position < stop and position + num_rows > start:
-                        yield from _rows_of_group(file, group, columns, start - position, stop - position)
-                    position += num_rows
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: damaged parquet file: {error}; download it again") from None
-
-
-def _rows_of_group(
-    file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int
-) -> Iterator[_Row]:
-    position = 0
-    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-        first, last = max(start - position, 0), min(stop - position, batch.num_rows)
-        if first < last:
-            yield from batch.slice(first, last - first).to_pylist()
-        position += batch.num_rows
-        if position >= stop:
-            return
 
 
 def _columns(found: Iterable[str]) -> dict[str, ColumnKind]:

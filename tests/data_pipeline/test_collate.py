@@ -23,7 +23,7 @@ from agff.similarity import FusionConfig
 from agff.step import train_step
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget, collate
 from data_pipeline.decode import Example
-from data_pipeline.shards import content_id
+from data_pipeline.regions import content_id
 from tests.agff.test_step import PlainEngine
 from tests.agff.three_kinds import ThreeKinds
 from tests.agff.tiny import IMAGE_TOKEN, PATCH_VALUES, VOCABULARY, chunk, tiny_model

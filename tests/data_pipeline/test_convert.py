@@ -30,7 +30,7 @@ from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.manifest import read_manifest
 from data_pipeline.reader import ShardReader
-from data_pipeline.shards import content_id
+from data_pipeline.regions import content_id
 from data_pipeline.storage import LocalFolder
 from data_pipeline.verify import check_folder
 from tests.mmeb import contents, row, write_subset

@@ -121,6 +121,13 @@ def test_an_objective_that_needs_vectors_is_refused_without_them(
     monkeypatch.setattr(Contrastive, "needs_vectors", True)
     with pytest.raises(ConfigError, match=r"learns from a teacher's vectors, and data.vectors is not given"):
         open_data(config)
+    writer = VectorsWriter(tmp_path / "v", read_manifest(LocalFolder(tmp_path / "a")), model="teacher", dim=2)
+    for block in writer.missing_blocks(rank=0, world_size=1):
+        writer.write(block, np.zeros((block.stop - block.start, 2, 2), dtype=np.float32))
+    writer.finish()
+    data = open_data(parse_train_arguments([*shards, "--data.vectors", str(tmp_path / "v")]).config)
+    assert data.vectors is not None
+    assert data.description == {**data.plan.description, "vectors": data.vectors.digests}
     with pytest.raises(DataError, match=r"none: no vectors here"):
         open_data(parse_train_arguments([*shards, "--data.vectors", str(tmp_path / "none")]).config)
 

@@ -276,12 +276,10 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
             shards=shards,
             index=index,
             most_negatives=max(record.most_negatives for record in records),
+            num_regions=sum(record.num_regions for record in records),
             num_left_out=sum(len(record.left_out) for record in records),
         )
-        if sources[source].num_samples + num_rejected != num_rows:
-            raise AssertionError(
-                f"{source}: {sources[source].num_samples} + {num_rejected} rows are not {num_rows}"
-            )
+        assert sources[source].num_samples + num_rejected == num_rows, f"{source}: a row is neither"
     write_manifest(out, Manifest(sources=sources, settings=settings))
 
 

@@ -48,6 +48,8 @@ class ShardRecord:
     """(row, reason) of each row that was not written."""
     most_negatives: int = 1
     """Explicit negatives of one sample at most; a record of before has one or none."""
+    num_regions: int = 0
+    """Of all samples, in each of which one is drawn."""
     left_out: list[tuple[int, str]] = field(default_factory=list)
     """(row, reason) of each region that was left out of an image that was written."""
 
@@ -61,7 +63,7 @@ def write_shard(path: Path, rows: Iterable[Pair | RegionRow | str], *, first_row
     samples: list[tuple[int, int]] = []
     rejected: list[tuple[int, str]] = []
     left_out: list[tuple[int, str]] = []
-    most_negatives = 0
+    most_negatives = num_regions = 0
     stored: dict[bytes, _Stored] = {}
     partial = partial_path(path)
     with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -81,6 +83,7 @@ def write_shard(path: Path, rows: Iterable[Pair | RegionRow | str], *, first_row
             samples.append((offset, tar.offset - offset))
             left_out += [(number, reason) for reason in sample.left_out]
             most_negatives = max(most_negatives, sample.num_negatives)
+            num_regions += len(sample.record.get("regions", ()))
     sha256 = sha256_of(partial)
     size_bytes = partial.stat().st_size
     publish(partial, path)
@@ -91,6 +94,7 @@ def write_shard(path: Path, rows: Iterable[Pair | RegionRow | str], *, first_row
         samples=samples,
         rejected=rejected,
         most_negatives=most_negatives,
+        num_regions=num_regions,
         left_out=left_out,
     )
 

@@ -87,8 +87,9 @@ class Vectors:
 def open_vectors(folder: Path, manifest: Manifest, *, sources: Iterable[str]) -> Vectors:
     """The vectors of these sources of the manifest.
 
-    Raises one DataError with every finding: no vectors there, a source without any, vectors of other shards,
-    of another number of samples or width, a file that is missing, cut short or no array of float16.
+    Raises one DataError with every finding: no vectors there, a source without any or with regions, vectors
+    of other shards, of another number of samples or width, a file that is missing, cut short or no array of
+    float16.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", str(folder)):  # a Path keeps one slash of "://"
         raise DataError(f"data.vectors={folder}: vectors are read from a local folder only; copy them to one")
@@ -142,6 +143,11 @@ def _read_description(folder: Path) -> tuple[int, dict[str, VectorFile]]:
 
 def _open(folder: Path, name: str, file: VectorFile | None, manifest: Manifest, dim: int) -> NDArray:
     path, source = _path(folder, name), manifest.sources[name]
+    if source.num_regions:
+        raise DataError(
+            f"{folder}: {name} has regions, of which each step draws another: a teacher's vectors are of "
+            "pairs; leave it out with data.weights"
+        )
     if file is None:
         raise DataError(
             f"{folder}: no vectors of source {name}; {_REMEDY}, or leave it out with data.weights"

@@ -47,12 +47,16 @@ class VectorsWriter:
         self, folder: Path, manifest: Manifest, *, model: str, dim: int, sources: Sequence[str] | None = None
     ) -> None:
         """model: identity of the teacher, another text for other vectors. dim: E. sources: None for all; one
-        without samples is left out.
+        without samples, or whose samples are images with regions, is left out.
 
         Raises ConfigError when the folder holds other vectors, OSError when it cannot be written.
         """
         chosen = {name: manifest.sources[name] for name in sorted(sources or manifest.sources)}
-        self._samples = {name: source.num_samples for name, source in chosen.items() if source.num_samples}
+        self._samples = {
+            name: source.num_samples
+            for name, source in chosen.items()
+            if source.num_samples and not source.num_regions
+        }
         self.folder, self.dim = folder, dim
         self._settings: dict[str, Any] = {
             "format": FORMAT,

@@ -75,8 +75,12 @@ def _summary(manifest: Manifest, out: Path) -> str:
             f"{name:<28} {source.num_rows:>9,} {source.num_samples:>9,} {source.num_rejected:>9,} "
             f"{len(source.shards):>7,} {size:>9,.1f}"
         )
-    if count := sum(source.num_left_out for source in manifest.sources.values()):
-        lines.append(f"{count:,} regions of written rows were left out")
+    for name, source in sorted(manifest.sources.items()):
+        if source.num_regions:
+            left_out = f"{source.num_left_out:,} regions of these were left out"
+            lines.append(
+                f"{name}: {source.num_regions:,} regions of {source.num_samples:,} images; {left_out}"
+            )
     if any(source.num_rejected or source.num_left_out for source in manifest.sources.values()):
         lines.append(f"rejected rows and their reasons: {out}/<source>/{REJECTED_FILE}")
     return "\n".join(lines)

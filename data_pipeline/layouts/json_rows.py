@@ -44,17 +44,26 @@ class JsonRows:
                 return
 
 
-@functools.cache  # a writer reads many parts of a file
 def json_rows(path: Path) -> JsonRows:
     """Read a file once, with a progress bar when it takes long. Raises DataError, with the byte, for what is
     no list of objects."""
-    places: list[int] = []
-    count = 0
+    return _json_rows(path, file_state(path))
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """(size, time of the last change), by which a file that was read before is known. Raises DataError."""
     try:
-        size_bytes = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot read it: {error.strerror}") from None
-    with hashing_bar(f"read {path.name}", size_bytes, is_shown=True) as bar:
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)  # a writer reads many parts of a file
+def _json_rows(path: Path, state: tuple[int, int]) -> JsonRows:
+    places: list[int] = []
+    count = 0
+    with hashing_bar(f"read {path.name}", state[0], is_shown=True) as bar:
         for place, _ in _objects(path, 0):
             if count % _INDEXED == 0:
                 bar.update(place - bar.n)

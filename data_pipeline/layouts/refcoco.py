@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agff.errors import DataError
+from data_pipeline.layouts.json_rows import file_state
 from data_pipeline.layouts.training_rows import Region, RegionRow, below, region
 
 INSTANCES_FILE = "instances.json"
@@ -69,10 +70,14 @@ def _read_pickle(path: Path) -> Any:
         raise DataError(f"{path}: not a readable pickle: {error}; download it again") from None
 
 
-@functools.cache  # a writer converts many parts of it
 def refcoco_rows(path: Path, images: Path) -> tuple[RegionRow | str, ...]:
     """One row an image, in the order of its first reference: every sentence of every reference is a region.
     Raises DataError."""
+    return _refcoco_rows(path, images, (file_state(path), file_state(path.parent / INSTANCES_FILE)))
+
+
+@functools.lru_cache(maxsize=2)  # a writer converts many parts of it
+def _refcoco_rows(path: Path, images: Path, state: object) -> tuple[RegionRow | str, ...]:
     refs = _refs(path)
     sizes, boxes = _instances(path.parent / INSTANCES_FILE)
     regions: dict[int, list[Region | str]] = {}

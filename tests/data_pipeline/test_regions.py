@@ -27,6 +27,8 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.regions import _box_problem, content_id
 from data_pipeline.storage import LocalFolder
+from data_pipeline.vectors import open_vectors
+from data_pipeline.vectors_writer import VectorsWriter
 from data_pipeline.verify import check_folder
 from tests.data_pipeline.test_loader import Encoder
 from tests.mmeb import contents
@@ -93,7 +95,7 @@ def test_an_image_is_stored_once_with_all_its_regions_and_everything_is_verified
     folder, manifest = many
     source = manifest.sources["Parts"]
     assert (source.num_rows, source.num_samples, source.num_rejected, source.num_left_out) == (10, 10, 0, 0)
-    assert source.most_negatives == 0
+    assert (source.num_regions, source.most_negatives) == (60, 0)
     assert read_manifest(LocalFolder(folder / "out")) == manifest
     assert check_folder(LocalFolder(folder / "out"), manifest, deep=True, processes=1) == []
     raw = ShardReader(LocalFolder(folder / "out"), manifest).read("Parts", 3)
@@ -278,6 +280,17 @@ def test_a_foreign_record_of_regions_is_a_data_error_with_its_address(
     broken = type(raw)(address=raw.address, record={**raw.record, **change}, images=raw.images)
     with pytest.raises(DataError, match=r"^Parts-00000.tar:000000002"):
         decode(broken)
+
+
+def test_a_teacher_s_vectors_are_of_pairs(many: tuple[Path, Manifest], tmp_path: Path) -> None:
+    """A vector a sample cannot be that of whichever region a step draws."""
+    writer = VectorsWriter(tmp_path / "v", many[1], model="teacher", dim=2)
+    assert writer.missing_blocks(rank=0, world_size=1) == []
+    writer.finish()
+    with pytest.raises(
+        DataError, match=r"Parts has regions, of which each step draws another: .*data.weights"
+    ):
+        open_vectors(tmp_path / "v", many[1], sources=["Parts"])
 
 
 def test_the_start_up_table_can_measure_batches_of_regions(many: tuple[Path, Manifest]) -> None:

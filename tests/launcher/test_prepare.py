@@ -318,7 +318,7 @@ def test_each_layout_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
         printed = capsys.readouterr().out
         source, *counts = expected[layout]
         assert printed.splitlines()[1].split()[:4] == [source, *map(str, counts)]
-        assert ("1 regions of written rows were left out" in printed) == (layout == "regions")
+        assert ("1 regions of 1 images; 1 regions of these were left out" in printed) == (layout == "regions")
         manifest = read_manifest(LocalFolder(out))
         assert check_folder(LocalFolder(out), manifest, deep=True, processes=1) == []
         decode(ShardReader(LocalFolder(out), manifest).read(source, 0))

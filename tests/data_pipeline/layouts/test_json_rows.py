@@ -49,6 +49,13 @@ def test_a_part_is_found_without_reading_what_is_before_it(
     assert len(parsed) == 600 - 512 + 1
 
 
+def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for count in (3, 700):
+        path.write_text(json.dumps(ROWS[:count]))
+        assert list(json_rows(path).between(0, 999)) == ROWS[:count]
+
+
 DAMAGED = {
     "cut in an object": (
         '[{"a": 1}, {"a": "some',

@@ -70,7 +70,11 @@ def collate(
 
     Raises DataError when an item does not fit the backbone, or content ids do not say what is equal.
     """
-    negatives = [(example.negative, example.negative_id) for example in examples if example.negative]
+    negatives = [
+        negative
+        for example in examples
+        for negative in zip(example.negatives, example.negative_ids, strict=True)
+    ]
     rows, row_of_item = _distinct(
         [
             *((example.query, example.query_id) for example in examples),

@@ -45,12 +45,13 @@ DECIDE_THE_ORDER = (
     "seed",
     "batch.global_batch_size",
     "data.shards",
+    "data.vectors",
     "data.weights",
     "data.caps",
     "data.sub_batch_size",
 )
 """Settings of which the plan says more exactly whether and how it changed
-(data_pipeline.plan.plan_changes)."""
+(data_pipeline/plan_changes.py)."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

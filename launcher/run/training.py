@@ -86,9 +86,9 @@ def _train_from(
     """The rest of the run; False when stopped on request. Collective."""
     config = run.config
     if start_step:
-        check_data_plan(run, data.plan.description, step=start_step)
+        check_data_plan(run, data.description, step=start_step)
     state = {
-        "data_plan": data.plan.description,
+        "data_plan": data.description,
         "backbone_sha256": backbone_of_run(run, start_step=start_step),
     }
     if rank.rank == 0:

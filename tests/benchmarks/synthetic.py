@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from agff.batch import IMAGE_PLACEHOLDER, NO_CONTENT, Item
+from agff.batch import IMAGE_PLACEHOLDER, Item
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from data_pipeline.decode import Example
@@ -64,10 +64,8 @@ def examples(num_pairs: int, *, image_side: int = 56, are_alike: bool = False) -
             Example(
                 query=query,
                 target=target,
-                negative=None,
                 query_id=2 * number,
                 target_id=2 * number + 1,
-                negative_id=NO_CONTENT,
                 address=f"noise:{number}",
             )
         )

@@ -50,6 +50,17 @@ def test_what_needs_two_parts_is_checked_together(
         resolve_on(quickstart(*overrides), world_size)
 
 
+def test_the_largest_number_of_negatives_in_the_data_decides_how_many_items_a_batch_may_have() -> None:
+    run = resolve_on(quickstart("--batch.global_batch_size", "64", "--batch.chunk_size", "auto"))
+    assert (run.most_items, run.chunking) == (3 * 32, FixedRows(rows=3 * 32)), "before the data are opened"
+    for count in (0, 1, 5):
+        of_data = run.with_most_negatives(count)
+        assert (of_data.most_items, of_data.chunking) == ((2 + count) * 32, FixedRows(rows=(2 + count) * 32))
+    without = resolve_on(quickstart("--batch.global_batch_size", "64", "--data.with_negatives", "false"))
+    assert without.with_most_negatives(5) == without
+    assert without.most_items == 2 * 32
+
+
 def test_batch_sizes_and_precision_are_filled_into_the_deepspeed_config() -> None:
     run = resolve_on(quickstart("--batch.global_batch_size", "128", "--batch.chunk_size", "16"), world_size=4)
     assert run.deepspeed["train_batch_size"] == 128

@@ -66,6 +66,10 @@ class Objective(ABC):
     def check(self, source_names: Sequence[str]) -> None:  # noqa: B027 (most fit any data)
         """Raise ConfigError for settings that do not fit the data; before the first step."""
 
+    def check_sizes(self, *, global_batch_size: int, num_fine: int) -> None:  # noqa: B027
+        """Raise ConfigError for settings that do not fit the batch, or an item's number of fine vectors;
+        before the first step."""
+
     def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
         """The items to encode for a pair of that source. Called in a worker of the loader."""
         return query, target

@@ -224,6 +224,9 @@ def resolve(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"num_steps={config.num_steps}"
         )
+    config.loss.check_sizes(
+        global_batch_size=config.batch.global_batch_size, num_fine=config.prompts.num_fine
+    )
     deepspeed = {
         **deepspeed_values,
         "train_batch_size": config.batch.global_batch_size,

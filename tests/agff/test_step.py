@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -36,8 +38,22 @@ CONTRASTIVE = [
         (1, 2, 4, 12, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
     )
 ]
+TREATED = Contrastive(
+    temperature=0.2,
+    amplification=2.0,
+    bidirectional=True,
+    false_negative_margin=0.02,
+    num_hardest=3,
+    hardness_weight=9.0,
+)
+"""Drops some, not all: see test_the_treatments_of_the_cases_choose_among_the_candidates."""
 CASES: list[tuple[int | TokenBudget, Objective, int]] = [
     *CONTRASTIVE,
+    *(
+        (chunking, TREATED, num_fine)
+        for chunking in (1, 4, TokenBudget(max_tokens=22))
+        for num_fine in (0, 4)
+    ),
     *((chunking, ThreeKinds(), 4) for chunking in (1, 2, 12, TokenBudget(max_tokens=22))),
 ]
 """4 items are a whole local batch of two ranks, 12 its queries, targets and negatives. With a budget the
@@ -119,6 +135,17 @@ def test_the_cases_exercise_ranks_with_different_numbers_of_chunks_and_negatives
     assert len(batches[0].chunks) > len(batches[1].chunks)
     assert (batches[0].num_negatives, batches[1].num_negatives) == (3, 0)
     assert any(len(chunk["input_ids"]) > 1 for chunk in batches[0].chunks)
+
+
+def test_the_treatments_of_the_cases_choose_among_the_candidates() -> None:
+    for num_fine in (0, 4):
+        batch = batch_of(global_rows(NUM_ROWS, num_fine, rows_without_image=range(4, 8)), NUM_ROWS, num_fine)
+        step = partial(train_step, PlainEngine(tiny_model(num_fine)), fusion=FusionConfig(), batch=batch)
+        found = [
+            step(objective=replace(TREATED, **changes)).metrics["negatives_per_row"].item()
+            for changes in ({"false_negative_margin": None, "num_hardest": None}, {"num_hardest": None}, {})
+        ]
+        assert found[0] > found[1] > found[2] > 1, "the margin drops some, the number some more"
 
 
 def slow_losses(similarity: Any, rows: list[dict], *, temperature: float) -> list[float]:

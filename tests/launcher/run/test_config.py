@@ -41,6 +41,7 @@ def test_every_recipe_parses_and_can_be_resolved(recipe: str) -> None:
             2,
             "warmup_steps=300 must be below num_steps=300",
         ),
+        (["--loss.num_hardest", "64"], 2, "num_hardest=64 must be below global_batch_size=64: a row has 63"),
     ],
 )
 def test_what_needs_two_parts_is_checked_together(
@@ -111,7 +112,13 @@ OUT_OF_RANGE = [
     ("optimizer.epsilon", "0.0"),
     ("processor.min_pixels", "0"),
     ("processor.max_pixels", "-1"),
+    ("loss.num_hardest", "0"),
+    ("loss.hardness_weight", "-1.0"),
 ]
+
+
+def test_the_most_of_the_hardest_is_the_batch_without_the_row() -> None:
+    assert resolve_on(quickstart("--loss.num_hardest", "63")).config.loss.num_hardest == 63
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)

@@ -96,7 +96,6 @@ class Distillation(Objective):
     """
 
     needs_vectors: ClassVar[bool] = True
-    """Without `data.vectors` there is no teacher."""
 
     temperature: float = 0.05
     """Divides both models' similarities; the paper gives none, 0.05 is E5-V's."""

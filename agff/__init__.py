@@ -5,6 +5,7 @@ info_nce           cross-entropy of the positive among the candidates
 ega_loss           InfoNCE with amplified gradients of hard negatives
 hardest_negative_mask
                    which candidates act as negatives: false ones out, hardest in
+distillation_loss  KL between the teacher's and the student's comparisons of a batch
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from agff.losses import ega_loss, info_nce
 from agff.negatives import hardest_negative_mask
+from agff.objectives.distillation import distillation_loss
 from agff.similarity import fused_similarity
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from agff.embedder import Embedder
 
-__all__ = ["ega_loss", "fused_similarity", "hardest_negative_mask", "info_nce", "load"]
+__all__ = ["distillation_loss", "ega_loss", "fused_similarity", "hardest_negative_mask", "info_nce", "load"]
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:

@@ -1,9 +1,13 @@
 """One file per training objective of the family, and their names in a recipe."""
 
 from agff.objectives.contrastive import Contrastive
+from agff.objectives.distillation import Distillation
 from agff.objectives.objective import Objective
 
-OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrastive": Contrastive,
+    "distillation": Distillation,
+}
 """By the recipe's `objective`."""
 
 

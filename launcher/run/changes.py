@@ -39,7 +39,7 @@ FOLLOW_FROM_OTHERS = (
 )
 """Filled in from the global batch and the number of ranks, which are compared themselves, or sizes of
 transfers, filled in from the model where they are absent."""
-BEFORE_IT_WAS_STORED = {"objective": "contrastive"}
+BEFORE_IT_WAS_STORED = {"objective": "contrastive", "backbone.text_only": False}
 """What a setting was in runs that do not store it."""
 DECIDE_THE_ORDER = (
     "seed",

@@ -14,6 +14,7 @@ from agff.batch import Batch
 from agff.collectives import gather_objects, rank
 from agff.errors import ConfigError, DataError, listed
 from agff.processor import ItemProcessor
+from agff.text_only import TextsAlone
 from data_pipeline.loader import StepBatches, load_batches
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
 from data_pipeline.plan import Mixture, Plan
@@ -52,7 +53,7 @@ class RunData:
         return StepBatches(
             plan=self.plan,
             reader=ShardReader(self.folder, self.manifest),
-            process=processor,
+            process=TextsAlone(processor) if run.config.backbone.text_only else processor,
             rank=rank,
             world_size=run.world_size,
             chunking=run.chunking,

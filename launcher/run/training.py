@@ -94,7 +94,7 @@ def _train_from(
     if rank.rank == 0:
         write_run_config(run)
     build = partial(_build_engine, processor=processor, device=device)
-    run = resolve_chunks(run, data.step_batches(run, processor, rank=rank.rank), processor, build)
+    run = resolve_chunks(run, data.step_batches(run, processor, rank=rank.rank), build)
     engine = build(run)
     torch.manual_seed(config.seed + 1 + rank.rank)  # dropout differs between ranks, weights do not
     trainable_only = config.backbone.lora is not None

@@ -11,14 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from agff.checkpoint import consolidated_weights
 from agff.files import partial_path
+from agff.objectives import OBJECTIVES
+from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import LocalFolder
+from data_pipeline.vectors_writer import VectorsWriter
 from launcher.command_line import RECIPES
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
+from launcher.run.config_file import read_recipe
 from launcher.run.stop_request import EXIT_CODE
 from launcher.train import main as train_main
 from tests.data_pipeline.test_remote import FaultyServer
@@ -470,6 +476,16 @@ def test_dry_run_prints_the_table_and_writes_nothing(
     assert sorted(in_project.rglob("*")) == before
 
 
+def stand_in_vectors(project: Path) -> list[str]:
+    """Options of vectors of the project's shards, made of nothing."""
+    manifest = read_manifest(LocalFolder(project / ".cache/quickstart/shards"))
+    writer = VectorsWriter(project / "vectors", manifest, model="none", dim=3)
+    for block in writer.missing_blocks(rank=0, world_size=1):
+        writer.write(block, np.ones((block.stop - block.start, 2, 3), dtype=np.float32))
+    writer.finish()
+    return ["--data.vectors", "vectors"]
+
+
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_dry_run_of_every_recipe_under_the_zero_stage_it_names(
     in_project: Path, capfd: pytest.CaptureFixture[str], recipe: str
@@ -483,6 +499,8 @@ def test_dry_run_of_every_recipe_under_the_zero_stage_it_names(
         "--data.sub_batch_size",
         "8",
     ]
+    objective = OBJECTIVES[read_recipe(RECIPES / f"{recipe}.yaml").objective]
+    data += stand_in_vectors(in_project) if objective.needs_vectors else []
     backbone = ["--backbone.path", ".cache/quickstart/backbone"]
     assert train_main(["--recipe", recipe, *backbone, *data, "--dry-run"]) == 0
     output = capfd.readouterr().out

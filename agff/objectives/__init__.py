@@ -3,8 +3,9 @@
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.mac import Mac
 from agff.objectives.objective import Objective
+from agff.objectives.vein import Vein
 
-OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive, "mac": Mac}
+OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive, "mac": Mac, "vein": Vein}
 """By the recipe's `objective`."""
 
 

@@ -380,9 +380,9 @@ PICTURE = Image.new("RGB", (4, 4))
 TEXTS: dict[str, tuple[str, str, bool]] = {
     "an image alone": ("<|image_1|>\n", "", True),
     "MMEB's image target": ("<|image_1|>\nRepresent the given image.\n", "", True),
-    "one of ImageNet_1K": ("<|image_1|>\nRepresent the given image for classification\n", "", True),
+    "without a full stop": ("<|image_1|>\nRepresent the given image for classification\n", "", True),
     "an instruction that asks": ("<|image_1|>\nWhich group?\n", "", True),
-    "N24News, with the news' caption": (
+    "a caption behind a colon": (
         "<|image_1|>\nRepresent the given news image with the following caption: A man.\n", "", False,
     ),
     "a second sentence": ("<|image_1|>\nRepresent the given image. A dog runs.\n", "", False),

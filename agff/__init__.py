@@ -6,6 +6,7 @@ ega_loss           InfoNCE with amplified gradients of hard negatives
 hardest_negative_mask
                    which candidates act as negatives: false ones out, hardest in
 distillation_loss  KL between the teacher's and the student's comparisons of a batch
+mac_loss           InfoNCE of embeddings and of the means of their tokens
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from agff.losses import ega_loss, info_nce
 from agff.negatives import hardest_negative_mask
 from agff.objectives.distillation import distillation_loss
+from agff.objectives.mac import mac_loss
 from agff.similarity import fused_similarity
 
 if TYPE_CHECKING:
@@ -24,7 +26,15 @@ if TYPE_CHECKING:
 
     from agff.embedder import Embedder
 
-__all__ = ["distillation_loss", "ega_loss", "fused_similarity", "hardest_negative_mask", "info_nce", "load"]
+__all__ = [
+    "distillation_loss",
+    "ega_loss",
+    "fused_similarity",
+    "hardest_negative_mask",
+    "info_nce",
+    "load",
+    "mac_loss",
+]
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:

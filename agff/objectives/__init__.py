@@ -2,11 +2,15 @@
 
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.distillation import Distillation
+from agff.objectives.mac import Mac
 from agff.objectives.objective import Objective
+from agff.objectives.vein import Vein
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "distillation": Distillation,
+    "mac": Mac,
+    "vein": Vein,
 }
 """By the recipe's `objective`."""
 

@@ -21,7 +21,7 @@ class Head(nn.Module):
     where nothing is eligible its output must still depend on them, times zero.
     """
 
-    num_states: ClassVar[int] = 1
+    num_states: int = 1
     """How many of the backbone's last hidden states it reads."""
 
     is_random: ClassVar[bool] = False

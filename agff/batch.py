@@ -62,7 +62,7 @@ def text_problem(text: object, *, has_image: bool) -> str | None:
 
 
 ModelInputs = Mapping[str, Tensor]
-"""Tensors of one chunk of rows (agff/processor.py), of which `agff.families.Family` makes the
+"""Tensors of one chunk of rows (agff/processor.py), of which `agff.family.Family` makes the
 backbone's arguments."""
 
 HOST_INPUTS = frozenset({"image_grid_thw", "image_sizes"})

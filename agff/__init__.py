@@ -3,6 +3,7 @@
 fused_similarity   four global/fine similarities joined by log-sum-exp
 info_nce           cross-entropy of the positive among the candidates
 ega_loss           InfoNCE with amplified gradients of hard negatives
+roi_align          bilinear samples of boxes on a feature map
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agff.losses import ega_loss, info_nce
+from agff.regions import roi_align
 from agff.similarity import fused_similarity
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from agff.embedder import Embedder
 
-__all__ = ["ega_loss", "fused_similarity", "info_nce", "load"]
+__all__ = ["ega_loss", "fused_similarity", "info_nce", "load", "roi_align"]
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:

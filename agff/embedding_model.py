@@ -64,6 +64,8 @@ class EmbeddingModel(nn.Module):
         """
         if IMAGE_FEATURES not in inputs:
             inputs = self.tower.with_features(inputs, self.encode_images(inputs))
+        if self.head is not None and self.head.image_cells is not None:
+            inputs = self.head.with_image_tokens(inputs, self.tower.maps(inputs))
         arguments = self.tower.backbone_inputs(inputs)
         num_states = self.head.num_states if self.head is not None else 1
         wanted = list(range(-num_states, 0)) if num_states > 1 else False  # all others are not kept

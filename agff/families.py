@@ -71,12 +71,21 @@ class QwenVL(Family):
         """See Family."""
         return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
 
+    def map_sizes(self, pixels: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """See Family."""
+        return sizes_in_tokens(pixels["image_grid_thw"], self.merge_size)
+
     def index(
-        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+        self,
+        is_image_BT: Tensor,
+        pixels: Mapping[str, Tensor],
+        image_of_row: Sequence[int],
+        *,
+        pooled: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
         """See Family."""
-        sizes = sizes_in_tokens(pixels["image_grid_thw"], self.merge_size)
-        position_ids = mrope_position_ids(is_image_BT, [sizes[image] for image in image_of_row])
+        sizes = self.map_sizes(pixels)
+        position_ids = mrope_position_ids(is_image_BT, pooled or [sizes[image] for image in image_of_row])
         return {"position_ids": position_ids, **self.index_patches(pixels)}
 
     def index_patches(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,6 +110,16 @@ class QwenVL(Family):
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """See Family."""
         return image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
+
+    def map_size_of(self, height: int, width: int, image_processor: Any) -> tuple[int, int]:
+        """See Family."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        side, limits = image_processor.patch_size * image_processor.merge_size, image_processor.size
+        resized = smart_resize(
+            height, width, side, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
+        )
+        return resized[0] // side, resized[1] // side
 
     def max_image_pixels(self, image_processor: Any) -> int:
         """See Family."""
@@ -153,12 +172,29 @@ class LlavaOneVision(Family):
             self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
         ]
 
+    def map_sizes(self, pixels: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """See Family. It is that of the base view, whatever the image's size."""
+        return [self.map_size_of(0, 0, None)] * len(pixels["image_sizes"])
+
+    def map_size_of(self, height: int, width: int, image_processor: Any) -> tuple[int, int]:
+        """See Family."""
+        side = self.view_size // self.patch_size
+        return side, side
+
     def index(
-        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+        self,
+        is_image_BT: Tensor,
+        pixels: Mapping[str, Tensor],
+        image_of_row: Sequence[int],
+        *,
+        pooled: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
-        """See Family. Positions are the places in the row, which the backbone counts itself."""
+        """See Family. Positions are the places in the row, which the backbone counts itself. A head pools the
+        base view alone, the first one."""
         from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
+        if pooled is not None:
+            return {"pixel_values": pixels["pixel_values"][:, 0], "image_sizes": pixels["image_sizes"]}
         views = [
             views_VCHW[: image_size_to_num_patches(size, self.pinpoints, self.view_size)]
             for views_VCHW, size in zip(pixels["pixel_values"], pixels["image_sizes"].tolist(), strict=True)

@@ -66,12 +66,22 @@ class Family(ABC):
         """Image tokens of each image, from the image processor's tensors."""
 
     @abstractmethod
+    def map_sizes(self, pixels: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """(height, width) of the map that a head may pool each image from (`VisionTower.maps`)."""
+
+    @abstractmethod
     def index(
-        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+        self,
+        is_image_BT: Tensor,
+        pixels: Mapping[str, Tensor],
+        image_of_row: Sequence[int],
+        *,
+        pooled: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
         """In a worker of the loader: `image_inputs`, and where tokens and patches are (agff/processor.py).
 
-        is_image_BT: where the image tokens are. image_of_row: which image each row with one has."""
+        is_image_BT: where the image tokens are. image_of_row: which image each row with one has. pooled: of
+        each such row, (rows, columns) of the cells that stand for its image; None: its own tokens do."""
 
     @abstractmethod
     def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
@@ -86,6 +96,10 @@ class Family(ABC):
     @abstractmethod
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """Image tokens of an image of that size."""
+
+    @abstractmethod
+    def map_size_of(self, height: int, width: int, image_processor: Any) -> tuple[int, int]:
+        """`map_sizes` of an image of that size in pixels."""
 
     @abstractmethod
     def max_image_pixels(self, image_processor: Any) -> int:

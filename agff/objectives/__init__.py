@@ -1,9 +1,10 @@
 """One file per training objective of the family, and their names in a recipe."""
 
 from agff.objectives.contrastive import Contrastive
+from agff.objectives.mm_gem import MmGem
 from agff.objectives.objective import Objective
 
-OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive}
+OBJECTIVES: dict[str, type[Objective]] = {"contrastive": Contrastive, "mm_gem": MmGem}
 """By the recipe's `objective`."""
 
 

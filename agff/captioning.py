@@ -31,10 +31,13 @@ class Speaker(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        *,
         prompt_position_ids: Tensor | None = None,
-        is_first_iteration: bool = False,
         **unused: Any,
     ) -> dict[str, Any]:
         """Arguments of `forward`. prompt_position_ids: (B, ..., T); tokens behind count on from the last."""
@@ -88,6 +91,7 @@ def generate(
     said = speaker.generate(
         inputs_embeds=embedded_BTH,
         prompt_position_ids=inputs.get("position_ids", in_order_BT),
+        attention_mask=torch.ones_like(ids_BT),  # nothing is padded; without it `generate` guesses and warns
         generation_config=GenerationConfig(
             max_new_tokens=max_tokens,
             num_beams=num_beams,

@@ -32,28 +32,23 @@ LOWEST, HIGHEST = 0.01, 1.0
 
 
 class PoolAggregator(nn.Module):
-    """Maps -> grids of cells: means, a two-layer MLP of their LayerNorm beside them, and learned positions.
+    """What makes cells of the means over a map's cells: a two-layer MLP of their LayerNorm beside them, and
+    learned positions.
 
     The MLP's last layer starts at zero, so that an untrained cell is about the mean of the backbone's own
-    tokens."""
+    tokens. One tensor in for all images and one out: ZeRO-3 notes each tensor of a module in its trace. With
+    one for each image the traces of the ranks would differ, and they would wait for each other for ever."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
-        self.side = side
         self.mlp = ResidualMlp(width)
         self.positions = nn.Parameter(torch.randn(side, side, width) * 0.02)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """(rows, columns, H) of each map (height, width, H); `side` x `side`, or less where the map has
-        fewer. Positions of a smaller grid are means of those of the whole."""
-        sizes = [(min(self.side, each.shape[0]), min(self.side, each.shape[1])) for each in maps]
-        pooled = [mean_cells(each, *size) for each, size in zip(maps, sizes, strict=True)]
-        together_NH = self.mlp(torch.cat([each.flatten(0, 1) for each in pooled]))
-        parts = together_NH.split([rows * columns for rows, columns in sizes])
-        return [
-            part.unflatten(0, size) + mean_cells(self.positions, *size).to(part.dtype)
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+    def forward(self, means_NH: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, H) of all images' cells. sizes: (rows, columns) of each image; positions of a smaller grid are
+        means of those of the whole."""
+        positions_NH = torch.cat([mean_cells(self.positions, *size).flatten(0, 1) for size in sizes])
+        return self.mlp(means_NH) + positions_NH.to(means_NH.dtype)
 
 
 class ResidualMlp(nn.Module):
@@ -125,7 +120,7 @@ class MmGemHead(Head):
     def with_image_tokens(self, inputs: ModelInputs, maps: Sequence[Tensor]) -> ModelInputs:
         """See Head. A region is aligned on its image's cells, by as many samples as it has cells, so that the
         region of a whole image is the mean of its cells."""
-        grids = self.pool(maps)
+        grids = self.grids(maps)
         kinds, places = inputs[ROW_KIND].tolist(), places_of_images(inputs)
         one_cell = [grid.mean(dim=(0, 1)) for grid in grids]
         cells_BH = [one_cell[place] for place in places]
@@ -155,6 +150,14 @@ class MmGemHead(Head):
             "caption_tokens": inputs[CAPTION_LENGTH].to(vector_BH),
             "temperature": torch.exp(low + (high - low) * share).expand(len(rows_B)),
         }
+
+    def grids(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """(rows, columns, H) cells of each map (height, width, H): `cells.side` a side, or less where the map
+        has fewer."""
+        sizes = [self.cells.of_image(*each.shape[:2]) for each in maps]
+        means = [mean_cells(each, *size).flatten(0, 1) for each, size in zip(maps, sizes, strict=True)]
+        parts = self.pool(torch.cat(means), sizes).split([len(each) for each in means])
+        return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
 
     def _regions(self, grid: Tensor, boxes_N4: Tensor) -> tuple[Tensor, Tensor]:
         """(N, H) one cell of each region, (N, cells, H) those of its prefix. boxes: shares of the image."""

@@ -15,11 +15,12 @@ from torch import Tensor
 from agff.batch import IMAGE_PLACEHOLDER, NO_CONTENT, Batch, Encoded, Item
 from agff.errors import ConfigError, DataError
 from agff.objectives.mm_gem import MmGem
+from agff.optimizer import build_adamw, build_schedule
 from agff.similarity import FusionConfig
 from agff.step import train_step
 from data_pipeline.collate import TokenBudget
 from tests.agff.objectives import mm_gem_case
-from tests.agff.test_step import PlainEngine
+from tests.agff.test_step import OPTIMIZER, PlainEngine, zero_config
 from tests.agff.tiny import batch_of, global_rows, tiny_folder, tiny_model
 from tests.ranks import run_ranks
 
@@ -156,6 +157,89 @@ def test_ranks_and_chunks_equal_one_process_also_where_a_rank_has_no_caption() -
     heads = {name: gradient for name, gradient in expected.items() if name.startswith("head.")}
     assert len(heads) == 19
     assert all(gradient.abs().max() > 1e-6 for gradient in heads.values()), "every part of the head learns"
+
+
+def train_three_steps(stage: int, *, lora: bool = False) -> dict[str, Tensor]:
+    """Parameters after three steps on this rank's half. stage 0: one process without DeepSpeed. One half has
+    no image: the ranks have different numbers of images, regions and captions in each chunk."""
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    objective, local = mm_gem_case.OBJECTIVE, 8 // world_size
+    model = tiny_model(0, lora=lora, head=objective.build_head(backbone_config()))
+    engine = plain_engine(model) if stage == 0 else zero_engine(model, stage, rank)
+    for step in range(3):
+        rows = global_rows(8, 0, rows_without_image=range(4, 8), seed=step)
+        chunk_size = 24 if stage == 0 else 3
+        batch = batch_of(rows[rank * local : (rank + 1) * local], chunk_size, 0)
+        assert train_step(engine, objective, FusionConfig(), mm_gem_case.prepared(batch)).applied
+    return whole_parameters(model)
+
+
+def plain_engine(model: torch.nn.Module) -> PlainEngine:
+    optimizer = build_adamw([p for p in model.parameters() if p.requires_grad], OPTIMIZER)
+    schedule = build_schedule(optimizer, OPTIMIZER, num_steps=3)
+
+    class InFloat32(PlainEngine):
+        def __init__(self) -> None:
+            self.model, self.first_pass_chunks = model, 1
+
+        def step(self) -> bool:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            return True
+
+    return InFloat32()
+
+
+def zero_engine(model: torch.nn.Module, stage: int, rank: int) -> Any:
+    from agff.engine import Engine, start_process_group
+
+    return Engine(
+        model,
+        deepspeed_config=zero_config(stage, 4, clip=0.5),
+        optimizer=OPTIMIZER,
+        num_steps=3,
+        autocast_dtype=None,
+        device=start_process_group(rank),
+        first_pass_chunks=2,
+    )
+
+
+def whole_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+ZERO_CASES = [(1, False), (2, True), (3, False), (3, True)]
+"""Stage, LoRA; with LoRA the vision tower is frozen and its features are kept."""
+
+
+def train_all() -> list[dict[str, Tensor]]:
+    return [train_three_steps(stage, lora=lora) for stage, lora in ZERO_CASES]
+
+
+@pytest.mark.timeout(600)
+def test_zero_stages_equal_a_plain_optimizer_where_ranks_have_other_numbers_of_images() -> None:
+    """A module with a tensor for each image made the ranks wait for each other under ZeRO-3."""
+    expected = {lora: train_three_steps(0, lora=lora) for lora in (False, True)}
+    initial = {
+        lora: dict(
+            tiny_model(
+                0, lora=lora, head=mm_gem_case.OBJECTIVE.build_head(backbone_config())
+            ).named_parameters()
+        )
+        for lora in (False, True)
+    }
+    for (stage, lora), found in zip(ZERO_CASES, run_ranks(train_all, world_size=2)[0], strict=True):
+        trained = [name for name, parameter in initial[lora].items() if parameter.requires_grad]
+        assert sum(name.startswith("head.") for name in trained) == 19
+        for name in trained:
+            update = expected[lora][name] - initial[lora][name].detach()
+            difference = (found[name] - expected[lora][name]).norm() / update.norm()
+            assert difference < 1e-3, f"stage {stage}, lora {lora}, {name}: {difference:.1e} of the update"
 
 
 # ------------------------------------------------------------------ pairs

@@ -19,10 +19,10 @@ from agff.joined import join_chunks
 from agff.kept_vision import with_image_features
 from agff.objectives import mm_gem_head
 from agff.objectives.mm_gem import MmGem
-from agff.objectives.mm_gem_head import MmGemHead, NextToken, PoolAggregator
+from agff.objectives.mm_gem_head import MmGemHead, NextToken
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.regions import mean_cells
+from agff.regions import ImageCells, mean_cells
 from agff.shared_images import IMAGE_FEATURES
 from agff.vision import IMAGE_TOKENS
 from tests.agff.family_folders import BUILDERS, published
@@ -80,7 +80,7 @@ def test_an_image_is_h1_of_the_mean_of_its_cells_and_a_text_h3_of_its_state(fold
         assert found.shape == (len(ITEMS), 1, 32)
         features = model.tower.with_features(inputs, model.encode_images(inputs))
         for row, map_HWD in ((0, 0), (3, 2)):
-            grid = head.pool([model.tower.maps(features)[map_HWD]])[0]
+            grid = head.grids([model.tower.maps(features)[map_HWD]])[0]
             vector = torch.nn.functional.normalize(head.h1(grid.mean(dim=(0, 1))), dim=0)
             torch.testing.assert_close(found[row, 0], vector)
         plain = EmbeddingModel(load_backbone(folder, dtype=torch.float32, attention="sdpa"), PROMPTS)
@@ -206,12 +206,12 @@ def test_logits_exist_for_caption_tokens_alone_and_a_block_at_a_time(monkeypatch
 
 
 def test_an_untrained_pool_gives_the_means_of_the_maps_beside_small_positions() -> None:
-    pool = PoolAggregator(6, side=3)
+    head = MmGemHead(6, 9, ImageCells(side=3, region_side=1), temperature=0.5)
     maps = [torch.randn(9, 6, 6), torch.randn(2, 5, 6)]
-    grids = pool(maps)
+    grids = head.grids(maps)
     assert [grid.shape[:2] for grid in grids] == [(3, 3), (2, 3)]
     for grid, each in zip(grids, maps, strict=True):
-        positions = mean_cells(pool.positions, *grid.shape[:2])
+        positions = mean_cells(head.pool.positions, *grid.shape[:2])
         torch.testing.assert_close(grid - positions, mean_cells(each, *grid.shape[:2]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 import agff
 from agff.captioning import generate
-from agff.embedder import Embedder
+from agff.embedder import Embedder, as_item
 from agff.errors import ConfigError, DataError
 from agff.joined import join_chunks
 from agff.release import save_release
@@ -35,7 +36,6 @@ def embedder_of(folder: Path) -> Embedder:
 
 def slow_greedy(embedder: Embedder, boxes: list | None, num_tokens: int) -> list[list[int]]:
     """The whole row once more for each token, by the model that training runs: no cache, no generate."""
-    from dataclasses import replace
 
     said: list[list[int]] = []
     model, processor = embedder.model, embedder.processor
@@ -183,3 +183,31 @@ def test_a_model_that_was_trained_otherwise_says_so(tmp_path: Path, method: str)
     model = EmbeddingModel(load_backbone(tmp_path, dtype=torch.float32, attention="sdpa"), PromptConfig())
     with pytest.raises(ConfigError, match=r"neither regions nor captions, .* objective=mm_gem"):
         getattr(Embedder(model, processor, FusionConfig()), method)(Image.new("RGB", (56, 56)), BOXES)
+
+
+def test_a_model_learns_to_say_what_it_sees_in_an_image_and_in_its_regions(tmp_path: Path) -> None:
+    """From nothing, in a hundred steps of one chunk: the prefix of a row is all that tells its caption."""
+    colors = ("red", "green", "blue", "black")
+    corners = ((0, 0), (56, 0), (0, 56), (56, 56))
+    picture = Image.new("RGB", (112, 112))
+    for color, corner in zip(colors, corners, strict=True):
+        picture.paste(color, (*corner, corner[0] + 56, corner[1] + 56))
+    boxes = [(float(x), float(y), x + 56.0, y + 56.0) for x, y in corners]
+    BUILDERS["qwen2_vl"](tmp_path)
+    torch.manual_seed(0)
+    model = model_of(tmp_path)
+    processor = processor_of(tmp_path)
+    whole = as_item(picture)
+    regions = [replace(whole, box=box, caption=color) for box, color in zip(boxes, colors, strict=True)]
+    inputs = processor([replace(whole, caption="four colours"), *regions])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(100):
+        encoded = model(inputs)
+        optimizer.zero_grad()
+        (encoded["caption_nll"].sum() / encoded["caption_tokens"].sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    embedder = Embedder(model, processor, FusionConfig(), objective=OBJECTIVE)
+    for num_beams in (1, 3):
+        assert embedder.caption(picture, num_beams=num_beams) == ["four colours"]
+        assert embedder.caption(picture, boxes[::-1], num_beams=num_beams) == list(colors[::-1])

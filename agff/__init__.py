@@ -7,6 +7,7 @@ hardest_negative_mask
                    which candidates act as negatives: false ones out, hardest in
 distillation_loss  KL between the teacher's and the student's comparisons of a batch
 mac_loss           InfoNCE of embeddings and of the means of their tokens
+roi_align          bilinear samples of boxes on a feature map
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
@@ -19,6 +20,7 @@ from agff.losses import ega_loss, info_nce
 from agff.negatives import hardest_negative_mask
 from agff.objectives.distillation import distillation_loss
 from agff.objectives.mac import mac_loss
+from agff.regions import roi_align
 from agff.similarity import fused_similarity
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = [
     "info_nce",
     "load",
     "mac_loss",
+    "roi_align",
 ]
 
 

@@ -25,6 +25,8 @@ from agff.files import hashing_bar, sha256_of
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+HEAD_FILE = "head.safetensors"
+"""Beside the backbone of a release: the head that makes the embeddings, where the objective has one."""
 
 
 def check_backbone_folder(folder: Path) -> None:
@@ -112,6 +114,41 @@ def backbone_sha256(folder: Path) -> str:
             lines.append(line)
             bar.update(size)
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def language_model_head(folder: Path, model_config: Any) -> torch.Tensor:
+    """(vocabulary, H) weights that turn a state into the next token's logits, which a backbone goes without.
+
+    Where the folder's weights have none: those of the head of the release that the folder is a part of, or
+    the embedding, where the configuration says that it is both. Raises ConfigError where there is none.
+    """
+    if (found := _tensor_named(_weight_files(folder), "lm_head.weight")) is not None:
+        return found
+    released = folder.parent / HEAD_FILE
+    if released.is_file() and (found := _tensor_named([released], "lm_head.weight")) is not None:
+        return found
+    if model_config.tie_word_embeddings:
+        found = _tensor_named(_weight_files(folder), "embed_tokens.weight")
+    if found is None:
+        raise ConfigError(
+            f"{folder}: no language-model head here (lm_head.weight), and the configuration does not tie it "
+            "to the embedding (tie_word_embeddings): an objective that generates starts from a whole model, "
+            "or from a release that has such a head"
+        )
+    return found
+
+
+def _tensor_named(paths: list[Path], ending: str) -> torch.Tensor | None:
+    """The tensor whose name ends so; None where there is none."""
+    with ExitStack() as opened:
+        for path, file, name in _parts(paths, opened):
+            if file is None:
+                weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                if name := next((each for each in weights if each.endswith(ending)), ""):
+                    return weights[name].clone()
+            elif name.endswith(ending):
+                return file.get_tensor(name)
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:

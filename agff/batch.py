@@ -62,11 +62,14 @@ def text_problem(text: object, *, has_image: bool) -> str | None:
 
 
 ModelInputs = Mapping[str, Tensor]
-"""Tensors of one chunk of rows (agff/processor.py), of which `agff.families.Family` makes the
+"""Tensors of one chunk of rows (agff/processor.py), of which `agff.family.Family` makes the
 backbone's arguments."""
 
-HOST_INPUTS = frozenset({"image_grid_thw", "image_sizes"})
-"""Stay on the host: sizes of images. They decide shapes, and to read them from a device would wait for it."""
+HOST_INPUTS = frozenset(
+    {"image_grid_thw", "image_sizes", "image_ids_U", "row_image_ids_B", "row_kind_B", "caption_length_B"}
+)
+"""Stay on the host: sizes, which image a row has. They decide shapes, and to read them from a device would
+wait for it."""
 
 
 def to_device(inputs: ModelInputs, device: torch.device) -> dict[str, Tensor]:

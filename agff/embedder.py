@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from tqdm import tqdm
 
 from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem, to_device
 from agff.embedding_model import EmbeddingModel
-from agff.errors import DataError, all_or_errors
+from agff.errors import ConfigError, DataError, all_or_errors
 from agff.images import open_image
 from agff.objectives.objective import Objective
 from agff.processor import ItemProcessor
+from agff.regions import Box, box_problem
 from agff.similarity import FusionConfig, fused_similarity
 
 AnyItem = Item | str | Image.Image | Path | Mapping[str, Any]
@@ -97,6 +99,66 @@ class Embedder:
             encoded = self.model(to_device(inputs, self.device))
         return encoded["embedding"].cpu()
 
+    def encode_regions(self, image: AnyItem, boxes: Sequence[Box], *, batch_size: int = 32) -> Tensor:
+        """(N, 1, D) float32 unit embeddings of regions of an image, on the CPU; that of the whole image is
+        the image's. For a model that was trained with mm_gem.
+
+        image: an item that `encode` takes, with an image. boxes: x0, y0, x1, y1 in its pixels. Raises
+        DataError with a line for each box that is none, as `boxes[3]: ...`, ConfigError for another model.
+        """
+        return self.encode(self._regions(image, boxes), batch_size=batch_size)
+
+    def caption(
+        self,
+        image: AnyItem,
+        boxes: Sequence[Box] | None = None,
+        *,
+        max_tokens: int = 64,
+        num_beams: int = 1,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """What the model says of each region of an image; without boxes, of the whole image alone, so one
+        text. For a model that was trained with mm_gem.
+
+        image, boxes, errors: as in `encode_regions`. max_tokens: of a caption, at most. num_beams: 1 takes
+        the likeliest token at each step, more is a beam search.
+        """
+        from agff.captioning import generate  # with transformers' generation, which encoding does not need
+
+        if min(max_tokens, num_beams, batch_size) < 1:
+            raise ValueError(f"{max_tokens=}, {num_beams=}, {batch_size=} must be >= 1")
+        items = self._regions(image, boxes)
+        end_id, captions = self.processor.tokenizer.eos_token_id, []
+        for start in range(0, len(items), batch_size):
+            inputs = to_device(self.processor(items[start : start + batch_size]), self.device)
+            with torch.inference_mode():
+                captions += generate(
+                    self.model, inputs, max_tokens=max_tokens, num_beams=num_beams, end_id=end_id
+                )
+        return [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in captions]
+
+    def _regions(self, image: AnyItem, boxes: Sequence[Box] | None) -> list[Item]:
+        """An item for each box; without boxes, that of the whole image."""
+        if self.processor.cells is None:
+            raise ConfigError(
+                "this model has neither regions nor captions, since its objective pools no images; train "
+                "one with objective=mm_gem"
+            )
+        whole = replace(as_item(image, self.texts, address="image"), caption="")
+        if whole.image is None:
+            raise whole.error("has no image")
+        if boxes is None:
+            return [whole]
+        width, height = whole.image.size
+
+        def region(numbered: tuple[int, Box]) -> Item:
+            number, box = numbered
+            if problem := box_problem(box, width=width, height=height):
+                raise DataError(f"boxes[{number}]: {problem}")
+            return replace(whole, box=box)
+
+        return all_or_errors(region, enumerate(map(_plain_box, boxes)))
+
     def similarity(self, a_NMD: Tensor, b_CMD: Tensor) -> Tensor:
         """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training
         run."""
@@ -108,8 +170,7 @@ def as_item(value: AnyItem, texts: TextRule = MMEB_TEXTS, *, address: str = "") 
     that starts with the address."""
     if isinstance(value, Item):
         address = value.address or address
-        opened = value.image and open_image(value.image, address)
-        return Item(text=value.text, image=opened, address=address)
+        return replace(value, image=value.image and open_image(value.image, address), address=address)
     text: Any
     image: Any
     if isinstance(value, Mapping):
@@ -134,6 +195,11 @@ def as_item(value: AnyItem, texts: TextRule = MMEB_TEXTS, *, address: str = "") 
         file = f"{image!s:.300}"  # somebody may give a whole image in base64
         address = f"{address}: {file}" if address else file
     return Item(text=texts.beside_image(text or ""), image=open_image(image, address), address=address)
+
+
+def _plain_box(box: Any) -> Any:
+    """Numbers of Python, also from an array."""
+    return tuple(box.tolist() if hasattr(box, "tolist") else box)
 
 
 def _items(items: Any) -> Iterator[Any]:

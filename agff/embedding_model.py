@@ -11,6 +11,7 @@ from agff.batch import Encoded, ModelInputs
 from agff.families import family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
+from agff.shared_images import IMAGE_FEATURES
 from agff.vision import VisionTower, tower_of
 
 
@@ -53,6 +54,17 @@ class EmbeddingModel(nn.Module):
         pixels = arguments["pixel_values"].to(self.prompted_embedding.vectors.dtype)
         return self.tower.encode({**arguments, "pixel_values": pixels})
 
+    def with_image_tokens(self, inputs: ModelInputs) -> ModelInputs:
+        """The inputs with IMAGE_FEATURES, unless they hold no image; where the head pools images, with
+        IMAGE_TOKENS too.
+
+        Under ZeRO-3 a collective, as `encode_images`, unless the features are there."""
+        if "pixel_values" in inputs:
+            inputs = self.tower.with_features(inputs, self.encode_images(inputs))
+        if self.head is None or self.head.image_cells is None or IMAGE_FEATURES not in inputs:
+            return inputs
+        return self.head.with_image_tokens(inputs, self.tower.maps(inputs))
+
     def forward(self, inputs: ModelInputs) -> Encoded:
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
         in float32 or better, and so are the outputs of the head.
@@ -61,8 +73,7 @@ class EmbeddingModel(nn.Module):
         parameter in use is gathered on the way: every rank must call it, with the same number of chunks.
         Raises ValueError, with its name, for an output of the head that has not one row for each.
         """
-        if "pixel_values" in inputs:
-            inputs = self.tower.with_features(inputs, self.encode_images(inputs))
+        inputs = self.with_image_tokens(inputs)
         arguments = self.tower.backbone_inputs(inputs)
         num_states = self.head.num_states if self.head is not None else 1
         wanted = list(range(-num_states, 0)) if num_states > 1 else False  # all others are not kept

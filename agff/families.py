@@ -7,103 +7,17 @@ a class too, with a row of agff/vision.py's TOWERS.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from agff.batch import ModelInputs
 from agff.errors import ConfigError
+from agff.family import Family
 from agff.positions import mrope_position_ids, packed_arguments, packed_index, sizes_in_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family(ABC):
-    """What the processor and the training must know of a family of backbones."""
-
-    name: str
-    """transformers' model type."""
-    blank_image_size: int
-    """Side in pixels of the blank image that a chunk of texts carries."""
-
-    image_token: ClassVar[str]
-    """Is in the text once for each embedding of an image."""
-    around_image: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
-    """Special tokens before and behind an image."""
-    image_inputs: ClassVar[tuple[str, ...]]
-    """Tensors of the image processor that the backbone takes."""
-    tower_inputs: ClassVar[tuple[str, ...]]
-    """Tensors of a chunk that only the vision tower reads, but for the images' sizes."""
-    has_pixel_limits: ClassVar[bool]
-    """Whether processor.min_pixels and processor.max_pixels mean something."""
-    vision_tower: ClassVar[str]
-    """The backbone's module that backbone.freeze_vision leaves as it is, and that gets no adapters."""
-    packs_images: ClassVar[bool]
-    """Whether the vision tower gets the patches of all images in one sequence (agff/vision_attention.py)."""
-    gathered_whole: ClassVar[tuple[str, ...]]
-    """Modules, or lists of them, whose parameters ZeRO-3 gathers at once. Each takes its input by position
-    and gives its output to what follows: only then DeepSpeed sees the end of its backward pass."""
-    frozen_gathered_whole: ClassVar[tuple[str, ...]] = ()
-    """Those of which this is so only where they do not train."""
-    lora_layers: ClassVar[tuple[str, ...]] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-    """Names of the linear layers of the language model that get adapters."""
-
-    @property
-    def lora_targets(self) -> str:
-        """PEFT's `target_modules`: a pattern for `lora_layers` outside of the vision tower."""
-        return rf"(?!{self.vision_tower}\.).*\.({'|'.join(self.lora_layers)})"
-
-    @classmethod
-    @abstractmethod
-    def of_config(cls, model_config: Any) -> Self:
-        """From a transformers configuration."""
-
-    @abstractmethod
-    def num_image_tokens(self, pixels: Mapping[str, Tensor]) -> list[int]:
-        """Image tokens of each image, from the image processor's tensors."""
-
-    @abstractmethod
-    def index(
-        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """In a worker of the loader: `image_inputs`, and where tokens and patches are (agff/processor.py).
-
-        is_image_BT: where the image tokens are. image_of_row: which image each row with one has."""
-
-    @abstractmethod
-    def tower_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
-        """On the device: the backbone's keyword arguments for the images of a chunk, "pixel_values" and
-        others that begin with "image_". Reads nothing from the device (agff.batch.HOST_INPUTS).
-        """
-
-    def language_arguments(self, inputs: ModelInputs) -> dict[str, Any]:
-        """On the device: the backbone's keyword arguments for the tokens of a chunk."""
-        return {"input_ids": inputs["input_ids"]}
-
-    @abstractmethod
-    def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
-        """Image tokens of an image of that size."""
-
-    @abstractmethod
-    def max_image_pixels(self, image_processor: Any) -> int:
-        """Pixels of one image that the model sees at most."""
-
-    @abstractmethod
-    def set_pixel_limits(
-        self, image_processor: Any, *, min_pixels: int | None, max_pixels: int | None
-    ) -> None:
-        """Set the limits that are given. Raises ConfigError for a family that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +71,21 @@ class QwenVL(Family):
         """See Family."""
         return (pixels["image_grid_thw"].prod(dim=1) // self.merge_size**2).tolist()
 
+    def map_sizes(self, pixels: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """See Family."""
+        return sizes_in_tokens(pixels["image_grid_thw"], self.merge_size)
+
     def index(
-        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+        self,
+        is_image_BT: Tensor,
+        pixels: Mapping[str, Tensor],
+        image_of_row: Sequence[int],
+        *,
+        pooled: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
         """See Family."""
-        sizes = sizes_in_tokens(pixels["image_grid_thw"], self.merge_size)
-        position_ids = mrope_position_ids(is_image_BT, [sizes[image] for image in image_of_row])
+        sizes = self.map_sizes(pixels)
+        position_ids = mrope_position_ids(is_image_BT, pooled or [sizes[image] for image in image_of_row])
         return {"position_ids": position_ids, **self.index_patches(pixels)}
 
     def index_patches(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -187,6 +110,16 @@ class QwenVL(Family):
     def num_tokens_of_size(self, height: int, width: int, image_processor: Any) -> int:
         """See Family."""
         return image_processor.get_number_of_image_patches(height, width, {}) // self.merge_size**2
+
+    def map_size_of(self, height: int, width: int, image_processor: Any) -> tuple[int, int]:
+        """See Family."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        side, limits = image_processor.patch_size * image_processor.merge_size, image_processor.size
+        resized = smart_resize(
+            height, width, side, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
+        )
+        return resized[0] // side, resized[1] // side
 
     def max_image_pixels(self, image_processor: Any) -> int:
         """See Family."""
@@ -239,12 +172,29 @@ class LlavaOneVision(Family):
             self.num_tokens_of_size(int(height), int(width), None) for height, width in pixels["image_sizes"]
         ]
 
+    def map_sizes(self, pixels: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """See Family. It is that of the base view, whatever the image's size."""
+        return [self.map_size_of(0, 0, None)] * len(pixels["image_sizes"])
+
+    def map_size_of(self, height: int, width: int, image_processor: Any) -> tuple[int, int]:
+        """See Family."""
+        side = self.view_size // self.patch_size
+        return side, side
+
     def index(
-        self, is_image_BT: Tensor, pixels: Mapping[str, Tensor], image_of_row: Sequence[int]
+        self,
+        is_image_BT: Tensor,
+        pixels: Mapping[str, Tensor],
+        image_of_row: Sequence[int],
+        *,
+        pooled: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, Tensor]:
-        """See Family. Positions are the places in the row, which the backbone counts itself."""
+        """See Family. Positions are the places in the row, which the backbone counts itself. A head pools the
+        base view alone, the first one."""
         from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
+        if pooled is not None:
+            return {"pixel_values": pixels["pixel_values"][:, 0], "image_sizes": pixels["image_sizes"]}
         views = [
             views_VCHW[: image_size_to_num_patches(size, self.pinpoints, self.view_size)]
             for views_VCHW, size in zip(pixels["pixel_values"], pixels["image_sizes"].tolist(), strict=True)

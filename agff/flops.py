@@ -17,6 +17,7 @@ from agff.backbone import BackboneConfig
 from agff.batch import Batch, ModelInputs
 from agff.joined import groups_of
 from agff.layer_flops import ATTENTIONS, NEEDED_ATTENTION, Attention, Block, Flops, Linear
+from agff.pooled_rows import CAPTION_LENGTH
 from agff.prompts import PromptConfig
 from agff.shared_images import IMAGE_IDS
 from agff.vision_flops import VISION_FLOPS, Image, VisionFlops, num_patches
@@ -190,7 +191,7 @@ class ModelFlops:
         return ChunkShape(
             num_rows=input_ids.shape[0],
             padded_length=input_ids.shape[1],
-            lengths=() if is_filler else tuple(length_B.tolist()),
+            lengths=() if is_filler else tuple((length_B + chunk.get(CAPTION_LENGTH, 0)).tolist()),
             images=self.run.vision.images(chunk) if image_ids else (),
             image_ids=image_ids,
             has_real_images=not is_filler and bool((is_real & (input_ids == self.image_token_id)).any()),

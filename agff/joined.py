@@ -55,7 +55,7 @@ def split_into(groups: Sequence[slice], num_groups: int) -> list[slice]:
 def join_chunks(chunks: Sequence[ModelInputs], family: Any) -> ModelInputs:
     """The rows of several chunks as one chunk, wherever its tensors are.
 
-    family: `agff.families.Family` of the backbone."""
+    family: `agff.family.Family` of the backbone."""
     width = max(chunk["input_ids"].shape[1] for chunk in chunks)
 
     def padded(chunk: ModelInputs, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Items -> inputs of one chunk: image placeholder expanded, prompts appended, padded on the right.
 
-A row is text and image, then the soft tokens, then padding. Attention is causal, so nothing in use sees the
-padding, and there is no mask. The tensors, whose first axis is what they are about:
+A row is text and image, then the soft tokens, then the caption to learn, then padding. Attention is causal,
+so nothing in use sees the padding, and there is no mask. The tensors, by what their first axis is:
 
     axis      tensor (shape)                     what
     row       input_ids (B, T)                   tokens; soft token i is id `vocabulary size + i`
@@ -17,6 +17,14 @@ padding, and there is no mask. The tensors, whose first axis is what they are ab
     block     image_window_index (P / merge^2,)  Qwen2.5-VL: order by windows, from 0 on in each image
     window    window_lengths (W,)                Qwen2.5-VL: patches of each window of each image
     view      pixel_values (V, 3, side, side)    LLaVA-OneVision: the views of the images, without filling
+
+and where a head pools the images (agff/pooled_rows.py):
+
+    row       row_kind_B (B,)                    whether it is a text, an image, a region; on the host
+    row       row_image_ids_B (B,)               content id of its image; on the host
+    row       box_B4 (B, 4)                      its region, as shares of the image's width and height
+    row       caption_start_B (B,)               behind the last soft token
+    row       caption_length_B (B,)              tokens to learn there, the end of text included; on the host
 
 Images are in the order of their rows, one in a row at most. So chunks are joined by `torch.cat` on the first
 axis, after input_ids and position_ids were padded with 0 on their last, the tokens.
@@ -39,7 +47,9 @@ from agff.batch import IMAGE_PLACEHOLDER, Item, ModelInputs
 from agff.errors import ConfigError, DataError, all_or_errors
 from agff.families import family_of
 from agff.images import is_as_model_sees
+from agff.pooled_rows import cells_of, check_fits_pooling, pooled_inputs, pooled_sizes, row_problem
 from agff.prompts import PromptConfig
+from agff.regions import ImageCells
 from agff.shared_images import share
 
 
@@ -77,9 +87,13 @@ class ItemProcessor:
         model_config: Any,
         prompts: PromptConfig,
         limits: ProcessorConfig,
+        *,
+        cells: ImageCells | None = None,
     ) -> None:
+        """cells: how the model's head pools images (`Objective.image_cells`). Raises ConfigError for prompts
+        that do not go with it."""
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.prompts, self.limits = prompts, limits
+        self.prompts, self.limits, self.cells = prompts, limits, cells
         self.family = family_of(model_config)
         self.image_token_id: int = model_config.image_token_id
         vocabulary_size = model_config.get_text_config().vocab_size
@@ -88,12 +102,21 @@ class ItemProcessor:
         self._before_image, self._after_image = (
             [self._special_id(token) for token in tokens] for tokens in self.family.around_image
         )
+        if cells is not None:
+            check_fits_pooling(prompts, tokenizer)
         self.family.set_pixel_limits(
             image_processor, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels
         )
 
     @classmethod
-    def from_folder(cls, folder: Path, *, prompts: PromptConfig, limits: ProcessorConfig) -> ItemProcessor:
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        prompts: PromptConfig,
+        limits: ProcessorConfig,
+        cells: ImageCells | None = None,
+    ) -> ItemProcessor:
         """Read tokenizer and image processor of a backbone folder. Raises ConfigError when one is missing or
         unknown."""
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
@@ -105,6 +128,7 @@ class ItemProcessor:
                 AutoConfig.from_pretrained(folder, local_files_only=True),
                 prompts,
                 limits,
+                cells=cells,
             )
         except ConfigError:
             raise
@@ -129,35 +153,52 @@ class ItemProcessor:
         ZeRO-3 (exact: its gradient is zero).
 
         Raises DataError, with a line for each item and its address, for a text that holds the backbone's own
-        image token, an image that needs more than `max_tokens` or that the image processor refuses, as one
-        thinner than 1:200, or one that agff.images has not opened.
+        image token, an image that needs more than `max_tokens` (with its caption, which is never cut) or that
+        the image processor refuses, as one thinner than 1:200, or one that agff.images has not opened, and
+        for a region or caption that cannot be (agff/pooled_rows.py).
         """
         images = all_or_errors(_image_as_model_sees, (item for item in items if item.image is not None))
         shared = share(images or [self._blank_image()])
         pixels = self._pixels(items, shared.unique)
         num_image_tokens = self.family.num_image_tokens(pixels)
-        per_item = (num_image_tokens[place] for place in shared.index)
-        rows = all_or_errors(
-            lambda item: self._row(item, next(per_item) if item.image is not None else 0), items
+        pooled = None
+        if self.cells is not None:
+            pooled = pooled_sizes(items, shared, self.family.map_sizes(pixels), self.cells)
+        tokens_of_rows = (
+            [rows * columns for rows, columns in pooled]
+            if pooled
+            else [num_image_tokens[place] for place in shared.index]
         )
-        prompt_start_B = torch.tensor([len(row) - self.prompts.num_tokens for row in rows])
-        lengths = [len(row) for row in rows]
+        per_item = iter(tokens_of_rows)
+        captions = [self._caption_ids(item) for item in items]
+        rows = all_or_errors(
+            lambda part: self._row(part[0], next(per_item) if part[0].image is not None else 0, part[1]),
+            zip(items, captions, strict=True),
+        )
+        ends = [len(row) - len(caption) for row, caption in zip(rows, captions, strict=True)]
+        shortest = min(range(len(rows)), key=lambda index: len(rows[index]))
         if not images:
-            shortest = lengths.index(min(lengths))
-            rows[shortest] = rows[shortest] + self._image_ids(num_image_tokens[0])
+            rows[shortest] = rows[shortest] + self._image_ids(tokens_of_rows[0])
         input_ids = torch.full((len(rows), max(map(len, rows))), self._pad_id)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.tensor(row)
+        is_image_BT = input_ids == self.image_token_id
         return {
             "input_ids": input_ids,
-            "prompt_start_B": prompt_start_B,
-            **self.family.index(input_ids == self.image_token_id, pixels, shared.index),
-            **shared.inputs(num_image_tokens),
+            "prompt_start_B": torch.tensor(ends) - self.prompts.num_tokens,
+            **self.family.index(is_image_BT, pixels, shared.index, pooled=pooled),
+            **(
+                shared.inputs(num_image_tokens)
+                if pooled is None
+                else pooled_inputs(
+                    items, shared, ends=ends, captions=list(map(len, captions)), blank=shortest
+                )
+            ),
         }
 
     def num_tokens(self, item: Item) -> int:
         """Length of the item's row (see `__call__`), from the size of its image and its text."""
-        return len(self._row(item, self._num_image_tokens(item)))
+        return len(self._row(item, self._num_image_tokens(item), self._caption_ids(item)))
 
     @property
     def max_image_pixels(self) -> int:
@@ -180,7 +221,9 @@ class ItemProcessor:
             all_or_errors(self._num_image_tokens, items)
             raise DataError(f"the backbone's image processor refuses {len(images)} images: {error}") from None
 
-    def _row(self, item: Item, num_image_tokens: int) -> list[int]:
+    def _row(self, item: Item, num_image_tokens: int, caption_ids: list[int]) -> list[int]:
+        if problem := row_problem(item, self.cells):
+            raise item.error(problem)
         if self.family.image_token in item.text:
             raise item.error(
                 f"text {item.text[:60]!r} holds the backbone's own image token {self.family.image_token}; "
@@ -190,24 +233,37 @@ class ItemProcessor:
             item.text.partition(IMAGE_PLACEHOLDER) if item.image is not None else ("", "", item.text)
         )
         image_ids = self._image_ids(num_image_tokens) if item.image is not None else []
-        room = self.limits.max_tokens - len(image_ids) - self.prompts.num_tokens
+        room = self.limits.max_tokens - len(image_ids) - self.prompts.num_tokens - len(caption_ids)
         if room < 0:
-            raise item.error(
-                f"image of {item.image.size if item.image else None} pixels needs {len(image_ids)} tokens "
-                f"and the prompts {self.prompts.num_tokens}, more than "
-                f"processor.max_tokens={self.limits.max_tokens}; "
-                f"{'lower processor.max_pixels or ' if self.family.has_pixel_limits else ''}raise "
-                "processor.max_tokens"
-            )
+            raise item.error(self._no_room(item, len(image_ids), len(caption_ids)))
         before_ids = self.tokenize(before)[:room]
         after_ids = self.tokenize(after)[: room - len(before_ids)]
-        return before_ids + image_ids + after_ids + self._prompt_ids
+        return before_ids + image_ids + after_ids + self._prompt_ids + caption_ids
+
+    def _no_room(self, item: Item, num_image: int, num_caption: int) -> str:
+        size = item.image.size if item.image else None
+        parts = f"image of {size} pixels needs {num_image} tokens and the prompts {self.prompts.num_tokens}"
+        if num_caption:  # not cut: the model would learn to stop there
+            parts = f"{parts} and the caption, with its end, {num_caption}"
+        lower = "lower processor.max_pixels or " if self.family.has_pixel_limits and not self.cells else ""
+        return (
+            f"{parts}, more than processor.max_tokens={self.limits.max_tokens}; {lower}raise "
+            "processor.max_tokens"
+        )
+
+    def _caption_ids(self, item: Item) -> list[int]:
+        """What the row learns to say behind its prompts, and to stop."""
+        return [*self.tokenize(item.caption), self.tokenizer.eos_token_id] if item.caption else []
 
     def _num_image_tokens(self, item: Item) -> int:
         if item.image is None:
             return 0
+        arguments = item.image.height, item.image.width, self.image_processor
         try:
-            return self.family.num_tokens_of_size(item.image.height, item.image.width, self.image_processor)
+            if self.cells is None:
+                return self.family.num_tokens_of_size(*arguments)
+            rows, columns = cells_of(item, self.family.map_size_of(*arguments), self.cells)
+            return rows * columns
         except ValueError as error:
             raise item.error(f"the backbone's image processor refuses the image: {error}") from None
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agff.backbone import load_backbone
+from agff.backbone_folder import HEAD_FILE
 from agff.contract import (
     CARD_FILE,
     CONVERT_AGAIN,
@@ -41,7 +42,7 @@ from agff.objectives import name_of
 from agff.objectives.objective import Head
 from agff.processor import ItemProcessor
 
-PROMPTS_FILE, HEAD_FILE, GOLDEN_FILE = "prompts.safetensors", "head.safetensors", "golden.safetensors"
+PROMPTS_FILE, GOLDEN_FILE = "prompts.safetensors", "golden.safetensors"
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between a golden vector, the checkpoint's own in float32, and the release's: 0.8 and 2.6 degrees.
 
@@ -107,7 +108,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
         head = objective.build_head(backbone.config) if objective else None
         model = EmbeddingModel(backbone, contract.prompts, head)
         processor = ItemProcessor.from_folder(
-            folder / "backbone", prompts=contract.prompts, limits=contract.processor
+            folder / "backbone",
+            prompts=contract.prompts,
+            limits=contract.processor,
+            cells=objective.image_cells if objective else None,
         )
     vectors = model.prompted_embedding.vectors
     vectors.data.copy_(_read_tensor(folder / PROMPTS_FILE, "vectors", vectors.shape))

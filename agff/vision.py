@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,8 @@ from agff.shared_images import FEATURE_ROWS, IMAGE_FEATURES
 
 VISION_OUTPUT = "mm_encoder_outputs"
 """Argument of every backbone's forward."""
+IMAGE_TOKENS = "image_tokens"
+"""(image tokens of all rows, H): what a head that pools images has made of the tower's output."""
 
 
 class VisionTower(ABC):
@@ -59,6 +61,12 @@ class VisionTower(ABC):
         """The tower's inputs for these images of a chunk alone."""
 
     @abstractmethod
+    def maps(self, inputs: ModelInputs) -> list[Tensor]:
+        """(height, width, H) of each image, as wide as the language model, from inputs with IMAGE_FEATURES:
+        what a head pools (`Family.map_sizes`). Trained parameters between tower and language model are
+        gathered."""
+
+    @abstractmethod
     def backbone_output(self, inputs: ModelInputs) -> Any:
         """What the backbone takes for the chunk's images in place of pixels."""
 
@@ -73,21 +81,23 @@ class VisionTower(ABC):
         return {**kept, IMAGE_FEATURES: features}
 
     def backbone_inputs(self, inputs: ModelInputs) -> dict[str, Any]:
-        """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES, or without any
-        image."""
+        """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES, or with IMAGE_TOKENS,
+        which win, or without any image."""
         arguments = self.family.language_arguments(inputs)
-        if IMAGE_FEATURES not in inputs:
+        given = inputs.get(IMAGE_TOKENS)
+        if given is None and IMAGE_FEATURES not in inputs:
             return arguments
-        return {**arguments, VISION_OUTPUT: {"image": self.backbone_output(inputs)}}
+        output = self.backbone_output(inputs) if given is None else VisionOutput(pooler_output=[given])
+        return {**arguments, VISION_OUTPUT: {"image": output}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenOutput:
-    """What the backbones of the Qwen families read of their tower's output; each list holds parts to be
-    joined."""
+class VisionOutput:
+    """What the backbones read of their tower's output; each list holds parts to be joined."""
 
     pooler_output: list[Tensor]
-    deepstack_features: list[list[Tensor]]
+    deepstack_features: list[list[Tensor]] = field(default_factory=list)
+    """Read by Qwen3-VL."""
 
 
 class QwenTower(VisionTower):
@@ -112,13 +122,19 @@ class QwenTower(VisionTower):
         pixels = torch.cat([parts[image] for image in images])
         return self.family.index_patches({"pixel_values": pixels, "image_grid_thw": grid[list(images)]})
 
-    def backbone_output(self, inputs: ModelInputs) -> QwenOutput:
+    def maps(self, inputs: ModelInputs) -> list[Tensor]:
+        """See VisionTower. The first level alone."""
+        parts = inputs[IMAGE_FEATURES][:, 0].split(self.num_rows(inputs))
+        sizes = self.family.map_sizes(inputs)
+        return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+
+    def backbone_output(self, inputs: ModelInputs) -> VisionOutput:
         """See VisionTower."""
         features = inputs[IMAGE_FEATURES]
         if FEATURE_ROWS in inputs:
             features = take_rows(features, inputs[FEATURE_ROWS])
         level, *deeper = features.unbind(dim=1)
-        return QwenOutput(pooler_output=[level], deepstack_features=[[other] for other in deeper])
+        return VisionOutput(pooler_output=[level], deepstack_features=[[other] for other in deeper])
 
 
 class LlavaTower(VisionTower):
@@ -143,6 +159,8 @@ class LlavaTower(VisionTower):
         config = self.model.config
         side = config.vision_config.image_size
         sizes = inputs["image_sizes"].tolist()
+        if _views(inputs).shape[0] == len(sizes):  # base views alone; with crops there are two or more
+            return [1] * len(sizes)
         return [llava.image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
 
     def select(self, inputs: ModelInputs, images: Sequence[int]) -> ModelInputs:
@@ -151,9 +169,19 @@ class LlavaTower(VisionTower):
         pixels = torch.cat([parts[image] for image in images])
         return {"pixel_values": pixels, "image_sizes": inputs["image_sizes"][list(images)]}
 
+    def maps(self, inputs: ModelInputs) -> list[Tensor]:
+        """See VisionTower. Of the base views."""
+        projected_VPH = self.model.multi_modal_projector(inputs[IMAGE_FEATURES])
+        sizes = self.family.map_sizes(inputs)
+        return [view.unflatten(0, size) for view, size in zip(projected_VPH, sizes, strict=True)]
+
     def backbone_output(self, inputs: ModelInputs) -> _Projected:
         """See VisionTower."""
         return _Projected(self, inputs)
+
+
+def _views(inputs: ModelInputs) -> Tensor:
+    return inputs[IMAGE_FEATURES] if IMAGE_FEATURES in inputs else inputs["pixel_values"]
 
 
 @dataclass(frozen=True)

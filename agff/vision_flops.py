@@ -194,7 +194,10 @@ class LlavaVisionFlops(VisionFlops):
 
     def images(self, chunk: ModelInputs) -> tuple[Image, ...]:
         """See VisionFlops."""
-        return tuple(self.image(*size) for size in chunk["image_sizes"].tolist())
+        sizes = chunk["image_sizes"].tolist()
+        if len(chunk["pixel_values"]) == len(sizes):  # base views alone (`VisionTower.maps`)
+            return (((1, self.side, self.side),),) * len(sizes)
+        return tuple(self.image(*size) for size in sizes)
 
     def image(self, height: int, width: int) -> Image:
         """The views of an image of this size in pixels."""

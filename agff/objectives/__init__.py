@@ -3,6 +3,7 @@
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.distillation import Distillation
 from agff.objectives.mac import Mac
+from agff.objectives.mm_gem import MmGem
 from agff.objectives.objective import Objective
 from agff.objectives.vein import Vein
 
@@ -11,6 +12,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "distillation": Distillation,
     "mac": Mac,
     "vein": Vein,
+    "mm_gem": MmGem,
 }
 """By the recipe's `objective`."""
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from agff.batch import Batch, Encoded, Item, ModelInputs
+from agff.regions import ImageCells
 from agff.similarity import FusionConfig
 
 
@@ -30,6 +32,20 @@ class Head(nn.Module):
     is_released: ClassVar[bool] = False
     """Part of the model and of its release: its "embedding", (B, M, D) unit vectors, takes the place of that
     of the prompts' states. Any other head serves the training alone, and is dropped by the conversion."""
+
+    image_cells: ImageCells | None = None
+    """How it pools the images, where it does: then `with_image_tokens` makes what the language model reads of
+    them, and the processor counts by it."""
+
+    def load_from(self, backbone: Path, backbone_config: Any) -> None:
+        """Fill in what comes from the backbone's folder, before the training begins. Raises ConfigError where
+        it is not there."""
+
+    def with_image_tokens(self, inputs: ModelInputs, maps: Sequence[Tensor]) -> ModelInputs:
+        """The inputs with IMAGE_TOKENS (agff/vision.py), and what `forward` is to know of the images.
+
+        maps: (height, width, H) of each different image of the chunk."""
+        raise NotImplementedError
 
     def forward(self, states: Sequence[Tensor], inputs: ModelInputs, embedding_BMD: Tensor) -> Encoded:
         """Further named tensors of each row of the chunk; "embedding" is already there.
@@ -78,6 +94,11 @@ class Objective(ABC):
         """Of a pair of that source: becomes `batch.pair_data`, by name, the same names for every pair. Called
         in a worker of the loader, with the items as the shards have them."""
         return {}
+
+    @property
+    def image_cells(self) -> ImageCells | None:
+        """How its head pools the images, where it does."""
+        return None
 
     def build_head(self, backbone_config: Any) -> Head | None:
         """What must be read from the backbone beside the embeddings; None: nothing."""

@@ -131,7 +131,7 @@ class TextView:
             after=self._text(ids[image_stop:prompt_start]),
             prompts=f"<prompt x{len(ids) - prompt_start}>",
             num_tokens=len(ids),
-            num_lost=self._unlimited.num_tokens(item) - len(ids),
+            num_lost=self._unlimited.num_tokens(item) - self.processor.num_tokens(item),
         )
 
     def _text(self, ids: Sequence[int]) -> str:

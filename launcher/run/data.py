@@ -109,7 +109,9 @@ def build_processor(config: RunConfig) -> ItemProcessor:
     that is no backbone, or has an adapter beside it."""
     folder = Path(config.backbone.path)
     check_backbone_folder(folder)
-    return ItemProcessor.from_folder(folder, prompts=config.prompts, limits=config.processor)
+    return ItemProcessor.from_folder(
+        folder, prompts=config.prompts, limits=config.processor, cells=config.loss.image_cells
+    )
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:

@@ -42,4 +42,5 @@ def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) ->
     head = config.loss.build_head(backbone.config)
     if head is not None:
         head = head.to(dtype)  # ZeRO wants one precision for all
+        head.load_from(Path(config.backbone.path), backbone.config)
     return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts, head)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from agff.backbone import load_backbone
 from agff.batch import ModelInputs
-from agff.families import Family
+from agff.family import Family
 from tests.drawings import tiny_backbone
 
 # no defaults of transformers, so that a number that is not read changes the embeddings

@@ -14,7 +14,8 @@ from torch import Tensor
 from agff.backbone import BackboneConfig, LoraConfig, choose_trainable, load_backbone
 from agff.batch import Batch, ModelInputs
 from agff.embedding_model import EmbeddingModel
-from agff.families import Family, family_of
+from agff.families import family_of
+from agff.family import Family
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig
 from agff.shared_images import IMAGE_IDS

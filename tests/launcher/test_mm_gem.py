@@ -1,0 +1,46 @@
+"""MM-GEM by its commands: a run, its release, and what both say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import agff
+from agff.embedder import Embedder
+from launcher.run.trained_model import load_run
+from tests.launcher.runs import SMALL_RECIPE, run_command
+
+pytestmark = pytest.mark.timeout(600)
+BOXES = [(0.0, 0.0, 50.0, 40.0), (30.0, 20.0, 100.0, 80.0)]
+
+
+def everything(model: Embedder) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    picture = Image.linear_gradient("L").resize((100, 80)).convert("RGB")
+    captions = [
+        *model.caption(picture, max_tokens=8),
+        *model.caption(picture, BOXES, max_tokens=8, num_beams=2),
+    ]
+    return model.encode(["a heart", picture]), model.encode_regions(picture, BOXES), captions
+
+
+def test_a_run_and_its_release_give_the_same_vectors_and_say_the_same(project: Path) -> None:
+    recipe = {**SMALL_RECIPE, "name": "mm", "objective": "mm_gem", "prompts": {"num_fine": 0}, "loss": {}}
+    recipe |= {"num_steps": 2, "precision": "fp32"}
+    (project / "mm.yaml").write_text(yaml.safe_dump(recipe))
+    for command in (
+        "deepspeed launcher/train.py --recipe mm.yaml --run_dir runs/mm",
+        "python launcher/convert_checkpoint.py runs/mm releases/mm",
+    ):
+        result = run_command(command, project)
+        assert result.returncode == 0, result.stdout
+    embedder, step = load_run(project / "runs/mm")
+    assert step == 2
+    vectors, regions, captions = everything(embedder)
+    released = everything(agff.load(project / "releases/mm"))
+    torch.testing.assert_close(released[0], vectors, rtol=0, atol=1e-6)
+    torch.testing.assert_close(released[1], regions, rtol=0, atol=1e-6)
+    assert released[2] == captions

@@ -6,7 +6,6 @@ import json
 import socket
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 
 from agff.backbone_folder import check_backbone_folder
 from agff.batch import Batch
@@ -20,6 +19,7 @@ from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CachedFolder, open_folder
 from data_pipeline.storage import LocalFolder
 from launcher.run.config import ResolvedRun, RunConfig
+from launcher.run.first_stage import backbone_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,9 @@ def open_data(config: RunConfig) -> RunData:
 def build_processor(config: RunConfig) -> ItemProcessor:
     """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
     that is no backbone, or has an adapter beside it."""
-    folder = Path(config.backbone.path)
+    folder = backbone_folder(config.backbone.path)
     check_backbone_folder(folder)
-    return ItemProcessor.from_folder(folder, prompts=config.prompts, limits=config.processor)
+    return ItemProcessor.from_folder(folder, prompts=config.prompts.of_model, limits=config.processor)
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:

@@ -103,8 +103,10 @@ class FamilyPaths:
     """Sheets of the trained studios: <SET>/regions.json, a list of {image, regions: [{box, phrase}]}."""
     held_out_regions: Path
     """The same of the unseen studio."""
+    captions: Path
+    """Drawings of the unseen studio with their names, in Flickr30k's layout."""
     counts: Path
-    """JSON: rows or sheets of each set."""
+    """JSON: rows, sheets or drawings of each set."""
 
 
 def prepare_family(out: Path, config: QuickstartConfig | None = None) -> FamilyPaths:
@@ -126,6 +128,7 @@ def prepare_family(out: Path, config: QuickstartConfig | None = None) -> FamilyP
         teacher=teacher,
         regions=folder / "regions" / TRAIN,
         held_out_regions=folder / "regions" / HELD_OUT,
+        captions=folder / "captions" / HELD_OUT,
         counts=folder / "counts.json",
     )
 

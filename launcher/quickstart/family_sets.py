@@ -1,4 +1,5 @@
-"""What the family's other objectives learn from beside MMEB's pairs: texts alone, and described regions."""
+"""What the family's other objectives learn from beside MMEB's pairs: texts alone, and described regions; and
+what they are judged by."""
 
 from __future__ import annotations
 
@@ -6,23 +7,31 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from launcher.quickstart import wording
 from launcher.quickstart.concepts import Concept
-from launcher.quickstart.layouts import TrainRow, write_file, write_train_subset
+from launcher.quickstart.eval_sets import NOTE
+from launcher.quickstart.layouts import BARE_IMAGE, TrainRow, write_file, write_train_subset
 from launcher.quickstart.render import Drawing
 from launcher.quickstart.sheets import make_sheets
 from launcher.quickstart.train_sets import is_trained_on
 
-TEXTS, REGIONS = "EmojiTexts", "EmojiRegions"
-"""The two sources, also the names of their sets."""
+TEXTS, REGIONS, CAPTIONS = "EmojiTexts", "EmojiRegions", "EmojiCaptions"
+"""Two sources, also the names of their sets, and a set."""
 TRAIN, HELD_OUT = "train", "held_out"
 NUM_SHEETS = {TRAIN: 2000, HELD_OUT: 300}
 """Of regions; the held-out ones are drawn by the unseen studio."""
 
 
 def write_family_sets(folder: Path, drawings: Sequence[Drawing], *, seed: int) -> dict[str, dict[str, int]]:
-    """Write texts/train, texts/held_out in MMEB-train's layout and regions/train, regions/held_out as
-    <SET>/regions.json and <SET>/images/; {part: {set: rows or sheets}}."""
+    """{part: {set: rows, sheets or drawings}} of what is written, each in train and held_out:
+
+    texts/     MMEB-train's layout
+    regions/   <SET>/regions.json, a list of {image, regions: [{box, phrase}]}, and <SET>/images/
+    captions/  held out only, in Flickr30k's layout: <SET>/test-*.parquet with image and text
+    """
     trained = [drawing for drawing in drawings if is_trained_on(drawing)]
     unseen = [d for d in drawings if d.studio == "fxemoji" and not d.concept.is_held_out]
     concepts = list({drawing.concept.name: drawing.concept for drawing in drawings}.values())
@@ -39,6 +48,9 @@ def write_family_sets(folder: Path, drawings: Sequence[Drawing], *, seed: int) -
                 REGIONS: _write_regions(folder / "regions" / part / REGIONS, chosen, NUM_SHEETS[part], seed)
             }
             for part, chosen in ((TRAIN, trained), (HELD_OUT, unseen))
+        },
+        f"captions/{HELD_OUT}": {
+            CAPTIONS: _write_captions(folder / "captions" / HELD_OUT / CAPTIONS, unseen)
         },
     }
 
@@ -74,3 +86,15 @@ def _write_regions(folder: Path, drawings: Sequence[Drawing], num_sheets: int, s
         images.append({"image": name, "regions": regions})
     (folder / "regions.json").write_text(json.dumps(images, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(sheets)
+
+
+def _write_captions(folder: Path, drawings: Sequence[Drawing]) -> int:
+    """Drawings of the unseen studio, each with its name."""
+    for drawing in drawings:
+        write_file(folder / "images" / drawing.file_name, drawing.png)
+    images = pa.array([drawing.file_name for drawing in drawings], pa.string())
+    texts = pa.array([[drawing.concept.text] for drawing in drawings], pa.list_(pa.string()))
+    pq.write_table(pa.table({"image": images, "text": texts}), folder / "test-00000-of-00001.parquet")
+    described = {"image_text": BARE_IMAGE, "note": NOTE}
+    (folder / "caption_set.json").write_text(json.dumps(described) + "\n", encoding="utf-8")
+    return len(drawings)

@@ -291,6 +291,13 @@ def test_pairs_of_texts_and_described_regions_hold_out_what_training_may_not_see
                 assert region["phrase"] not in held_out
                 found = sheet.crop(tuple(region["box"])).tobytes()
                 assert any(png[studio, region["phrase"]] == found for studio in studios)
+    folder = tmp_path / "captions/held_out/EmojiCaptions"
+    captions = pq.read_table(folder / "test-00000-of-00001.parquet").to_pylist()
+    assert counts["captions/held_out"] == {"EmojiCaptions": len(captions)}
+    for row in captions:
+        found = Image.open(folder / "images" / row["image"]).tobytes()
+        assert png["fxemoji", row["text"][0]] == found
+    assert {row["text"][0] for row in captions} == names["train"]
 
 
 _TRAINED = [studio.name for studio in STUDIOS if studio.role == "train"]

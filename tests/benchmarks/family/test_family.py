@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks.family.__main__ import SOURCES
 from tests.benchmarks.family.methods import Method, Stage
 from tests.benchmarks.family.report import MEASURED, PART, ROOT, texts
 from tests.benchmarks.family.runner import run_tasks, source_digest
-from tests.benchmarks.family.table import COLUMNS, PAIRS, FamilyTable, facts_of, table_of
+from tests.benchmarks.family.table import COLUMNS, PAIRS, FamilyTable, agreement, facts_of, table_of
 from tests.benchmarks.family.tasks import Comparison, Task
 
 ONE = Method(name="one", title="One stage", stages=(Stage(recipe="quickstart", settings={"seed": "7"}),))
@@ -228,3 +229,12 @@ def test_the_readmes_have_a_place_for_the_table_and_hold_what_was_measured() -> 
     measured = texts(FamilyTable.read(MEASURED)) if MEASURED.exists() else {}
     for readme in (ROOT / "README.md", ROOT / "tests/README.md"):
         assert PART.findall(readme.read_text()) == [measured.get(readme, "")], readme
+
+
+def test_agreement_is_of_orders_not_of_values() -> None:
+    pytest.importorskip("agff.objectives.distillation")
+    torch.manual_seed(0)
+    teacher_NE = torch.randn(40, 12)
+    turned_ND, _ = torch.linalg.qr(torch.randn(12, 12))
+    assert agreement(teacher_NE, 3 * teacher_NE @ turned_ND) == pytest.approx(1, abs=1e-4)
+    assert abs(agreement(teacher_NE, torch.randn(40, 12))) < 0.1

@@ -3,6 +3,9 @@ gives it."""
 
 from __future__ import annotations
 
+import os
+import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,19 @@ from agff.embedder import Embedder
 from agff.release import save_release
 from data_pipeline.convert import prepare
 from launcher.command_line import RECIPES, parse_train_arguments
+from launcher.quickstart.eval_sets import write_eval_sets
 from launcher.quickstart.family_sets import write_family_sets
+from launcher.quickstart.mmvp_pairs import write_mmvp_set
 from launcher.quickstart.train_sets import write_train_sets
 from launcher.run.data import build_processor
 from launcher.run.model import untrained_model
 from launcher.train import main as train_main
 from tests.benchmarks.family.__main__ import NUM_PAIRS, batch_size_of
 from tests.benchmarks.family.methods import METHODS, QUICKSTART, Method
-from tests.benchmarks.family.tasks import SHARDS, Comparison
+from tests.benchmarks.family.report import ROOT
+from tests.benchmarks.family.runner import run_command, run_tasks
+from tests.benchmarks.family.table import table_of
+from tests.benchmarks.family.tasks import SHARDS, TEACHER, Comparison, Task
 from tests.drawings import tiny_backbone
 from tests.launcher.quickstart.test_sets import make_drawings
 
@@ -105,3 +113,50 @@ def test_every_method_sees_equally_many_pairs() -> None:
     for method in filter(has_recipes, METHODS):
         pairs = sum(family().steps(stage) * batch_size_of(stage.recipe) for stage in method.stages)
         assert pairs == NUM_PAIRS, method.name
+
+
+SMALL = {"data.sub_batch_size": "8", "optimizer.warmup_steps": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_comparison_of_all_that_have_recipes_runs_in_small(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the real commands, but for the one that fetches; its teacher is a release of ours."""
+    monkeypatch.chdir(small)
+    for name in ("launcher", "ds_configs"):
+        Path(name).symlink_to(ROOT / name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    write_eval_sets(QUICKSTART / "data/mmeb_eval", make_drawings(), seed=0)
+    write_mmvp_set(QUICKSTART / "data/mmvp", make_drawings())
+    pairs = ["--recipe", "quickstart", "--backbone.path", str(QUICKSTART / "backbone")]
+    release_untrained(pairs, TEACHER)
+    methods = [method for method in METHODS if has_recipes(method)]
+    compared = Comparison(
+        methods=tuple(
+            replace(
+                method,
+                stages=tuple(replace(stage, settings={**stage.settings, **SMALL}) for stage in method.stages),
+            )
+            for method in methods
+        ),
+        num_pairs=640,
+        folder=Path("out"),
+        batch_size_of=batch_size_of,
+    )
+
+    def run(task: Task, log: Path) -> int:
+        return 0 if task.name == "data" else run_command(task, log)
+
+    try:
+        seconds = run_tasks(compared.tasks(), compared.folder, code="c", run=run)
+    except RuntimeError as error:
+        pytest.fail(f"{error}\n{(compared.folder / 'log.txt').read_text()[-3000:]}")
+    table = table_of(compared, seconds)
+    assert [entry.title for entry in table.entries] == [method.title for method in methods]
+    assert all(0 <= score <= 100 for entry in table.entries for score, _ in entry.scores.values())
+    facts = {method.name: entry.facts for method, entry in zip(methods, table.entries, strict=True)}
+    assert {name for name, found in facts.items() if found} == {"unime", "mm_gem"} & facts.keys()

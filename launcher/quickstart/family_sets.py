@@ -80,8 +80,8 @@ def _write_regions(folder: Path, drawings: Sequence[Drawing], num_sheets: int, s
     images = []
     sheets = make_sheets(drawings, num_sheets=num_sheets, seed=seed)
     for index, sheet in enumerate(sheets):
-        name = f"sheet_{index:05d}.png"
-        write_file(folder / "images" / name, sheet.png())
+        name = f"images/sheet_{index:05d}.png"
+        write_file(folder / name, sheet.png())
         regions = [{"box": box, "phrase": cell.concept.text} for cell, box in sheet.boxes()]
         images.append({"image": name, "regions": regions})
     (folder / "regions.json").write_text(json.dumps(images, ensure_ascii=False) + "\n", encoding="utf-8")

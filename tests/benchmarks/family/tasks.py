@@ -9,10 +9,13 @@ from pathlib import Path
 from tests.benchmarks.family.methods import QUICKSTART, Method, Stage
 
 SHARDS = {
-    "pairs": ("--mmeb", QUICKSTART / "data/mmeb"),
-    "texts": ("--mmeb", QUICKSTART / "family/texts/train"),
-    "held_out_texts": ("--mmeb", QUICKSTART / "family/texts/held_out"),
-    "regions": ("--regions", QUICKSTART / "family/regions/train"),
+    "pairs": ("--mmeb", f"{QUICKSTART}/data/mmeb"),
+    "texts": ("--mmeb", f"{QUICKSTART}/family/texts/train"),
+    "held_out_texts": ("--mmeb", f"{QUICKSTART}/family/texts/held_out"),
+    "regions": (
+        *("--regions", f"{QUICKSTART}/family/regions/train/EmojiRegions/regions.json"),
+        *("--source", "EmojiRegions"),
+    ),
 }
 """Name -> what prepare.py makes them of."""
 TEACHER = QUICKSTART / "teacher"
@@ -80,9 +83,8 @@ class Comparison:
         return [name for name in SHARDS if name in used or (name == "held_out_texts" and "texts" in used)]
 
     def _prepare(self, name: str) -> Task:
-        option, source = SHARDS[name]
         out = self._shards_folder(name)
-        command = ("python", "launcher/prepare.py", option, str(source), "--out", str(out))
+        command = ("python", "launcher/prepare.py", *SHARDS[name], "--out", str(out))
         return Task(name=f"shards of {name}", command=command, output=out, after=("data",))
 
     def _shards_folder(self, name: str) -> Path:

@@ -49,7 +49,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_train_sets(folder / QUICKSTART / "data/mmeb", make_drawings(), seed=0)
     write_family_sets(folder / QUICKSTART / "family", make_drawings(), seed=0)
     tiny_backbone(folder / QUICKSTART / "backbone")
-    for name, (option, source) in SHARDS.items():
+    for name, (option, source, *_) in SHARDS.items():
         if option == "--mmeb":
             prepare(folder / source, folder / FOLDER / "shards" / name)
     return folder

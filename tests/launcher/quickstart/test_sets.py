@@ -285,7 +285,7 @@ def test_pairs_of_texts_and_described_regions_hold_out_what_training_may_not_see
         images = json.loads((folder / "regions.json").read_text())
         assert counts[f"regions/{part}"] == {"EmojiRegions": len(images)}
         for entry in images[:40]:
-            sheet = Image.open(folder / "images" / entry["image"])
+            sheet = Image.open(folder / entry["image"])
             assert len(entry["regions"]) == 4
             for region in entry["regions"]:
                 assert region["phrase"] not in held_out

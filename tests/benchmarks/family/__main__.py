@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from agff.errors import AgffError
 from launcher.command_line import RECIPES
 from launcher.run.config_file import read_recipe
 from tests.benchmarks.family.methods import METHODS
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         seconds = run_tasks(comparison.tasks(), arguments.out, code=source_digest(SOURCES), run=run_command)
-    except RuntimeError as error:
+    except (AgffError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     table = table_of(comparison, seconds)

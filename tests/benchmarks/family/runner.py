@@ -88,8 +88,8 @@ def run_tasks(tasks: Sequence[Task], folder: Path, *, code: str, run: Run) -> Ma
         state.write(path)
         if code_of_exit:
             raise RuntimeError(
-                f"{task.name}: exit code {code_of_exit} of `{' '.join(task.command)}`; its output is at the "
-                f"end of {log}, and the same command continues here"
+                f"{task.name}: exit code {code_of_exit} of `{' '.join(task.command)}`{_last_error(log)}; its "
+                f"output is at the end of {log}, and the same command continues here"
             )
     return {task.name: state.seconds[task.name] for task in tasks}
 
@@ -100,6 +100,12 @@ def run_command(task: Task, log: Path) -> int:
         file.write(f"\n$ {' '.join(task.command)}\n")
         file.flush()
         return subprocess.run(task.command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _last_error(log: Path) -> str:
+    """What our commands say at the end of the log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:] if log.exists() else []
+    return next((f": {line}" for line in reversed(lines) if line.startswith("error: ")), "")
 
 
 def _remove(output: Path | None) -> None:

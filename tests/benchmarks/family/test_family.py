@@ -54,7 +54,10 @@ class Machine:
             self.found[task.name] = there
             task.output.mkdir(parents=True, exist_ok=True)
             (task.output / "part").write_text("")
-        return 3 if task.name == self.fails_at else 0
+        if task.name != self.fails_at:
+            return 0
+        log.write_text("error: no room\nkilled\n")
+        return 3
 
 
 ORDER = [
@@ -114,7 +117,9 @@ def test_shares_that_are_not_the_whole_are_refused() -> None:
 def test_what_is_done_is_left_out_and_what_was_interrupted_continues(tmp_path: Path) -> None:
     tasks, machine = comparison(tmp_path, ONE, TWO).tasks(), Machine()
     machine.fails_at = "train two-1"
-    with pytest.raises(RuntimeError, match=r"train two-1: exit code 3 of `deepspeed .*the same command cont"):
+    with pytest.raises(
+        RuntimeError, match=r"two-1: exit code 3 of `deepspeed .*`: error: no room; .*same command cont"
+    ):
         run_tasks(tasks, tmp_path, code="c", run=machine)
     assert machine.ran == ORDER[: ORDER.index("train two-1") + 1]
     again = Machine()

@@ -52,7 +52,7 @@ class Comparison:
         """Data first, then method after method. A task comes behind those that it reads."""
         data = Task(name="data", command=("python", "launcher/quickstart_data.py", "--family"))
         tasks = [data, *map(self._prepare, self._shards())]
-        if any(stage.is_taught for method in self.methods for stage in method.stages):
+        if self._has_teacher:
             tasks += [
                 self._embed("texts", "teacher", TEACHER),
                 self._embed("held_out_texts", "teacher", TEACHER),
@@ -65,10 +65,22 @@ class Comparison:
         """Of a stage; by default of the last one."""
         return self.folder / "releases" / _stage_name(method, number % len(method.stages))
 
-    def student_vectors(self, method: Method) -> Path | None:
-        """Of the held-out texts, by the stage that learned from the teacher; None without one."""
-        taught = [number for number, stage in enumerate(method.stages) if stage.is_taught]
-        return self.vectors("held_out_texts", _stage_name(method, taught[0])) if taught else None
+    def read_texts(self, method: Method) -> dict[str, Path]:
+        """When -> the vectors that its model made of the held-out texts: after the stage that learned of the
+        teacher, and at the end; of a method that was never taught, what there is to compare with. Empty
+        without a teacher."""
+        if not self._has_teacher:
+            return {}
+        taught = [number for number, stage in enumerate(method.stages[:-1]) if stage.is_taught]
+        stages = {f"after stage {number + 1}": number for number in taught}
+        return {
+            when: self.vectors("held_out_texts", _stage_name(method, number))
+            for when, number in {**stages, "at the end": len(method.stages) - 1}.items()
+        }
+
+    @property
+    def _has_teacher(self) -> bool:
+        return any(stage.is_taught for method in self.methods for stage in method.stages)
 
     def vectors(self, shards: str, model: str) -> Path:
         """What `model`, the teacher or a stage, made of these shards."""
@@ -121,7 +133,7 @@ class Comparison:
                 after=(f"train {name}",),
                 resumes=False,
             )
-            if stage.is_taught:
+            if self.vectors("held_out_texts", name) in self.read_texts(method).values():
                 yield self._embed("held_out_texts", name, release, after=(f"release {name}",))
         yield self._evaluate(method)
 

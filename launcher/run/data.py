@@ -23,6 +23,7 @@ from data_pipeline.remote import CachedFolder, open_folder
 from data_pipeline.storage import LocalFolder
 from data_pipeline.vectors import VECTORS_FILE, Vectors, open_vectors
 from launcher.run.config import ResolvedRun, RunConfig
+from launcher.run.first_stage import backbone_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +108,10 @@ def _open_vectors(config: RunConfig, manifest: Manifest, plan: Plan) -> Vectors 
 def build_processor(config: RunConfig) -> ItemProcessor:
     """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
     that is no backbone, or has an adapter beside it."""
-    folder = Path(config.backbone.path)
+    folder = backbone_folder(config.backbone.path)
     check_backbone_folder(folder)
     return ItemProcessor.from_folder(
-        folder, prompts=config.prompts, limits=config.processor, cells=config.loss.image_cells
+        folder, prompts=config.prompts.of_model, limits=config.processor, cells=config.loss.image_cells
     )
 
 

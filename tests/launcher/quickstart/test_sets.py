@@ -15,6 +15,7 @@ from PIL import Image
 from launcher.quickstart import wording
 from launcher.quickstart.concepts import STUDIOS, Concept
 from launcher.quickstart.eval_sets import eval_sets, truth_first, write_eval_sets
+from launcher.quickstart.family_sets import write_family_sets
 from launcher.quickstart.layouts import IMAGE_TARGET, EvalRow
 from launcher.quickstart.mmvp_pairs import choose_pairs, load_concept_pairs, write_mmvp_set
 from launcher.quickstart.render import Drawing, distinct_indices, png_bytes, render_studio, render_svg, svg_of
@@ -259,3 +260,44 @@ def test_concept_pairs_are_distinct_and_of_mmvps_nine_patterns() -> None:
 
 def test_image_target_is_mmebs() -> None:
     assert IMAGE_TARGET == "<|image_1|>\nRepresent the given image.\n"
+
+
+def test_pairs_of_texts_and_described_regions_hold_out_what_training_may_not_see(tmp_path: Path) -> None:
+    drawings = make_drawings()
+    counts = write_family_sets(tmp_path, drawings, seed=0)
+    held_out = {make_concept(name).text for name in NAMES if make_concept(name).is_held_out}
+    names = {}
+    for part in ("train", "held_out"):
+        table = pq.read_table(tmp_path / f"texts/{part}/EmojiTexts/original-00000-of-00001.parquet")
+        rows = table.to_pylist()
+        assert counts[f"texts/{part}"] == {"EmojiTexts": len(rows)}
+        assert all(row["qry_image_path"] == row["pos_image_path"] == "" for row in rows)
+        assert {row["pos_text"] for row in rows} == {
+            "a photo of one, two, three, four",
+            "a photo of two, four",
+        }
+        names[part] = {row["qry"] for row in rows if not row["qry"].startswith("a photo of")}
+    assert names["held_out"] == held_out
+    assert names["train"] == {make_concept(name).text for name in NAMES} - held_out
+    png = {(d.studio, d.concept.text): Image.open(io.BytesIO(d.png)).tobytes() for d in drawings}
+    for part, studios in (("train", set(_TRAINED)), ("held_out", {"fxemoji"})):
+        folder = tmp_path / f"regions/{part}/EmojiRegions"
+        images = json.loads((folder / "regions.json").read_text())
+        assert counts[f"regions/{part}"] == {"EmojiRegions": len(images)}
+        for entry in images[:40]:
+            sheet = Image.open(folder / entry["image"])
+            assert len(entry["regions"]) == 4
+            for region in entry["regions"]:
+                assert region["phrase"] not in held_out
+                found = sheet.crop(tuple(region["box"])).tobytes()
+                assert any(png[studio, region["phrase"]] == found for studio in studios)
+    folder = tmp_path / "captions/held_out/EmojiCaptions"
+    captions = pq.read_table(folder / "test-00000-of-00001.parquet").to_pylist()
+    assert counts["captions/held_out"] == {"EmojiCaptions": len(captions)}
+    for row in captions:
+        found = Image.open(folder / "images" / row["image"]).tobytes()
+        assert png["fxemoji", row["text"][0]] == found
+    assert {row["text"][0] for row in captions} == names["train"]
+
+
+_TRAINED = [studio.name for studio in STUDIOS if studio.role == "train"]

@@ -17,6 +17,7 @@ Fetch emoji drawn by seven studios (npm packages at pinned versions and hashes),
   data/mmeb/       training pairs in MMEB-train's layout: SUBSET/original-*.parquet + images/SUBSET/Train/
   data/mmeb_eval/  evaluation sets in MMEB-eval's layout: SET/test-*.parquet + images/ + sets.json
   data/mmvp/       minimal pairs in MMVP-VLM's layout: Questions.csv + "MLLM_VLM Images"/
+  data/captions/   sheets of four drawings with their names: SET/test-*.parquet (image, text) + images/
   backbone/        a Qwen2-VL of 4.74M random weights with a real Qwen tokenizer, a Hugging Face folder
 
 Training never sees one concept in ten, nor the studios fxemoji and noto-v1. These sets have the formats of
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {count:>7,}  {name}")
     print(
         f"\ntraining pairs   {paths.mmeb}\nevaluation sets  {paths.mmeb_eval}\nminimal pairs    {paths.mmvp}"
+        f"\nsheets           {paths.captions}"
     )
     print(f"backbone         {paths.backbone}")
     return 0

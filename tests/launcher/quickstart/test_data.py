@@ -154,6 +154,7 @@ def test_all_layouts_are_built_from_packages(tmp_path: Path, monkeypatch: pytest
     assert (paths.mmeb / "Emoji_t2i" / "original-00000-of-00001.parquet").is_file()
     assert (paths.mmeb_eval / "Emoji_t2i-fxemoji" / "test-00000-of-00001.parquet").is_file()
     assert (paths.mmvp / "Questions.csv").is_file()
+    assert len(list(paths.captions.glob("*/test-*.parquet"))) == 2
     monkeypatch.setattr(assemble, "fetch_package", lambda *_: pytest.fail("fetched again"))
     assert prepare_quickstart(tmp_path / "out", QuickstartConfig(image_px=28)) == paths
 

@@ -8,7 +8,7 @@ DATA := .cache/quickstart
 RUN := runs/quickstart-zero3
 RELEASE := releases/quickstart
 LOG := $(DATA)/demo.log
-EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
+EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp --captions $(DATA)/data/captions
 
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)

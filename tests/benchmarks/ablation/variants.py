@@ -71,17 +71,18 @@ def training_loss(caption_BMD: Tensor, image_BMD: Tensor, setting: Setting) -> T
 
 
 def _loss(caption_BMD: Tensor, image_BMD: Tensor, setting: Setting) -> Tensor:
-    if is_own_similarity(setting) and setting.hardness_weight == 0:
+    if is_own_similarity(setting):
         objective = Contrastive(
-            temperature=setting.temperature, amplification=setting.amplification, bidirectional=True
+            temperature=setting.temperature,
+            amplification=setting.amplification,
+            hardness_weight=setting.hardness_weight,
+            bidirectional=True,
         )
         encoded = ({"embedding": side} for side in (caption_BMD, image_BMD, caption_BMD[:0]))
         return objective(*encoded, _batch(len(caption_BMD)), FusionConfig(beta=setting.beta)).loss
-    assert setting.amplification == 0, "EGA is the objective's"
+    assert setting.amplification == setting.hardness_weight == 0, "the objective's"
     similarity_BB = similarity(caption_BMD, image_BMD, setting)
     positive_B = torch.arange(len(similarity_BB))
-    harder_BB = setting.hardness_weight * setting.temperature * similarity_BB.detach()
-    similarity_BB = similarity_BB + harder_BB.fill_diagonal_(0)
     both = [
         info_nce(direction, positive_B, temperature=setting.temperature).mean()
         for direction in (similarity_BB, similarity_BB.T)

@@ -156,7 +156,8 @@ class Comparison:
         return ("deepspeed", "launcher/train.py", "--recipe", stage.recipe, *overrides)
 
     def _evaluate(self, method: Method) -> Task:
-        sets = {"mmeb_eval": QUICKSTART / "data/mmeb_eval", "mmvp": QUICKSTART / "data/mmvp", **method.sets}
+        data = QUICKSTART / "data"
+        sets = {name: data / name for name in ("mmeb_eval", "mmvp", "captions")} | dict(method.sets)
         options = [part for name, folder in sets.items() for part in (f"--{name}", str(folder))]
         release, scores = self.release(method), self.scores(method)
         return Task(

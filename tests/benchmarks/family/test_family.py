@@ -239,7 +239,6 @@ def test_the_readmes_have_a_place_for_the_table_and_hold_what_was_measured() -> 
 
 
 def test_agreement_is_of_orders_not_of_values() -> None:
-    pytest.importorskip("agff.objectives.distillation")
     torch.manual_seed(0)
     teacher_NE = torch.randn(40, 12)
     turned_ND, _ = torch.linalg.qr(torch.randn(12, 12))

@@ -13,8 +13,8 @@ import torch
 
 from agff.embedder import Embedder
 from agff.release import save_release
-from data_pipeline.convert import prepare
 from launcher.command_line import RECIPES, parse_train_arguments
+from launcher.prepare import main as prepare_main
 from launcher.quickstart.eval_sets import write_eval_sets
 from launcher.quickstart.family_sets import write_family_sets
 from launcher.quickstart.mmvp_pairs import write_mmvp_set
@@ -38,10 +38,6 @@ def family() -> Comparison:
     return Comparison(methods=METHODS, num_pairs=NUM_PAIRS, folder=FOLDER, batch_size_of=batch_size_of)
 
 
-def has_recipes(method: Method) -> bool:
-    return all((RECIPES / f"{stage.recipe}.yaml").exists() for stage in method.stages)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder whose quickstart is coloured squares and the tiniest backbone, with shards of them."""
@@ -49,9 +45,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_train_sets(folder / QUICKSTART / "data/mmeb", make_drawings(), seed=0)
     write_family_sets(folder / QUICKSTART / "family", make_drawings(), seed=0)
     tiny_backbone(folder / QUICKSTART / "backbone")
-    for name, (option, source, *_) in SHARDS.items():
-        if option == "--mmeb":
-            prepare(folder / source, folder / FOLDER / "shards" / name)
+    for name, (option, source, *rest) in SHARDS.items():
+        arguments = [option, str(folder / source), *rest, "--out", str(folder / FOLDER / "shards" / name)]
+        assert prepare_main(arguments) == 0
     return folder
 
 
@@ -72,14 +68,8 @@ def release_untrained(arguments: list[str], out: Path) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(
-            method,
-            id=method.name,
-            marks=pytest.mark.skipif(not has_recipes(method), reason="its recipes are not here yet"),
-        )
-        for method in METHODS
-    ],
+    METHODS,
+    ids=lambda method: method.name,
 )
 def test_stages_pass_a_dry_run(
     small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], method: Method
@@ -110,7 +100,7 @@ def test_every_quickstart_recipe_takes_part() -> None:
 
 
 def test_every_method_sees_equally_many_pairs() -> None:
-    for method in filter(has_recipes, METHODS):
+    for method in METHODS:
         pairs = sum(family().steps(stage) * batch_size_of(stage.recipe) for stage in method.stages)
         assert pairs == NUM_PAIRS, method.name
 
@@ -134,14 +124,13 @@ def test_the_comparison_of_all_that_have_recipes_runs_in_small(
     write_mmvp_set(QUICKSTART / "data/mmvp", make_drawings())
     pairs = ["--recipe", "quickstart", "--backbone.path", str(QUICKSTART / "backbone")]
     release_untrained(pairs, TEACHER)
-    methods = [method for method in METHODS if has_recipes(method)]
     compared = Comparison(
         methods=tuple(
             replace(
                 method,
                 stages=tuple(replace(stage, settings={**stage.settings, **SMALL}) for stage in method.stages),
             )
-            for method in methods
+            for method in METHODS
         ),
         num_pairs=640,
         folder=Path("out"),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,9 +18,6 @@ from agff.checkpoint import consolidated_weights
 from agff.files import partial_path
 from agff.objectives.objective import Objective
 from agff.objectives.vein import Vein
-from data_pipeline.manifest import read_manifest
-from data_pipeline.storage import LocalFolder
-from data_pipeline.vectors_writer import VectorsWriter
 from launcher.command_line import RECIPES, parse_train_arguments
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
@@ -29,6 +25,7 @@ from launcher.run.stop_request import EXIT_CODE
 from launcher.train import main as train_main
 from tests.data_pipeline.test_remote import FaultyServer
 from tests.launcher.runs import run_command, signal_when_saved, train_command
+from tests.stand_in_vectors import write_stand_in
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -478,11 +475,7 @@ def test_dry_run_prints_the_table_and_writes_nothing(
 
 def stand_in_vectors(project: Path) -> list[str]:
     """Options of vectors of the project's shards, made of nothing."""
-    manifest = read_manifest(LocalFolder(project / ".cache/quickstart/shards"))
-    writer = VectorsWriter(project / "vectors", manifest, model="none", dim=3)
-    for block in writer.missing_blocks(rank=0, world_size=1):
-        writer.write(block, np.ones((block.stop - block.start, 2, 3), dtype=np.float32))
-    writer.finish()
+    write_stand_in(project / "vectors", project / ".cache/quickstart/shards")
     return ["--data.vectors", "vectors"]
 
 

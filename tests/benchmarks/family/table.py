@@ -28,6 +28,9 @@ COLUMNS = {
 }
 """MMEB sets and their headings; the unseen studio's but for the third."""
 PAIRS = "minimal pairs"
+SHEETS = "EmojiSheets-fxemoji"
+"""Sheets of four drawings of the unseen studio, each to be found by the name of one of them."""
+SHEETS_HEADING = "sheet by one name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ class FamilyTable:
 
     def markdown(self) -> str:
         """The table, what only one method has, and where it was made."""
-        headings = [*COLUMNS.values(), PAIRS]
+        headings = [*COLUMNS.values(), SHEETS_HEADING, PAIRS]
         rows = [
             [entry.title, entry.steps, *(_cell(heading, entry.scores[heading]) for heading in headings)]
             for entry in self.entries
@@ -151,15 +154,29 @@ def scores_of(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Heading -> (score, chance), of a scores.json."""
     sets = {entry["name"]: (entry["score"], entry["chance"]) for entry in values["mmeb"]["sets"]}
     average = values["mmvp"]["average"]
+    by_similarity = _sheets(values)
     return {
         **{heading: sets[name] for name, heading in COLUMNS.items()},
+        SHEETS_HEADING: by_similarity.get("fused", by_similarity["global"]),
         PAIRS: (average["score"], average["chance"]),
     }
 
 
+def _sheets(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Similarity -> (score, chance) of sheets found by one of their names; one vector has `global` alone."""
+    [sheets] = (entry["scores"] for entry in values["captions"] if entry["name"] == SHEETS)
+    return {
+        score["similarity"]: (score["recall_at_1"], score["chance_at_1"])
+        for score in sheets
+        if score["direction"] == "text to image"
+    }
+
+
 def facts_of(values: Mapping[str, Any]) -> dict[str, float | str]:
-    """Captions and regions, of a scores.json that has them."""
+    """Fused against global, captions and regions, of a scores.json that has them."""
     found: dict[str, float | str] = {}
+    if len(by_similarity := _sheets(values)) > 1:
+        found[f"{SHEETS_HEADING}, by the global vectors alone"] = f"{by_similarity['global'][0]:.1f} %"
     for entry in values.get("caption_quality", ()):
         for score in entry["scores"]:
             found["CIDEr-D of captions of unseen drawings"] = score["cider_d"]

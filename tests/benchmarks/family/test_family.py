@@ -15,7 +15,16 @@ from tests.benchmarks.family.__main__ import SOURCES
 from tests.benchmarks.family.methods import Method, Stage
 from tests.benchmarks.family.report import MEASURED, PART, ROOT, texts
 from tests.benchmarks.family.runner import run_tasks, source_digest
-from tests.benchmarks.family.table import COLUMNS, PAIRS, FamilyTable, agreement, facts_of, table_of
+from tests.benchmarks.family.table import (
+    COLUMNS,
+    PAIRS,
+    SHEETS,
+    FamilyTable,
+    agreement,
+    facts_of,
+    scores_of,
+    table_of,
+)
 from tests.benchmarks.family.tasks import Comparison, Task
 
 ONE = Method(name="one", title="One stage", stages=(Stage(recipe="quickstart", settings={"seed": "7"}),))
@@ -107,7 +116,8 @@ def test_a_second_stage_begins_with_the_first_one_s_release_and_they_share_the_p
     )
     assert commands["evaluate two"] == (
         "python launcher/evaluate.py f/releases/two-2 --mmeb_eval .cache/quickstart/data/mmeb_eval --mmvp "
-        ".cache/quickstart/data/mmvp --regions sheets --out f/scores/two.json"
+        ".cache/quickstart/data/mmvp --captions .cache/quickstart/data/captions --regions sheets "
+        "--out f/scores/two.json"
     )
 
 
@@ -187,7 +197,12 @@ def test_every_file_of_the_code_is_in_its_digest(tmp_path: Path) -> None:
 def scores(**more: Any) -> dict[str, Any]:
     sets = [{"name": name, "score": 12.0, "chance": 0.24} for name in COLUMNS]
     average = {"score": 22.25, "chance": 25.0}
-    return {"mmeb": {"sets": sets}, "mmvp": {"average": average}, **more}
+    sheets = [
+        {"direction": direction, "similarity": "global", "recall_at_1": score, "chance_at_1": 1.0}
+        for direction, score in (("text to image", 4.0), ("image to text", 99.0))
+    ]
+    captions = [{"name": SHEETS, "scores": sheets}]
+    return {"mmeb": {"sets": sets}, "mmvp": {"average": average}, "captions": captions, **more}
 
 
 GENERATES: Mapping[str, Any] = {
@@ -213,7 +228,7 @@ def test_the_table_has_scores_factors_and_what_only_one_method_has(tmp_path: Pat
     lines = (tmp_path / "measured.md").read_text().splitlines()
     assert lines[0].startswith("| `make family` | steps | text -> image | image -> text | ")
     cells = "12.0 % (50 x) | " * len(COLUMNS)
-    assert lines[2] == f"| One stage | 10 | {cells}22.2 % |"
+    assert lines[2] == f"| One stage | 10 | {cells}4.0 % (4 x) | 22.2 % |"
     assert lines[3].startswith("| Two stages | 20 | ")
     assert lines[5] == (
         "Two stages: CIDEr-D of captions of unseen drawings 0.50; of the best constant caption 0.12; regions "
@@ -224,6 +239,14 @@ def test_the_table_has_scores_factors_and_what_only_one_method_has(tmp_path: Pat
     assert table.summary().startswith(
         "text -> image on the unseen studio, above chance: One stage 50 x; Two stages 50 x (640 pairs"
     )
+
+
+def test_fused_similarity_is_said_beside_that_of_global_vectors() -> None:
+    values = scores()
+    sheets = values["captions"][0]["scores"]
+    sheets.append({**sheets[0], "similarity": "fused", "recall_at_1": 8.0})
+    assert scores_of(values)["sheet by one name"] == (8.0, 1.0)
+    assert facts_of(values) == {"sheet by one name, by the global vectors alone": "4.0 %"}
 
 
 def test_a_model_that_only_embeds_has_no_further_facts() -> None:

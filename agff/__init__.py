@@ -4,6 +4,10 @@ fused_similarity   four global/fine similarities joined by log-sum-exp
 info_nce           cross-entropy of the positive among the candidates
 ega_loss           InfoNCE with amplified gradients of hard negatives
 roi_align          bilinear samples of boxes on a feature map
+hardest_negative_mask
+                   which candidates act as negatives: false ones out, hardest in
+distillation_loss  KL between the teacher's and the student's comparisons of a batch
+mac_loss           InfoNCE of embeddings and of the means of their tokens
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
@@ -13,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agff.losses import ega_loss, info_nce
+from agff.negatives import hardest_negative_mask
+from agff.objectives.distillation import distillation_loss
+from agff.objectives.mac import mac_loss
 from agff.regions import roi_align
 from agff.similarity import fused_similarity
 
@@ -22,6 +29,15 @@ if TYPE_CHECKING:
     from agff.embedder import Embedder
 
 __all__ = ["ega_loss", "fused_similarity", "info_nce", "load", "roi_align"]
+__all__ = [
+    "distillation_loss",
+    "ega_loss",
+    "fused_similarity",
+    "hardest_negative_mask",
+    "info_nce",
+    "load",
+    "mac_loss",
+]
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:

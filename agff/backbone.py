@@ -19,7 +19,7 @@ from agff.backbone_folder import check_backbone_folder
 from agff.errors import ConfigError
 from agff.families import family_of
 from agff.patch_projection import project_patches_by_product
-from agff.vision import VISION_OUTPUT
+from agff.vision import VISION_OUTPUT, tower_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,21 @@ class BackboneConfig:
     freeze_vision: bool = False
     """Leave the vision tower as it is (with full tuning; with lora it always is). LLaVA-OneVision's projector
     is no part of it and trains; the merger of the Qwen families is."""
+    text_only: bool = False
+    """Train on texts alone: the vision tower, which must be frozen, is never called, nor is a projector
+    trained, and a sample with an image cannot be used. The release embeds images all the same."""
     gradient_checkpointing: bool | Literal["auto"] = True
     """Recompute activations in the backward pass: one more forward for far less memory. auto: only where a
     chunk does not fit without (see batch.chunk_size)."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation of transformers."""
+
+    def __post_init__(self) -> None:
+        if self.text_only and self.lora is None and not self.freeze_vision:
+            raise ConfigError(
+                "backbone.text_only=true, but the vision tower trains, and no text would reach it; set "
+                "backbone.freeze_vision true, or train with backbone.lora"
+            )
 
 
 def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
@@ -153,6 +163,10 @@ def choose_trainable(backbone: Any, config: BackboneConfig) -> Any:
         backbone = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
     if config.lora is not None or config.freeze_vision:
         _freeze(model, family.vision_tower)
+    if config.text_only:  # without a gradient it would still decay
+        for name, parameter in model.named_parameters():
+            if name.startswith(tower_of(model).behind):
+                parameter.requires_grad_(False)
     if config.gradient_checkpointing:
         _enable_checkpointing(model)
     return backbone

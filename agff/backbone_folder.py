@@ -19,31 +19,77 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from agff.checkpoint_folder import checkpoint_folder, complete_steps
 from agff.errors import ConfigError
 from agff.files import hashing_bar, sha256_of
 
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HEAD_FILE = "head.safetensors"
 """Beside the backbone of a release: the head that makes the embeddings, where the objective has one."""
 
 
 def check_backbone_folder(folder: Path) -> None:
-    """Raise ConfigError unless the folder exists, has a model's configuration and no adapter beside it.
+    """Raise ConfigError unless the folder exists, has a model's configuration and no adapter beside or among
+    its weights.
 
-    An adapter there would be loaded by transformers unasked, and the weights under it frozen.
+    One beside them would be loaded by transformers unasked, and the weights under it frozen; one among them
+    would be left out. A stage that begins with a new adapter needs the earlier one merged.
     """
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder; backbone.path is a local folder{_did_you_mean(folder)}. A model of "
             f"the hub is downloaded first: hf download REPOSITORY --local-dir {shlex.quote(str(folder))}"
         )
+    if (run := _run_of(folder)) is not None:
+        raise ConfigError(
+            f"{folder}: a run folder or a part of one, no backbone: the weights of that stage are in a ZeRO "
+            f"checkpoint, and its adapter, if it has one, is not merged. {_convert(run)}"
+        )
     if (folder / ADAPTER_FILE).exists():
         raise ConfigError(_adapter_message(folder))
+    if found := [name for name in ADAPTER_WEIGHTS if (folder / name).exists()]:
+        raise ConfigError(
+            f"{folder}: weights of an adapter ({found[0]}) without its {ADAPTER_FILE} lie here, so the stage "
+            "that they are of is not merged, and cannot be from here; move them away if the folder is meant "
+            f"without them. {_convert()}"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder}: not a backbone folder (config.json is missing); give the folder that holds the "
             "model's config.json, weights, tokenizer and image processor as backbone.path"
         )
+    if adapted := _adapter_tensors(folder):
+        raise ConfigError(
+            f"{folder}: {len(adapted)} of its weights are of an adapter, {', '.join(adapted[:2])}: the stage "
+            f"that they are of is not merged. {_convert()}"
+        )
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run whose folder, checkpoints or checkpoint this is."""
+    whole = folder.absolute()
+    parts = {whole: whole, whole.parent: checkpoint_folder(whole.parent)}
+    parts[whole.parent.parent] = checkpoint_folder(whole.parent.parent) / whole.name
+    return next((run for run, part in parts.items() if part == whole and complete_steps(run)), None)
+
+
+def _convert(run: Path | None = None) -> str:
+    of = shlex.quote(str(run)) if run else "RUN"
+    return (
+        f"A run of this project is merged by launcher/convert_checkpoint.py {of} OUT: then give OUT as "
+        "backbone.path"
+    )
+
+
+def _adapter_tensors(folder: Path) -> list[str]:
+    """Names of the weights that are an adapter's; [] where they cannot be read, which loading says."""
+    try:
+        paths = _weight_files(folder)
+        with ExitStack() as opened:
+            return sorted(name for _, _, name in _parts(paths, opened) if ".lora_" in name)
+    except ConfigError:
+        return []
 
 
 def backbone_sha256(folder: Path) -> str:
@@ -194,12 +240,13 @@ def _adapter_message(folder: Path) -> str:
         command = shlex.join(["python", "-c", code, str(base), str(folder), merged])
         return (
             f"{folder}: an adapter ({ADAPTER_FILE}) without a backbone; backbone.path is a whole model. Give "
-            f"{base}, or merge the adapter and give {merged}: {command}"
+            f"{base}, or merge the adapter and give {merged}: {command}\n{_convert()}"
         )
     move = f"mkdir {shlex.quote(adapter)} && mv {shlex.quote(str(folder))}/adapter_* {shlex.quote(adapter)}"
     command = shlex.join(["python", "-c", code, str(folder), adapter, merged])
     return (
-        f"{folder}: an adapter ({ADAPTER_FILE}) lies beside the backbone; transformers would load it and "
-        f"freeze the weights under it. Move it away: {move}\nThen the folder is the backbone without it; for "
-        f"the backbone with it give {merged}, made by\n{command}"
+        f"{folder}: an adapter ({ADAPTER_FILE}) lies beside the backbone, so its stage is not merged; "
+        f"transformers would load it and freeze the weights under it. {_convert()}\nOf another "
+        f"program's: move it away: {move}\nThen the folder is the backbone without it; for the "
+        f"backbone with it give {merged}, made by\n{command}"
     )

@@ -126,6 +126,13 @@ def take_rows(rows: Tensor, index_N: Tensor) -> Tensor:
     return functional.embedding(index_N, rows.reshape(len(rows), -1)).reshape(-1, *rows.shape[1:])
 
 
+def sum_by_row(items: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, ...) backward of `take_rows`, whose order of summation it has."""
+    flat = items.reshape(len(items), -1)
+    summed = torch.ops.aten.embedding_dense_backward(flat, index_N, num_rows, -1, False)
+    return summed.reshape(num_rows, *items.shape[1:])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """The local pairs of one step. The rows of their R = 2 B + N items (queries, targets, explicit negatives)
@@ -193,17 +200,22 @@ class Batch:
             negative_ids_N=functional.pad(self.negative_ids_N, (0, missing_negatives), value=NO_CONTENT),
         )
 
-    def split(self, encoded: Sequence[Encoded]) -> tuple[Encoded, Encoded, Encoded]:
-        """What the model says of each chunk -> of the queries, of the targets, of the explicit negatives."""
+    def split(self, encoded: Encoded) -> tuple[Encoded, Encoded, Encoded]:
+        """What the model says of the rows of all chunks -> of the queries, of the targets, of the explicit
+        negatives."""
         sizes = [self.num_pairs, self.num_pairs, self.num_negatives]
         sides: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-        for name in encoded[0]:
-            rows = torch.cat([chunk[name] for chunk in encoded])
+        for name, rows in encoded.items():
             items = take_rows(rows, self.row_of_item_R)
             for side, part in zip(sides, items.split(sizes), strict=True):
                 side[name] = part
         query, target, negative = sides
         return query, target, negative
+
+    def add_up(self, gradients: Sequence[Tensor], *, num_rows: int) -> Tensor:
+        """(num_rows, ...) gradients of the rows of all chunks, from those of the three sides of `split`."""
+        items = torch.cat(list(gradients))
+        return sum_by_row(items, self.row_of_item_R, num_rows)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; called by torch's DataLoader."""

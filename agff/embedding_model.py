@@ -11,7 +11,6 @@ from agff.batch import Encoded, ModelInputs
 from agff.families import family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
-from agff.shared_images import IMAGE_FEATURES
 from agff.vision import VisionTower, tower_of
 
 
@@ -58,7 +57,7 @@ class EmbeddingModel(nn.Module):
         """The inputs with IMAGE_FEATURES; where the head pools images, with IMAGE_TOKENS too.
 
         Under ZeRO-3 a collective, as `encode_images`, unless the features are there."""
-        if IMAGE_FEATURES not in inputs:
+        if "pixel_values" in inputs:
             inputs = self.tower.with_features(inputs, self.encode_images(inputs))
         if self.head is None or self.head.image_cells is None:
             return inputs
@@ -68,9 +67,9 @@ class EmbeddingModel(nn.Module):
         """Of each of the B rows of one chunk (`ItemProcessor.__call__`): "embedding", (B, M, D) unit vectors
         in float32 or better, and so are the outputs of the head.
 
-        Inputs that hold IMAGE_FEATURES do without the vision tower. Under ZeRO-3 every parameter is gathered
-        on the way: every rank must call it, with the same number of chunks. Raises ValueError, with its name,
-        for an output of the head that has not one row for each.
+        Inputs that hold IMAGE_FEATURES, or no image, do without the vision tower. Under ZeRO-3 every
+        parameter in use is gathered on the way: every rank must call it, with the same number of chunks.
+        Raises ValueError, with its name, for an output of the head that has not one row for each.
         """
         inputs = self.with_image_tokens(inputs)
         arguments = self.tower.backbone_inputs(inputs)

@@ -33,7 +33,7 @@ class ChunkShape:
     lengths: tuple[int, ...]
     """Real tokens of each row, soft tokens included; none in a filler."""
     images: tuple[Image, ...]
-    """The different images of the chunk."""
+    """The different images of the chunk; none in training on texts alone."""
     image_ids: tuple[int, ...]
     """Of each: equal ids mean equal images, also in other chunks."""
     has_real_images: bool
@@ -170,11 +170,12 @@ class ModelFlops:
         attention: None for that of `backbone.attention`.
         """
         needs = replace(backbone, gradient_checkpointing=False)
+        plain = replace(needs, lora=None, text_only=False)
         is_frozen = backbone.lora is not None or backbone.freeze_vision
         return cls(
             run=_Parts.of_config(model_config, backbone, attention or ATTENTIONS[backbone.attention]),
             needed=_Parts.of_config(model_config, needs, NEEDED_ATTENTION),
-            plain=LanguageFlops.of_config(model_config, replace(needs, lora=None), NEEDED_ATTENTION),
+            plain=LanguageFlops.of_config(model_config, plain, NEEDED_ATTENTION),
             num_soft_tokens=prompts.num_tokens,
             image_token_id=model_config.image_token_id,
             first_pass_chunks=first_pass_chunks,
@@ -186,12 +187,13 @@ class ModelFlops:
         length_B = chunk["prompt_start_B"] + self.num_soft_tokens
         input_ids = chunk["input_ids"]
         is_real = torch.arange(input_ids.shape[1]) < length_B[:, None]
+        image_ids = tuple(chunk[IMAGE_IDS].tolist())
         return ChunkShape(
             num_rows=input_ids.shape[0],
             padded_length=input_ids.shape[1],
             lengths=() if is_filler else tuple((length_B + chunk.get(CAPTION_LENGTH, 0)).tolist()),
-            images=self.run.vision.images(chunk),
-            image_ids=tuple(chunk[IMAGE_IDS].tolist()),
+            images=self.run.vision.images(chunk) if image_ids else (),
+            image_ids=image_ids,
             has_real_images=not is_filler and bool((is_real & (input_ids == self.image_token_id)).any()),
         )
 

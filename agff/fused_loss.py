@@ -7,20 +7,20 @@ gradients of both sides of vectors. What is left beside the matrix products is f
 pairs of vectors (product, exponential, sum, scaling, product) and about fifteen over its similarities, all in
 one buffer, which every block uses again.
 
-A further treatment of negatives (a margin, the hardest only, weights on logits) is a change of `_ega_rows`
-alone: it sees the similarities of a block of rows to all candidates and which of them are negatives.
+What a row's similarities amount to, treatments of negatives included, is `agff/row_loss.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agff.row_loss import RowMeasures, RowSettings, row_losses
 from agff.similarity import same_float_dtype, side_weights, side_weights_like
 
 BLOCK_ELEMENTS = 14 * 2**20
@@ -35,27 +35,10 @@ LARGEST_EXPONENT = 60
 float32 would hold exp(80), but not a small gradient divided by it: exp(60) leaves room down to 1e-12."""
 
 
-class RowMeasures(NamedTuple):
-    """What a row of similarities amounts to. (B,) each, without gradient."""
-
-    loss_B: Tensor
-    """InfoNCE."""
-    positive_B: Tensor
-    """Similarity of the positive."""
-    hardest_B: Tensor
-    """Similarity of the most similar negative; -1, the lowest there is, for a row without any."""
-    num_negatives_B: Tensor
-    weight_sum_B: Tensor
-    """Sum of the negatives' `ega_weights`."""
-
-
 @dataclass(frozen=True)
 class _Settings:
     beta: float
-    temperature: float
-    amplification: float
-    width: float
-    renormalize: bool
+    rows: RowSettings
     negatives_of: Callable[[slice], Tensor]
 
 
@@ -71,24 +54,35 @@ def fused_loss(
     amplification: float,
     width: float,
     renormalize: bool,
+    margin: float | None = None,
+    num_hardest: int | None = None,
+    hardness_weight: float = 0.0,
 ) -> tuple[Tensor, RowMeasures]:
     """(sum of weight_B * loss_B, measures of the rows) of `ega_loss` on the `fused_similarity`.
 
     Unit vectors of any float dtype in; float32 or better inside and out. The gradients of both sides are
     computed here and held until the backward, which scales them in place: differentiable once, backward once.
-    Memory beyond them: one block of BLOCK_ELEMENTS, or one row where that is more.
+    Memory beyond them: one block of BLOCK_ELEMENTS, or one row where that is more; `num_hardest` needs two
+    (b, C) matrices of that block's rows beside it.
 
     positive_index_B: of each row's positive among the C candidates. weight_B: without gradient.
     negatives_of: slice of b rows -> (b, C) mask, True = may act as a negative; the positive never does.
-    beta: softness of the fusion, see `fused_similarity`. The others: see `ega_loss`.
+    beta: softness of the fusion, see `fused_similarity`. margin, num_hardest: see `hardest_negative_mask`, in
+    units of the fused similarity; both None: every candidate that may act does. The others: see `ega_loss`.
     """
     query_BMD, candidate_CMD = same_float_dtype(query_BMD, candidate_CMD)
-    for name, value in {"beta": beta, "temperature": temperature, "width": width}.items():
-        if value <= 0:
-            raise ValueError(f"{name}={value} must be > 0")
-    if amplification < 0:
-        raise ValueError(f"amplification={amplification} must be >= 0")
-    settings = _Settings(beta, temperature, amplification, width, renormalize, negatives_of)
+    if beta <= 0:
+        raise ValueError(f"beta={beta} must be > 0")
+    rows = RowSettings(
+        temperature=temperature,
+        amplification=amplification,
+        width=width,
+        renormalize=renormalize,
+        margin=margin,
+        num_hardest=num_hardest,
+        hardness_weight=hardness_weight,
+    )
+    settings = _Settings(beta, rows, negatives_of)
     with torch.autocast(query_BMD.device.type, enabled=False):
         loss, *measures = _FusedLoss.apply(
             query_BMD.contiguous(), candidate_CMD.contiguous(), positive_index_B, weight_B, settings
@@ -123,24 +117,25 @@ class _FusedLoss(torch.autograd.Function):
         size = _rows_of_block(num_rows, num_candidates, num_vectors)
         buffer = query_BMD.new_empty(block_elements(num_rows, num_candidates, num_vectors))
         grad_query_BMD, grad_candidate_CMD = torch.zeros_like(query_BMD), torch.zeros_like(candidate_CMD)
-        measures_B5 = query_BMD.new_empty(num_rows, len(RowMeasures._fields))
+        measures_BR = query_BMD.new_empty(num_rows, len(RowMeasures._fields))
         weight_B = weight_B.to(query_BMD.dtype)
         for start in range(0, num_rows, size):
             rows = slice(start, min(start + size, num_rows))
             block = _Block.of(buffer, rows.stop - start, num_candidates, num_vectors)
             _fuse(block, query_BMD[rows], candidate_CMD, beta=settings.beta)
-            measures_B5[rows] = _ega_rows(
-                block,
+            measures_BR[rows] = row_losses(
+                block.similarity_bC,
+                block.scratch_bC,
                 positive_index_B[rows, None],
                 weight_B[rows, None],
                 settings.negatives_of(rows),
-                settings,
+                settings.rows,
             )
             _add_gradients(block, query_BMD[rows], candidate_CMD, grad_query_BMD[rows], grad_candidate_CMD)
-        measures = measures_B5.unbind(dim=1)
+        measures = measures_BR.unbind(dim=1)
         ctx.save_for_backward(grad_query_BMD, grad_candidate_CMD)
         ctx.mark_non_differentiable(*measures)
-        return (weight_B * measures_B5[:, 0]).sum(), *measures
+        return (weight_B * measures_BR[:, 0]).sum(), *measures
 
     @staticmethod
     @once_differentiable
@@ -205,43 +200,6 @@ def _add_exponentials(block: _Block, n: int) -> None:
     fine_bC = torch.sum(exponentials_bMC[:, 1:], dim=1, out=block.scratch_bC)
     block.total_bC.add_(fine_bC, alpha=side[1] * side[n])
     block.total_bC.add_(exponentials_bMC[:, 0], alpha=side[0] * side[n])
-
-
-def _ega_rows(
-    block: _Block, positive_index_b1: Tensor, weight_b1: Tensor, negative_bC: Tensor, settings: _Settings
-) -> Tensor:
-    """(b, 5) RowMeasures; the block's similarity becomes the gradient with respect to it, times the weight.
-
-    `ega_loss` by hand, each line one pass in place. A candidate that is no negative is at similarity -inf, so
-    that its exponentials are 0. The positive is kept beside the matrix until its gradient, which balances the
-    row.
-    """
-    similarity_bC, amplification = block.similarity_bC, settings.amplification
-    positive_b1 = similarity_bC.gather(1, positive_index_b1)
-    excluded_bC = (~negative_bC).scatter_(1, positive_index_b1, True)
-    num_negatives_b1 = excluded_bC.shape[1] - excluded_bC.sum(dim=1, keepdim=True)
-    similarity_bC.masked_fill_(excluded_bC, -torch.inf)
-    hardest_b1 = similarity_bC.amax(dim=1, keepdim=True)
-    weight_sum_b1 = num_negatives_b1.to(similarity_bC.dtype)
-    if amplification > 0:
-        hardness_bC = torch.sub(similarity_bC, positive_b1, out=block.scratch_bC)
-        hardness_bC.abs_().mul_(-1 / settings.width).exp_()
-        weight_sum_b1 = weight_sum_b1 + amplification * hardness_bC.sum(dim=1, keepdim=True)
-    largest_b1 = torch.maximum(hardest_b1, positive_b1)
-    odds_bC = similarity_bC.sub_(largest_b1).mul_(1 / settings.temperature).exp_()
-    positive_logit_b1 = (positive_b1 - largest_b1) / settings.temperature
-    positive_odds_b1 = positive_logit_b1.exp()
-    norm_b1 = odds_bC.sum(dim=1, keepdim=True) + positive_odds_b1
-    loss_b1 = norm_b1.log() - positive_logit_b1
-    if amplification > 0:
-        odds_bC.addcmul_(odds_bC, hardness_bC, value=amplification)
-    odds_sum_b1 = odds_bC.sum(dim=1, keepdim=True)
-    if settings.renormalize:
-        norm_b1 = odds_sum_b1 + positive_odds_b1
-    scale_b1 = weight_b1 / (settings.temperature * norm_b1)
-    odds_bC.mul_(scale_b1).scatter_(1, positive_index_b1, -odds_sum_b1 * scale_b1)
-    measures = [loss_b1, positive_b1, hardest_b1.clamp(min=-1), num_negatives_b1, weight_sum_b1]
-    return torch.cat([measure.to(similarity_bC.dtype) for measure in measures], dim=1)
 
 
 def _add_gradients(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from agff.batch import Encoded, ModelInputs
+from agff.batch import Batch, Encoded, ModelInputs
 
 RandomState = tuple[Tensor, Tensor | None]
 Gradients = Mapping[str, Tensor]
@@ -43,17 +43,31 @@ def encode_without_graph(
     return encoded, random_states
 
 
-def as_leaves(encoded: Sequence[Encoded]) -> list[Encoded]:
-    """The same values, cut off from their graphs, at which gradients are taken."""
-    return [{name: tensor.detach().requires_grad_() for name, tensor in chunk.items()} for chunk in encoded]
+def sides_as_leaves(batch: Batch, encoded: Sequence[Encoded]) -> tuple[Encoded, Encoded, Encoded]:
+    """What the model says of each chunk -> of queries, targets and explicit negatives, cut off from their
+    graph, at which gradients are taken."""
+    with torch.no_grad():
+        rows = {name: torch.cat([chunk[name] for chunk in encoded]) for name in encoded[0]}
+        sides = batch.split(rows)
+    for side in sides:
+        for tensor in side.values():
+            tensor.requires_grad_()
+    return sides
 
 
-def gradients_at(loss: Tensor, leaves: Sequence[Encoded]) -> list[Gradients]:
-    """Gradient of the loss at each named output of each chunk; zeros where the loss does not use one, so that
-    all ranks go back through the same modules."""
-    flat = [tensor for chunk in leaves for tensor in chunk.values()]
-    found = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
-    return [{name: next(found) for name in chunk} for chunk in leaves]
+def gradients_of_chunks(
+    loss: Tensor, sides: Sequence[Encoded], batch: Batch, sizes: Sequence[int]
+) -> list[Gradients]:
+    """Gradient of the loss at each named output of each chunk, of that many rows; zeros where the loss does
+    not use one, so that all ranks go back through the same modules."""
+    flat = [tensor for side in sides for tensor in side.values()]
+    found = torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True)
+    names = list(sides[0])
+    rows = {
+        name: batch.add_up(found[index :: len(names)], num_rows=sum(sizes)).split(list(sizes))
+        for index, name in enumerate(names)
+    }
+    return [{name: rows[name][index] for name in names} for index in range(len(sizes))]
 
 
 def surrogate(encoded: Encoded, gradients: Gradients) -> Tensor:

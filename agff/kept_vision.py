@@ -41,8 +41,11 @@ def with_image_features(
 
     Each different image of the step is encoded once, with those of its chunk that are new. `encode` takes
     inputs on the CPU to features on the device, `keep` brings those to where they wait. `agree` takes the
-    number of calls of `encode` that are needed to the number that is made.
+    number of calls of `encode` that are needed to the number that is made. Chunks without an image, as all of
+    a run on texts alone are, stay as they are.
     """
+    if not any(len(chunk[IMAGE_IDS]) for chunk in chunks):
+        return list(chunks)
     all_new = new_images(chunks)
     num_calls = agree(sum(bool(new) for new in all_new))
     device = torch.device("cpu")

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from agff.batch import Batch, Encoded, ModelInputs
 from agff.collectives import max_over_ranks
-from agff.grad_cache import as_leaves, backward_through_chunks, encode_without_graph, gradients_at, surrogate
+from agff.grad_cache import (
+    backward_through_chunks,
+    encode_without_graph,
+    gradients_of_chunks,
+    sides_as_leaves,
+    surrogate,
+)
 from agff.joined import groups_of, split_into
 from agff.objectives.objective import Objective
 from agff.similarity import FusionConfig
@@ -66,16 +72,18 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
     )
     batch = batch.padded_to(num_chunks=num_chunks, num_negatives=num_negatives)
     first, *others = engine.with_image_features(batch.chunks)
-    sizes = [(chunk["input_ids"].shape[0], chunk["input_ids"].shape[1]) for chunk in others]
-    groups = groups_of(sizes, engine.first_pass_chunks)
+    shapes = [(chunk["input_ids"].shape[0], chunk["input_ids"].shape[1]) for chunk in others]
+    groups = groups_of(shapes, engine.first_pass_chunks)
     [num_groups] = max_over_ranks([len(groups)], device=batch.row_of_item_R.device)
     encoded, random_states = encode_without_graph(
         engine.encode_together, others, split_into(groups, num_groups)
     )
     kept = engine.encode(first)
-    leaves = as_leaves([kept, *encoded])
-    result = objective(*batch.split(leaves), batch, fusion)
-    first_gradients, *gradients = gradients_at(result.loss, leaves)
+    sizes = [len(chunk["embedding"]) for chunk in (kept, *encoded)]
+    sides = sides_as_leaves(batch, [kept, *encoded])
+    del encoded  # the sides are a copy
+    result = objective(*sides, batch, fusion)
+    first_gradients, *gradients = gradients_of_chunks(result.loss, sides, batch, sizes)
     engine.backward(surrogate(kept, first_gradients), not others)
     backward_through_chunks(engine.encode, others, gradients, random_states, engine.backward)
     applied = engine.step()
@@ -84,9 +92,9 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
         metrics=result.metrics,
         pair_loss_B=result.pair_loss_B,
         applied=applied,
-        not_finite=() if applied else _not_finite(leaves),
+        not_finite=() if applied else _not_finite(sides),
     )
 
 
-def _not_finite(encoded: list[Encoded]) -> tuple[str, ...]:
-    return tuple(name for name in encoded[0] if not all(chunk[name].isfinite().all() for chunk in encoded))
+def _not_finite(sides: Sequence[Encoded]) -> tuple[str, ...]:
+    return tuple(name for name in sides[0] if not all(side[name].isfinite().all() for side in sides))

@@ -31,6 +31,9 @@ class VisionTower(ABC):
     sizes: ClassVar[str]
     """Input with a row for each image, its size; the tower and what comes behind it read it."""
 
+    behind: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of the backbone's parameters outside of it that only images reach."""
+
     def __init__(self, model: Any, family: Any) -> None:
         """model: the backbone without adapters around it."""
         self.model, self.family = model, family
@@ -78,12 +81,16 @@ class VisionTower(ABC):
         return {**kept, IMAGE_FEATURES: features}
 
     def backbone_inputs(self, inputs: ModelInputs) -> dict[str, Any]:
-        """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES, or with IMAGE_TOKENS,
-        which win."""
-        given = inputs.get(IMAGE_TOKENS)
-        output = self.backbone_output(inputs) if given is None else VisionOutput(pooler_output=[given])
-        found = {"image": output}
-        return {**self.family.language_arguments(inputs), VISION_OUTPUT: found}
+        """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES, with IMAGE_TOKENS,
+        which win, or without any image."""
+        arguments = self.family.language_arguments(inputs)
+        if IMAGE_TOKENS in inputs:
+            output: Any = VisionOutput(pooler_output=[inputs[IMAGE_TOKENS]])
+        elif IMAGE_FEATURES in inputs:
+            output = self.backbone_output(inputs)
+        else:
+            return arguments
+        return {**arguments, VISION_OUTPUT: {"image": output}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,7 @@ class LlavaTower(VisionTower):
     """Features are (views, patches, H), before the projector, which trains with the language model."""
 
     sizes = "image_sizes"
+    behind = ("multi_modal_projector.", "image_newline")
 
     def encode(self, arguments: dict[str, Any]) -> Tensor:
         """See VisionTower."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -18,7 +19,8 @@ from agff.errors import DataError
 from agff.images import SHARD_FORMATS, read_header
 from data_pipeline.collate import Chunking
 from data_pipeline.plan import Plan
-from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, ShardReader
+from data_pipeline.reader import NOT_A_RECORD, PAIR_ROLES, RawSample, ShardReader
+from data_pipeline.regions import first_region, sides_of
 
 MOST_STEPS = 100
 """That are measured before a run."""
@@ -123,11 +125,11 @@ def _lengths(
         try:
             raw = reader.read(source, sample)
             found = [
-                (int(raw.record[role]["id"]), process.num_tokens(_outline(raw, role)))
-                for role in ROLES
-                if role in raw.record and (with_negatives or role != "negative")
+                (int(side["id"]), process.num_tokens(_outline(raw, role, side)))
+                for role, side in sides_of(raw.record, first_region).items()
+                if with_negatives or role in PAIR_ROLES
             ]
-        except (DataError, KeyError, *NOT_A_RECORD):  # training draws another one
+        except (DataError, LookupError, *NOT_A_RECORD):  # training draws another one
             continue
         for content_id, length in found:
             if content_id not in seen:
@@ -135,8 +137,8 @@ def _lengths(
             seen.add(content_id)
 
 
-def _outline(raw: RawSample, role: str) -> Item:
+def _outline(raw: RawSample, role: str, side: Mapping[str, Any]) -> Item:
     """The item with a blank image of its size."""
     image = raw.images.get(role)
     size = read_header(image.content, image.address, formats=SHARD_FORMATS).size if image else None
-    return Item(text=raw.record[role]["text"], image=Image.new("1", size) if size else None)
+    return Item(text=side["text"], image=Image.new("1", size) if size else None)

@@ -70,7 +70,11 @@ def collate(
 
     Raises DataError when an item does not fit the backbone, or content ids do not say what is equal.
     """
-    negatives = [(example.negative, example.negative_id) for example in examples if example.negative]
+    negatives = [
+        negative
+        for example in examples
+        for negative in zip(example.negatives, example.negative_ids, strict=True)
+    ]
     rows, row_of_item = _distinct(
         [
             *((example.query, example.query_id) for example in examples),
@@ -88,7 +92,7 @@ def collate(
         negative_ids_N=torch.tensor([content_id for _, content_id in negatives], dtype=torch.int64),
         addresses=tuple(example.address for example in examples),
         filler=process([Item(text="")]),
-        pair_data=_pair_data(examples),
+        pair_data=pair_data_of(examples),
         skipped=tuple(skipped),
     )
 
@@ -112,7 +116,7 @@ def _distinct(items: Sequence[tuple[Item, int]]) -> tuple[list[Item], list[int]]
     return rows, row_of_item
 
 
-def _pair_data(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def pair_data_of(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """What comes with the pairs, by name, with the pair as first axis."""
     data = {
         name: torch.tensor([example.pair_data[name] for example in examples])

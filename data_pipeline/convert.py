@@ -1,4 +1,4 @@
-"""MMEB rows -> shards, index and manifest: deterministic bytes, continued after a kill."""
+"""Rows of a layout -> shards, index and manifest: deterministic bytes, continued after a kill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from agff.errors import ConfigError, DataError
 from agff.files import sha256_of, write_text
 from data_pipeline.claim import claimed
-from data_pipeline.layouts.mmeb_train import count_rows, find_subsets, parquet_files, read_pairs
+from data_pipeline.layouts.layout import Layout
+from data_pipeline.layouts.mmeb_train import MmebTrain
 from data_pipeline.manifest import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -45,21 +46,20 @@ _RECORDS = ".records"
 class _Task:
     """One shard to write: the unit of work."""
 
-    root: Path
+    layout: Layout
     out: Path
-    subset: str
-    split: str
+    source: str
     index: int
     start: int
     stop: int
 
     @property
     def path(self) -> Path:
-        return self.out / self.subset / f"{self.subset}-{self.index:05d}.tar"
+        return self.out / self.source / f"{self.source}-{self.index:05d}.tar"
 
     @property
     def record_path(self) -> Path:
-        return self.out / self.subset / _RECORDS / f"{self.index:05d}.json"
+        return self.out / self.source / _RECORDS / f"{self.index:05d}.json"
 
 
 def prepare(
@@ -72,7 +72,27 @@ def prepare(
     max_rows: int | None = None,
     executor: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Manifest:
-    """Write the shards of all (or the named) subsets of `root` and return their manifest.
+    """`convert` of an MMEB-train download."""
+    return convert(
+        MmebTrain(root=root, split=split),
+        out,
+        subsets=subsets,
+        rows_per_shard=rows_per_shard,
+        max_rows=max_rows,
+        executor=executor,
+    )
+
+
+def convert(
+    layout: Layout,
+    out: Path,
+    *,
+    subsets: Sequence[str] | None,
+    rows_per_shard: int,
+    max_rows: int | None,
+    executor: Callable[[], AbstractContextManager[Any]] | None,
+) -> Manifest:
+    """Write the shards of all (or the named) sources of a layout and return their manifest.
 
     A finished conversion with the same settings returns at once; while another process writes it, this one
     waits until that ends. Raises DataError for an unreadable input and ConfigError when `out` holds another
@@ -82,19 +102,18 @@ def prepare(
     executor: makes the pool of writers, for example `lambda: ProcessPoolExecutor(8)`; None writes in this
     process.
     """
-    rows = rows_of_subsets(root, subsets, split, max_rows)
-    settings = _settings(root, rows, split, rows_per_shard)
+    rows = rows_of_sources(layout, subsets, max_rows)
+    settings = _settings(layout, rows, rows_per_shard)
     tasks = [
         _Task(
-            root=root,
+            layout=layout,
             out=out,
-            subset=subset,
-            split=split,
+            source=source,
             index=index,
             start=start,
             stop=min(start + rows_per_shard, total),
         )
-        for subset, total in rows.items()
+        for source, total in rows.items()
         for index, start in enumerate(range(0, total, rows_per_shard))
     ]
     with _write_errors(out):
@@ -144,43 +163,41 @@ def _write_errors(out: Path) -> Iterator[None]:
         ) from None
 
 
-def rows_of_subsets(
-    root: Path, subsets: Sequence[str] | None, split: str, max_rows: int | None
-) -> dict[str, int]:
-    """Rows to convert of each subset. Raises DataError, with a line for each finding, for subsets that are
+def rows_of_sources(layout: Layout, subsets: Sequence[str] | None, max_rows: int | None) -> dict[str, int]:
+    """Rows to convert of each source. Raises DataError, with a line for each finding, for sources that are
     unknown, badly named, incomplete, empty or hold no text where it must be."""
-    found = find_subsets(root, split=split)
+    found = layout.sources()
     findings = []
     if unknown := sorted(set(subsets or ()) - set(found)):
-        findings.append(f"{root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
+        findings.append(f"{layout.root}: no subset {', '.join(unknown)}; there are {', '.join(found)}")
     chosen = [name for name in found if name in subsets] if subsets else found
     try:
         check_source_names(chosen)
     except ValueError as error:
-        findings.append(f"{root}: {error}; rename the folder, or name the others with --subsets")
+        findings.append(f"{layout.root}: {error}; rename the folder, or name the others with --subsets")
     counts = {}
-    for subset in chosen:
+    for source in chosen:
         try:
-            counts[subset] = count_rows(root, subset, split=split)
+            counts[source] = layout.count_rows(source)
         except DataError as error:
             findings.append(str(error))
     if findings:
         raise DataError("\n".join(findings))
-    return {subset: min(count, max_rows or count) for subset, count in counts.items()}
+    return {source: min(count, max_rows or count) for source, count in counts.items()}
 
 
-def _settings(root: Path, rows: dict[str, int], split: str, rows_per_shard: int) -> dict[str, Any]:
+def _settings(layout: Layout, rows: dict[str, int], rows_per_shard: int) -> dict[str, Any]:
     """What decides the bytes of the shards, the images aside."""
-    paths = {subset: parquet_files(root, subset, split=split) for subset in rows}
+    paths = {source: layout.tables(source) for source in rows}
     inputs = {}
     with tqdm(total=sum(map(len, paths.values())), desc="hash tables", unit="file", leave=False) as bar:
-        for subset in rows:
+        for source in rows:
             digest = hashlib.sha256()
-            for path in paths[subset]:
+            for path in paths[source]:
                 digest.update(bytes.fromhex(sha256_of(path)))
                 bar.update()
-            inputs[subset] = {"rows": rows[subset], "sha256": digest.hexdigest()}
-    return {"split": split, "rows_per_shard": rows_per_shard, "subsets": inputs}
+            inputs[source] = {"rows": rows[source], "sha256": digest.hexdigest()}
+    return {**layout.settings, "rows_per_shard": rows_per_shard, "subsets": inputs}
 
 
 def _check_place(out: Path, settings: dict[str, Any]) -> None:
@@ -229,8 +246,8 @@ def _write_shards(tasks: Sequence[_Task], executor: Callable[[], AbstractContext
 
 def _write_one(task: _Task) -> int:
     """Write a shard and, when it is on disk, its record; the number of rows dealt with."""
-    pairs = read_pairs(task.root, task.subset, split=task.split, start=task.start, stop=task.stop)
-    record = write_shard(task.path, pairs, first_row=task.start)
+    rows = task.layout.rows(task.source, start=task.start, stop=task.stop)
+    record = write_shard(task.path, rows, first_row=task.start)
     write_text(task.record_path, json.dumps(asdict(record)))
     return task.stop - task.start
 
@@ -238,11 +255,12 @@ def _write_one(task: _Task) -> int:
 def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: dict[str, Any]) -> None:
     """Indexes, rejected rows and last the manifest, from the shards' records."""
     sources = {}
-    for subset, num_rows in rows.items():
-        own = [task for task in tasks if task.subset == subset]
+    for source, num_rows in rows.items():
+        own = [task for task in tasks if task.source == source]
         records = [_read_record(task.record_path) for task in own]
-        num_rejected = _write_rejected(out / subset / REJECTED_FILE, records)
-        index = write_index(out / subset, (record.samples for record in records))
+        num_rejected = sum(len(record.rejected) for record in records)
+        _write_rejected(out / source / REJECTED_FILE, records)
+        index = write_index(out / source, (record.samples for record in records))
         shards = tuple(
             Shard(
                 name=task.path.name,
@@ -252,11 +270,16 @@ def _finish(out: Path, rows: dict[str, int], tasks: Sequence[_Task], settings: d
             )
             for task, record in zip(own, records, strict=True)
         )
-        sources[subset] = Source(num_rows=num_rows, num_rejected=num_rejected, shards=shards, index=index)
-        if sources[subset].num_samples + num_rejected != num_rows:
-            raise AssertionError(
-                f"{subset}: {sources[subset].num_samples} + {num_rejected} rows are not {num_rows}"
-            )
+        sources[source] = Source(
+            num_rows=num_rows,
+            num_rejected=num_rejected,
+            shards=shards,
+            index=index,
+            most_negatives=max(record.most_negatives for record in records),
+            num_regions=sum(record.num_regions for record in records),
+            num_left_out=sum(len(record.left_out) for record in records),
+        )
+        assert sources[source].num_samples + num_rejected == num_rows, f"{source}: a row is neither"
     write_manifest(out, Manifest(sources=sources, settings=settings))
 
 
@@ -265,7 +288,10 @@ def _read_record(path: Path) -> ShardRecord:
     return ShardRecord(**values)
 
 
-def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> int:
-    rejected = [{"row": row, "reason": reason} for record in records for row, reason in record.rejected]
-    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
-    return len(rejected)
+def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> None:
+    entries = [
+        {"row": row, "reason": reason}
+        for record in records
+        for row, reason in sorted((*record.rejected, *record.left_out), key=lambda entry: entry[0])
+    ]
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from agff.batch import NO_CONTENT, Item, SeesPairs, text_problem
+from agff.batch import Item, SeesPairs, text_problem
 from agff.errors import DataError
 from agff.images import SHARD_FORMATS, decode_image
-from data_pipeline.reader import NOT_A_RECORD, RawSample
+from data_pipeline.reader import NOT_A_RECORD, PAIR_ROLES, RawSample
+from data_pipeline.regions import first_region, scaled_box, sides_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,11 @@ class Example:
 
     query: Item
     target: Item
-    negative: Item | None
-    """Explicit hard negative, where the source has one."""
+    negatives: tuple[Item, ...] = ()
+    """Explicit hard negatives, where the source has them."""
     query_id: int
     target_id: int
-    negative_id: int
-    """NO_CONTENT without a negative."""
+    negative_ids: tuple[int, ...] = ()
     address: str
     source: str = ""
     vectors: np.ndarray | None = None
@@ -34,8 +35,8 @@ class Example:
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """Query, target and, if there is one, negative."""
-        return (self.query, self.target, *((self.negative,) if self.negative else ()))
+        """Query, target and negatives."""
+        return (self.query, self.target, *self.negatives)
 
     def seen_by(self, objective: SeesPairs) -> Example:
         """The pair with what the objective makes of its items, and wants to know of it."""
@@ -45,29 +46,34 @@ class Example:
 
 
 def decode(
-    raw: RawSample, *, source: str = "", with_negative: bool = True, seen_pixels: int | None = None
+    raw: RawSample,
+    *,
+    source: str = "",
+    with_negatives: bool = True,
+    seen_pixels: int | None = None,
+    draw: Callable[[int], int] = first_region,
 ) -> Example:
     """Raises DataError for whatever is wrong with the sample; its text starts with the address.
 
-    with_negative: False leaves an explicit negative out. seen_pixels: what the model sees of one image at
-    most.
+    with_negatives: False leaves explicit negatives out. seen_pixels: what the model sees of one image at
+    most. draw: which of so many regions is taken, of an image that has regions.
     """
-    record = raw.record
     try:
-        with_negative = with_negative and "negative" in record
+        sides = sides_of(raw.record, draw)
+        negatives = [role for role in sides if role not in PAIR_ROLES] if with_negatives else []
         return Example(
-            query=_item("query", raw, seen_pixels),
-            target=_item("target", raw, seen_pixels),
-            negative=_item("negative", raw, seen_pixels) if with_negative else None,
-            query_id=_content_id(record["query"]["id"]),
-            target_id=_content_id(record["target"]["id"]),
-            negative_id=_content_id(record["negative"]["id"]) if with_negative else NO_CONTENT,
+            query=_item("query", sides["query"], raw, seen_pixels),
+            target=_item("target", sides["target"], raw, seen_pixels),
+            negatives=tuple(_item(role, sides[role], raw, seen_pixels) for role in negatives),
+            query_id=_content_id(sides["query"]["id"]),
+            target_id=_content_id(sides["target"]["id"]),
+            negative_ids=tuple(_content_id(sides[role]["id"]) for role in negatives),
             address=raw.address,
             source=source,
         )
     except KeyError as error:
         raise DataError(f"{raw.address}: member or field {error} is missing") from None
-    except NOT_A_RECORD as error:
+    except (*NOT_A_RECORD, IndexError) as error:
         raise DataError(f"{raw.address}.json: not a sample's record: {error}") from None
 
 
@@ -77,13 +83,15 @@ def _content_id(value: int) -> int:
     return value
 
 
-def _item(role: str, raw: RawSample, seen_pixels: int | None) -> Item:
-    text, found, image = raw.record[role]["text"], raw.images.get(role), None
-    instruction = raw.record[role].get("instruction", "")
+def _item(role: str, side: Mapping[str, Any], raw: RawSample, seen_pixels: int | None) -> Item:
+    text, found, image, box = side["text"], raw.images.get(role), None, None
+    instruction = side.get("instruction", "")
     if not isinstance(instruction, str):
         raise DataError(f"{raw.address}.json: {role}: instruction must be a text, found {instruction!r:.60}")
     if problem := text_problem(text, has_image=found is not None):  # before the costly part
         raise DataError(f"{raw.address}.json: {role}: {problem}")
     if found is not None:
         image = decode_image(found.content, found.address, formats=SHARD_FORMATS, seen_pixels=seen_pixels)
-    return Item(text=text, image=image, address=f"{raw.address}: {role}", instruction=instruction)
+        box = scaled_box(side, image.size)
+    address = f"{raw.address}: {role}"
+    return Item(text=text, image=image, address=address, instruction=instruction, box=box)

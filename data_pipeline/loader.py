@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import signal
@@ -24,6 +25,7 @@ from data_pipeline.decode import Example, decode
 from data_pipeline.handover import HandedBatch, Slots
 from data_pipeline.plan import Plan
 from data_pipeline.reader import RawSample, ShardReader
+from data_pipeline.vectors import Vectors
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
@@ -31,6 +33,8 @@ WARN_AFTER_S = 30
 """A longer wait for a batch is worth a warning that names the shard being read."""
 
 log = logging.getLogger(__name__)
+_Decode = Callable[[RawSample, str, Callable[[int], int]], Example]
+"""A sample, its source, which of so many regions."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +53,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     """Explicit hard negatives, where a source has them, are part of the batch."""
     objective: SeesPairs | None = None
     """What it makes of each pair is in the batch."""
+    vectors: Vectors | None = None
+    """Of a teacher, for each pair."""
     seen_pixels: int | None = None
     """What the model sees of one image at most; much larger JPEGs are decoded at a fraction of their size."""
     fetch_ahead_steps: int = 0
@@ -103,14 +109,12 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         """The rank's pairs of a step, before they are processed. Raises DataError."""
         return self._examples(step, self._decode, [])
 
-    def _assemble(self, step: int, decode_sample: Callable[[RawSample, str], Example]) -> Batch:
+    def _assemble(self, step: int, decode_sample: _Decode) -> Batch:
         skipped: list[SkippedSample] = []
         examples = self._examples(step, decode_sample, skipped)
         return collate(examples, self.process, chunking=self.chunking, skipped=skipped)
 
-    def _examples(
-        self, step: int, decode_sample: Callable[[RawSample, str], Example], skipped: list[SkippedSample]
-    ) -> list[Example]:
+    def _examples(self, step: int, decode_sample: _Decode, skipped: list[SkippedSample]) -> list[Example]:
         numbers = self.plan.row_numbers(rank=self.rank, world_size=self.world_size)
         rows = self.plan.rank_rows(step, rank=self.rank, world_size=self.world_size)
         return [
@@ -124,7 +128,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
         row: int,  # of the global batch: any number of ranks draws the same instead
         source: int,
         sample: int,
-        decode_sample: Callable[[RawSample, str], Example],
+        decode_sample: _Decode,
         skipped: list[SkippedSample],
     ) -> Example:
         """The row's example; an unusable one goes into `skipped`, and another of its source is drawn."""
@@ -134,21 +138,32 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             if self.watch:
                 self.watch.reading(step, source, sample)
             try:
-                return decode_sample(self.reader.read(name, sample), name)
+                region = functools.partial(self.plan.region, step=step, row=row, attempt=len(failures))
+                example = decode_sample(self.reader.read(name, sample), name, region)
             except DataError as error:  # not StorageError: the order must not depend on the network
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))
                 sample = self.plan.redraw(step, row, attempt=len(failures))
+                continue
+            # behind the handler: a teacher's vector that cannot be used is no sample to pass over
+            vectors = self.vectors.read(name, sample) if self.vectors else None
+            return dataclasses.replace(example, vectors=vectors)
         limit = f"allowed are {self.max_bad_in_a_row} (data.max_bad_in_a_row)"
         what = f"{len(failures)} bad samples in a row for row {row} of step {step}, {limit}"
         raise DataError("\n  ".join([f"{what}:", *failures]))
 
-    def _decode(self, raw: RawSample, source: str) -> Example:
-        example = decode(raw, source=source, with_negative=self.with_negatives, seen_pixels=self.seen_pixels)
+    def _decode(self, raw: RawSample, source: str, region: Callable[[int], int]) -> Example:
+        example = decode(
+            raw,
+            source=source,
+            with_negatives=self.with_negatives,
+            seen_pixels=self.seen_pixels,
+            draw=region,
+        )
         return example.seen_by(self.objective) if self.objective else example
 
-    def _decode_and_process(self, raw: RawSample, source: str) -> Example:
-        example = self._decode(raw, source)
+    def _decode_and_process(self, raw: RawSample, source: str, region: Callable[[int], int]) -> Example:
+        example = self._decode(raw, source, region)
         for item in example.items:
             self.process([item])
         return example

@@ -3,7 +3,8 @@
 <shards>/manifest.json
          <SOURCE>/<SOURCE>-00000.tar   an ordinary WebDataset shard
                   index.arrow          one row a sample, in shard order: shard, offset, size (Arrow IPC)
-                  rejected.jsonl       rows of the source that were not written, with their reasons
+                  rejected.jsonl       rows of the source that were not written, and regions that were left
+                                       out of others, with their reasons
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MANIFEST_FILE = "manifest.json"
 _INDEX_FILE = "index.arrow"
 REJECTED_FILE = "rejected.jsonl"
 FORMAT = 2
+_LATER_FIELDS = ("most_negatives", "num_regions", "num_left_out")
+"""Of a source, that a manifest of before does not have."""
 _INDEX_SCHEMA = pa.schema([("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
@@ -50,11 +53,19 @@ class Source:
     num_rejected: int
     shards: tuple[Shard, ...]
     index: StoredFile
+    most_negatives: int = 1
+    """Explicit negatives of one sample at most; a manifest of before does not say it, but has one or none."""
+    num_regions: int = 0
+    """Of all samples, where a sample is an image with regions: one of them is drawn each time. 0: pairs."""
+    num_left_out: int = 0
+    """Regions that could not be used, of images that were written."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for counts that are none."""
-        if any(type(count) is not int or count < 0 for count in (self.num_rows, self.num_rejected)):
-            raise ValueError(f"{self.num_rows!r} rows and {self.num_rejected!r} rejected ones are no counts")
+        names = ("num_rows", "num_rejected", *_LATER_FIELDS)
+        counts = {name: getattr(self, name) for name in names}
+        if wrong := {name: x for name, x in counts.items() if type(x) is not int or x < 0}:
+            raise ValueError(f"{wrong} are no counts")
 
     @property
     def num_samples(self) -> int:
@@ -94,6 +105,7 @@ def read_manifest(folder: Folder) -> Manifest:
                 num_rejected=source["num_rejected"],
                 shards=tuple(Shard(**shard) for shard in source["shards"]),
                 index=StoredFile(**source["index"]),
+                **{name: source[name] for name in _LATER_FIELDS if name in source},
             )
             for name, source in values["sources"].items()
         }

@@ -128,6 +128,11 @@ class Plan:
             self._sample_numbers(source, shard, position - (ends[shard] - self._kept_sizes[source][shard]))[0]
         )
 
+    def region(self, count: int, *, step: int, row: int, attempt: int) -> int:
+        """Which of `count` regions a row of the global batch takes of its sample: a function of (seed, step,
+        row, attempt) as `redraw` is, with attempt 0 for the sample of the plan."""
+        return int(np.random.default_rng([self._seed, 6, step, row, attempt]).integers(count))
+
     def _rows(self, step: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of these increasing numbers. One lookup a source, however many sub-batches it has."""
         sub_batch = step * (self._size // self._sub_batch) + numbers // self._sub_batch
@@ -210,25 +215,6 @@ class Plan:
     @functools.lru_cache(maxsize=128)  # noqa: B019
     def _window_order(self, source: int, epoch: int, window: int, size: int) -> NDArray[np.int64]:
         return np.random.default_rng([self._seed, 4, source, epoch, window]).permutation(size)
-
-
-def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two descriptions of plans, one line each; empty for equal orders."""
-    names = ("version", "seed", "global_batch_size", "sub_batch_size")
-    changes = [f"{name}: {old[name]} -> {new[name]}" for name in names if old[name] != new[name]]
-    for name in sorted({*old["sources"], *new["sources"]}):
-        before, after = old["sources"].get(name), new["sources"].get(name)
-        if before is None or after is None:
-            changes.append(f"source {name} was {'added' if before is None else 'removed'}")
-            continue
-        if before["shards"] != after["shards"]:
-            changes.append(f"source {name}: its shards are others")
-        changes += [
-            f"source {name}: {key} {before[key]} -> {after[key]}"
-            for key in ("samples", "share")
-            if before[key] != after[key]
-        ]
-    return changes
 
 
 def _cap(mixture: Mixture, name: str) -> int | None:

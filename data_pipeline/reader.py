@@ -4,6 +4,7 @@ shard holds."""
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -16,7 +17,7 @@ from agff.images import MAX_IMAGE_BYTES
 from data_pipeline.manifest import Manifest, Shard, read_index
 from data_pipeline.storage import Folder
 
-ROLES = ("query", "target", "negative")
+PAIR_ROLES = ("query", "target")
 NOT_A_RECORD = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 """What Python raises on JSON of another shape, too large a number, too deep a nesting."""
 
@@ -39,7 +40,19 @@ class RawSample:
     record: Mapping[str, Any]
     """The sample's JSON (data_pipeline/shards.py)."""
     images: Mapping[str, RawImage]
-    """By role: query, target, negative."""
+    """By role (`roles_of`)."""
+
+
+def roles_of(record: Mapping[str, Any]) -> list[str]:
+    """The sides that a sample's record has, in their order: query, target, negative, negative_1, ..."""
+    negatives = itertools.takewhile(record.__contains__, map(negative_role, itertools.count()))
+    return [*(role for role in PAIR_ROLES if role in record), *negatives]
+
+
+def negative_role(number: int) -> str:
+    """Role of a sample's explicit negative, counted from 0. The first has no number: once it was the only
+    one."""
+    return f"negative_{number}" if number else "negative"
 
 
 class ShardReader:
@@ -103,7 +116,7 @@ def parse_sample(content: bytes, shard: str, read_range: Callable[[int, int], by
     address = f"{shard}:{key}"
     try:
         record = json.loads(members["json"].decode("utf-8"))
-        sides = {role: record[role] for role in ROLES if role in record}
+        sides = {role: record[role] for role in roles_of(record)}
         images = {
             role: _image(side, shard, key, members, read_range)
             for role, side in sides.items()

@@ -3,7 +3,8 @@
 Members of a sample: `<key>.json`, and the original bytes of its images as `<key>.query.jpg`,
 `<key>.target.png`, ... An image that several rows of a shard use is stored with the first of them; the
 others' JSON names that member, and where its bytes are in the file: {"image": "000000012.query.jpg", "at":
-[offset, size]}.
+[offset, size]}. The JSON has a side for each role: query, target, and where the source has explicit
+negatives, negative, negative_1, negative_2, ...; of an image with regions see data_pipeline/regions.py.
 
 The bytes are those of `webdataset.TarWriter` with fixed time, user and group; a test holds that. They are
 written with tarfile because TarWriter copies each byte once more: 4,082 instead of 4,445 rows a
@@ -18,14 +19,17 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
 from agff.files import partial_path, publish, sha256_of
 from agff.images import SHARD_FORMATS, read_header, read_image_file
-from data_pipeline.layouts.mmeb_train import Pair, Side
+from data_pipeline.layouts.training_rows import IMAGE_ALONE, Pair, RegionRow, Side
+from data_pipeline.reader import negative_role
+from data_pipeline.regions import id_of_digest, region_fields
 
 SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Of an image's member, by its format."""
@@ -42,44 +46,57 @@ class ShardRecord:
     """(offset, size) of each sample in the tar, all its members together."""
     rejected: list[tuple[int, str]]
     """(row, reason) of each row that was not written."""
+    most_negatives: int = 1
+    """Explicit negatives of one sample at most; a record of before has one or none."""
+    num_regions: int = 0
+    """Of all samples, in each of which one is drawn."""
+    left_out: list[tuple[int, str]] = field(default_factory=list)
+    """(row, reason) of each region that was left out of an image that was written."""
 
 
-def write_shard(path: Path, pairs: Iterable[Pair | str], *, first_row: int) -> ShardRecord:
-    """Write the pairs as `path` and return its record; a string among them is a reason to reject that row.
+def write_shard(path: Path, rows: Iterable[Pair | RegionRow | str], *, first_row: int) -> ShardRecord:
+    """Write the rows as `path` and return its record; a string among them is a reason to reject that row.
 
-    The bytes depend on the pairs alone. The file appears under its name when it is complete and on disk.
+    The bytes depend on the rows alone. The file appears under its name when it is complete and on disk.
     Raises OSError when the file system fails, in reading an image as in writing.
     """
     samples: list[tuple[int, int]] = []
     rejected: list[tuple[int, str]] = []
+    left_out: list[tuple[int, str]] = []
+    most_negatives = num_regions = 0
     stored: dict[bytes, _Stored] = {}
     partial = partial_path(path)
     with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row, pair in enumerate(pairs, start=first_row):
+        for number, row in enumerate(rows, start=first_row):
             try:
-                members = _members(pair, row, stored)
+                sample = _sample(row, number, stored)
             except DataError as error:
-                rejected.append((row, str(error)))
+                rejected.append((number, str(error)))
                 continue
             offset = tar.offset
-            for name, content, digest in members:
-                header = tarfile.TarInfo(f"{row:09d}.{name}")
+            for name, content, digest in sample.members():
+                header = tarfile.TarInfo(f"{number:09d}.{name}")
                 header.size, header.mode = len(content), 0o644
                 if digest is not None:
                     stored[digest] = _Stored(name=header.name, offset=tar.offset + tarfile.BLOCKSIZE)
                 tar.addfile(header, io.BytesIO(content))
             samples.append((offset, tar.offset - offset))
+            left_out += [(number, reason) for reason in sample.left_out]
+            most_negatives = max(most_negatives, sample.num_negatives)
+            num_regions += len(sample.record.get("regions", ()))
     sha256 = sha256_of(partial)
     size_bytes = partial.stat().st_size
     publish(partial, path)
     return ShardRecord(
-        num_samples=len(samples), size_bytes=size_bytes, sha256=sha256, samples=samples, rejected=rejected
+        num_samples=len(samples),
+        size_bytes=size_bytes,
+        sha256=sha256,
+        samples=samples,
+        rejected=rejected,
+        most_negatives=most_negatives,
+        num_regions=num_regions,
+        left_out=left_out,
     )
-
-
-def content_id(text: str, image: bytes | None) -> int:
-    """63-bit id of an item's content; equal ids mean equal text and image bytes."""
-    return _content_id(text, _sha256(image) if image is not None else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,38 +107,56 @@ class _Stored:
     offset: int
 
 
-def _members(
-    pair: Pair | str, row: int, stored: Mapping[bytes, _Stored]
-) -> list[tuple[str, bytes, bytes | None]]:
-    """(name, content, SHA-256 of an image) of each member."""
-    if isinstance(pair, str):
-        raise DataError(pair)
-    record: dict[str, Any] = {"row": row}
-    images: dict[bytes, tuple[str, bytes, bytes]] = {}
-    for role, side in (("query", pair.query), ("target", pair.target), ("negative", pair.negative)):
-        if side is None:
-            continue
+class _Sample:
+    """A sample's record and the images that are stored with it."""
+
+    def __init__(self, number: int, stored: Mapping[bytes, _Stored]) -> None:
+        self.record: dict[str, Any] = {"row": number}
+        self.left_out: list[str] = []
+        self.num_negatives = 0
+        self._stored = stored
+        self._images: dict[bytes, tuple[str, bytes, bytes]] = {}
+
+    def members(self) -> list[tuple[str, bytes, bytes | None]]:
+        """(name, content, SHA-256 of an image) of each."""
+        content = json.dumps(self.record, ensure_ascii=False, separators=(",", ":")).encode()
+        return [("json", content, None), *self._images.values()]
+
+    def add(self, role: str, side: Side) -> tuple[bytes, bytes] | None:
+        """Add a side; (bytes, SHA-256) of its image."""
         image, suffix = _read_image(side, role)
-        digest = _sha256(image) if image is not None else None
-        record[role] = {"text": side.text, "image": None, "id": _content_id(side.text, digest)}
+        digest = hashlib.sha256(image).digest() if image is not None else None
+        values: dict[str, Any] = {"text": side.text, "image": None, "id": id_of_digest(side.text, digest)}
+        self.record[role] = values
         if side.instruction:
-            record[role]["instruction"] = side.instruction
+            values["instruction"] = side.instruction
         if image is None or digest is None:
-            continue
-        if earlier := stored.get(digest):
-            record[role] |= {"image": earlier.name, "at": [earlier.offset, len(image)]}
+            return None
+        if earlier := self._stored.get(digest):
+            values |= {"image": earlier.name, "at": [earlier.offset, len(image)]}
         else:
-            record[role]["image"] = images.setdefault(digest, (f"{role}.{suffix}", image, digest))[0]
-    content = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-    return [("json", content, None), *images.values()]
+            values["image"] = self._images.setdefault(digest, (f"{role}.{suffix}", image, digest))[0]
+        return image, digest
 
 
-def _content_id(text: str, image_digest: bytes | None) -> int:
-    return int.from_bytes(_sha256(text.encode() + b"\0" + (image_digest or b""))[:8], "big") >> 1
-
-
-def _sha256(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
+def _sample(row: Pair | RegionRow | str, number: int, stored: Mapping[bytes, _Stored]) -> _Sample:
+    """Raises DataError for a row that cannot be used."""
+    if isinstance(row, str):
+        raise DataError(row)
+    sample = _Sample(number, stored)
+    if isinstance(row, Pair):
+        roles = ("query", "target", *map(negative_role, range(len(row.negatives))))
+        for role, side in zip(roles, row.sides, strict=True):
+            sample.add(role, side)
+        sample.num_negatives = len(row.negatives)
+        return sample
+    side = Side(text=MMEB_TEXTS.image_alone, image=row.image, instruction=IMAGE_ALONE)
+    added = sample.add("query", side)
+    assert added is not None, "it has an image"
+    size = read_header(added[0], f"query: image {row.image}", formats=SHARD_FORMATS).size
+    fields, sample.left_out = region_fields(row, side.text, added[1], size)
+    sample.record |= fields
+    return sample
 
 
 def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:

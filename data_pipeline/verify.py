@@ -26,8 +26,8 @@ from data_pipeline.manifest import (
     write_index,
     write_manifest,
 )
-from data_pipeline.reader import NOT_A_RECORD, ROLES, RawSample, parse_sample
-from data_pipeline.shards import content_id
+from data_pipeline.reader import NOT_A_RECORD, PAIR_ROLES, RawImage, RawSample, parse_sample, roles_of
+from data_pipeline.regions import all_sides, content_id, scaled_box
 from data_pipeline.storage import LocalFolder
 
 
@@ -148,10 +148,10 @@ def _sample_problems(path: Path, shard: Shard, content: _ShardContent, *, deep: 
                 sample = parse_sample(read_range(offset, size), path.name, read_range)
                 problems += [
                     f"{sample.address}: text or image of the {role} is not what was written"
-                    for role in ROLES
-                    if role in sample.record and _is_changed(sample, role)
+                    for role in _changed_roles(sample)
                 ]
-                if missing := [role for role in ROLES[:2] if role not in sample.record]:
+                needed = ("query",) if "regions" in sample.record else PAIR_ROLES
+                if missing := [role for role in needed if role not in sample.record]:
                     problems.append(f"{sample.address}: the {missing[0]} is missing")
                 elif deep:
                     decode(sample)
@@ -160,12 +160,23 @@ def _sample_problems(path: Path, shard: Shard, content: _ShardContent, *, deep: 
     return problems
 
 
-def _is_changed(sample: RawSample, role: str) -> bool:
-    image = sample.images.get(role)
+def _changed_roles(sample: RawSample) -> list[str]:
+    """Roles whose text, image or box is not that of its content id."""
     try:
-        side = sample.record[role]
-        return content_id(str(side["text"]), image.content if image else None) != side["id"]
-    except (KeyError, *NOT_A_RECORD):
+        sides = [
+            *((role, sample.record[role]) for role in roles_of(sample.record)),
+            *all_sides(sample.record),
+        ]
+    except (LookupError, *NOT_A_RECORD):
+        return ["regions"]
+    return list(dict.fromkeys(role for role, side in sides if _is_changed(sample.images.get(role), side)))
+
+
+def _is_changed(image: RawImage | None, side: Mapping[str, Any]) -> bool:
+    try:
+        box = scaled_box(side, side["size"]) if "box" in side else None
+        return content_id(str(side["text"]), image.content if image else None, box) != side["id"]
+    except (LookupError, *NOT_A_RECORD):
         return True
 
 

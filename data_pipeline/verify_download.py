@@ -10,7 +10,8 @@ from pathlib import Path
 
 from agff.errors import DataError
 from agff.images import SHARD_FORMATS, decode_image, read_header, read_image_file
-from data_pipeline.layouts.mmeb_train import Pair, count_rows, find_subsets, read_pairs
+from data_pipeline.layouts.mmeb_train import count_rows, find_subsets, read_pairs
+from data_pipeline.layouts.training_rows import Pair
 from data_pipeline.verify import in_parallel
 
 
@@ -32,8 +33,7 @@ def _check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: b
     try:
         for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
             if isinstance(pair, Pair):
-                sides = (pair.query, pair.target, pair.negative)
-                named = {str(side.image.relative_to(root)) for side in sides if side and side.image}
+                named = {str(side.image.relative_to(root)) for side in pair.sides if side.image}
                 rows_of_image.update(named)
             else:
                 problems.append(f"{subset}: row {number}: {pair}")

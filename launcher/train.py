@@ -100,6 +100,7 @@ def _start(argv: Sequence[str]) -> int:
         _check_gpus_are_usable()
         prepare_quickstart_if_named(arguments.config)
     data = open_data(run.config)
+    run = run.with_most_negatives(data.most_negatives)
     processor = build_processor(run.config)
     check_run_folder(run)
     if rank.rank == 0:
@@ -108,7 +109,7 @@ def _start(argv: Sequence[str]) -> int:
         _say(startup_table(run, data.plan.num_samples, *counts, measured=measured))
     if arguments.dry_run:
         if newest := latest_step(run.run_dir):
-            check_data_plan(run, data.plan.description, step=newest)
+            check_data_plan(run, data.description, step=newest)
             if rank.rank == 0:  # the ranks have not met: each would hash the backbone
                 backbone_of_run(run, start_step=newest)
         return 0

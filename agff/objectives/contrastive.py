@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from agff.batch import NO_CONTENT, Batch, Encoded
-from agff.collectives import all_gather_rows, rank
+from agff.collectives import all_gather_rows, rank, world_size
 from agff.errors import ConfigError
-from agff.fused_loss import RowMeasures, fused_loss
+from agff.fused_loss import fused_loss
 from agff.negatives import negative_mask
 from agff.objectives.objective import Objective, ObjectiveResult
+from agff.row_loss import RowMeasures
 from agff.similarity import PATTERNS, FusionConfig, pattern_shares
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Objective):
-    """InfoNCE on the fused similarity, and EGA (README, Method)."""
+    """InfoNCE on the fused similarity, EGA (README, Method), and other treatments of negatives. They combine:
+    content ids first, then the margin, then the hardest, then weights on logits, then EGA."""
 
     temperature: float = 0.02
     """Divides the fused similarity; 0.01 to 0.1 in practice."""
@@ -30,6 +32,13 @@ class Contrastive(Objective):
     """EGA: amplified probabilities of a row sum to 1 again; false: each gradient is times its weight."""
     bidirectional: bool = False
     """Also score each target against all queries, and average the two losses."""
+    false_negative_margin: float | None = None
+    """Candidates more than this above the positive are no negatives (UniME: 0.1); with fine vectors in units
+    of the fused similarity, whose value for equal items is below 1. null: no filter."""
+    num_hardest: int | None = None
+    """Only this many negatives of a row count, its most similar (UniME: 8). null: all."""
+    hardness_weight: float = 0.0
+    """LLaVE: a negative counts exp(weight * similarity) times, without gradient; 9 there. 0: once."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "width"):
@@ -37,6 +46,18 @@ class Contrastive(Objective):
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be > 0")
         if self.amplification < 0:
             raise ConfigError(f"loss.amplification={self.amplification} must be >= 0; 0 is plain InfoNCE")
+        if self.hardness_weight < 0:
+            raise ConfigError(f"loss.hardness_weight={self.hardness_weight} must be >= 0; 0 weighs nothing")
+        if self.num_hardest is not None and self.num_hardest < 1:
+            raise ConfigError(f"loss.num_hardest={self.num_hardest} must be >= 1; null keeps all negatives")
+
+    def check_sizes(self, *, global_batch_size: int, num_fine: int) -> None:
+        """See Objective."""
+        if self.num_hardest is not None and self.num_hardest >= global_batch_size:
+            raise ConfigError(
+                f"loss.num_hardest={self.num_hardest} must be below global_batch_size={global_batch_size}: "
+                f"a row has {global_batch_size - 1} other pairs to choose from; null keeps all negatives"
+            )
 
     def __call__(
         self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
@@ -51,7 +72,7 @@ class Contrastive(Objective):
         no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
         loss, rows = _one_direction(
             query_BMD,
-            torch.cat([target_BMD, negative_NMD]),
+            torch.cat([target_BMD, negative_NMD]) if len(negative_NMD) else target_BMD,
             batch.query_ids_B,
             candidate_ids=torch.cat([batch.target_ids_B, batch.negative_ids_N]),
             partner_ids=torch.cat([batch.query_ids_B, no_partner_N]),
@@ -70,13 +91,16 @@ class Contrastive(Objective):
                 fusion=fusion,
             )
             loss, pair_loss_B = (loss + backward_loss) / 2, (pair_loss_B + backward_rows.loss_B) / 2
-        has_negatives_B = (rows.num_negatives_B > 0).to(rows.positive_B.dtype)
-        num_compared = has_negatives_B.sum().clamp(min=1)
+        is_compared_B = (rows.num_candidates_B > 0).to(rows.positive_B.dtype)
+        num_compared = is_compared_B.sum().clamp(min=1)
         shares = pattern_shares(query_BMD, target_BMD, beta=fusion.beta)
         metrics = {
             "similarity/positive": rows.positive_B.mean(),
-            "similarity/hardest_negative": (rows.hardest_B * has_negatives_B).sum() / num_compared,
-            "batch_accuracy": ((rows.positive_B > rows.hardest_B) * has_negatives_B).sum() / num_compared,
+            "similarity/hardest_negative": (rows.hardest_B * is_compared_B).sum() / num_compared,
+            "batch_accuracy": ((rows.positive_B > rows.hardest_B) * is_compared_B).sum() / num_compared,
+            # the log takes the ranks' mean: of the whole global batch, query to target
+            "rows_without_negative": (rows.num_negatives_B == 0).sum() * world_size(),
+            "negatives_per_row": rows.num_negatives_B.mean(),
             "ega/mean_weight": rows.weight_sum_B.sum() / rows.num_negatives_B.sum().clamp(min=1),
             **{f"pattern_share/{name}": share for name, share in zip(PATTERNS, shares, strict=True)},
         }
@@ -110,4 +134,7 @@ def _one_direction(
         amplification=config.amplification,
         width=config.width,
         renormalize=config.renormalize,
+        margin=config.false_negative_margin,
+        num_hardest=config.num_hardest,
+        hardness_weight=config.hardness_weight,
     )

@@ -23,7 +23,7 @@ class Head(nn.Module):
     where nothing is eligible its output must still depend on them, times zero.
     """
 
-    num_states: ClassVar[int] = 1
+    num_states: int = 1
     """How many of the backbone's last hidden states it reads."""
 
     is_random: ClassVar[bool] = False
@@ -81,6 +81,10 @@ class Objective(ABC):
 
     def check(self, source_names: Sequence[str]) -> None:  # noqa: B027 (most fit any data)
         """Raise ConfigError for settings that do not fit the data; before the first step."""
+
+    def check_sizes(self, *, global_batch_size: int, num_fine: int) -> None:  # noqa: B027
+        """Raise ConfigError for settings that do not fit the batch, or an item's number of fine vectors;
+        before the first step."""
 
     def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
         """The items to encode for a pair of that source. Called in a worker of the loader."""

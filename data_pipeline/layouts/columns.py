@@ -3,7 +3,7 @@ type."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from agff.errors import DataError
 from data_pipeline.layouts.eval_items import EmbeddedImage
 
+_READ_BUFFER_BYTES = 2**20
+"""Of each column; without it a whole row group, which may be a whole table, would be held in memory."""
 _IMAGE_FIELDS = {"bytes", "path"}
 """Of the struct as which Hugging Face `datasets` writes an image."""
 
@@ -92,6 +94,45 @@ def read_rows(path: Path, columns: Mapping[str, ColumnKind]) -> Iterator[tuple[i
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def open_table(path: Path) -> pq.ParquetFile:
+    """A parquet file to be read in small pieces."""
+    return pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+
+
+def rows_between(
+    paths: Iterable[Path], choose: Callable[[list[str]], list[str]], *, start: int, stop: int
+) -> Iterator[dict[str, Any]]:
+    """Rows start .. stop - 1 of tables that follow each other; row groups outside of them are not read.
+
+    choose: of a table's columns those that are read. Raises DataError.
+    """
+    position = 0
+    for path in paths:
+        try:
+            with open_table(path) as file:
+                columns = choose(file.schema_arrow.names)
+                for group in range(file.num_row_groups):
+                    num_rows = file.metadata.row_group(group).num_rows
+                    if position < stop and position + num_rows > start:
+                        yield from _rows_of_group(file, group, columns, start - position, stop - position)
+                    position += num_rows
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: damaged parquet file: {error}; download it again") from None
+
+
+def _rows_of_group(
+    file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int
+) -> Iterator[dict[str, Any]]:
+    position = 0
+    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+        first, last = max(start - position, 0), min(stop - position, batch.num_rows)
+        if first < last:
+            yield from batch.slice(first, last - first).to_pylist()
+        position += batch.num_rows
+        if position >= stop:
+            return
 
 
 def column_names(path: Path) -> list[str]:

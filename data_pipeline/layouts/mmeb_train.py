@@ -8,52 +8,32 @@
 In these columns instruction and content are one text. Your own source may keep them apart in qry_inst,
 pos_inst, neg_inst, as the newer MMEB-eval does: then they are joined as MMEB's texts are, and the shard says
 which part is which. A null cell is an absent value, as "" is.
+
+Your own source may also have several explicit negatives a row: in neg_text_1, neg_image_path_1, neg_text_2,
+... beside neg_text, neg_image_path, or as lists in any of these columns. Absent ones are left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pathlib import Path
+from typing import Any
 
 from agff.batch import IMAGE_PLACEHOLDER, MMEB_TEXTS, instructed_text, text_problem, without_placeholder
 from agff.errors import DataError
-from data_pipeline.layouts.columns import ColumnKind, schema_findings
+from data_pipeline.layouts.columns import ColumnKind, open_table, rows_between, schema_findings
 from data_pipeline.layouts.parts import check_parts, copies
+from data_pipeline.layouts.training_rows import IMAGE_ALONE, Pair, Side, below
 
 _REQUIRED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-_OPTIONAL = ("neg_text", "neg_image_path", "qry_inst", "pos_inst", "neg_inst")
-_READ_BUFFER_BYTES = 2**20
-"""Of each column; without it a whole row group, which may be a whole subset, would be held in memory."""
-_TEXT = ColumnKind(is_image=False, many=False)
+_OPTIONAL = ("qry_inst", "pos_inst")
+_OF_NEGATIVES = re.compile(r"neg_(?:text|image_path|inst)(?P<number>|_\d+)", re.ASCII)
+_TEXT, _TEXTS = ColumnKind(is_image=False, many=False), ColumnKind(is_image=False, many=True)
 SPLITS = ("original", "diverse_instruction")
 
-_Row = Mapping[str, str | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """One side of a pair: text, image or both, as the subset wrote it."""
-
-    text: str
-    image: Path | None
-    """The file, below the MMEB root."""
-    instruction: str = ""
-    """The part of `text` that is instruction, where the source keeps it apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One training row."""
-
-    query: Side
-    target: Side
-    negative: Side | None
-    """An explicit hard negative, where the subset has them."""
+_Row = Mapping[str, Any]
 
 
 def find_subsets(root: Path, *, split: str) -> list[str]:
@@ -67,7 +47,36 @@ def find_subsets(root: Path, *, split: str) -> list[str]:
     return sorted({path.parent.name for path in paths})
 
 
-def parquet_files(root: Path, subset: str, *, split: str) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class MmebTrain:
+    """A download as a layout: its subsets are the sources."""
+
+    root: Path
+    split: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """See Layout."""
+        return {"split": self.split}
+
+    def sources(self) -> list[str]:
+        """See Layout."""
+        return find_subsets(self.root, split=self.split)
+
+    def count_rows(self, source: str) -> int:
+        """See Layout."""
+        return count_rows(self.root, source, split=self.split)
+
+    def rows(self, source: str, *, start: int, stop: int) -> Iterator[Pair | str]:
+        """See Layout."""
+        return read_pairs(self.root, source, split=self.split, start=start, stop=stop)
+
+    def tables(self, source: str) -> list[Path]:
+        """See Layout."""
+        return _parquet_files(self.root, source, split=self.split)
+
+
+def _parquet_files(root: Path, subset: str, *, split: str) -> list[Path]:
     """The subset's parquet files in order."""
     return sorted((root / subset).glob(f"{split}-*.parquet"))
 
@@ -78,7 +87,7 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
     Raises DataError, with one line for each finding, for a subset of which a part is absent or there twice,
     that has no row, or a table without the columns of text that MMEB-train has.
     """
-    paths = parquet_files(root, subset, split=split)
+    paths = _parquet_files(root, subset, split=split)
     if not paths:
         found = ", ".join(sorted(path.name for path in (root / subset).glob("*.parquet")))
         raise DataError(
@@ -88,9 +97,8 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
     findings, total, with_rows = _findings_of_names(paths, split), 0, []
     for path in paths:
         try:
-            with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
-                given = [name for name in _OPTIONAL if name in file.schema_arrow.names]
-                findings += schema_findings(file, dict.fromkeys((*_REQUIRED, *given), _TEXT), path)
+            with open_table(path) as file:
+                findings += schema_findings(file, _columns(file.schema_arrow.names), path)
                 total += file.metadata.num_rows
                 with_rows += [path] if file.metadata.num_rows else []
         except (OSError, ValueError) as error:
@@ -124,68 +132,70 @@ def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
 
 def read_pairs(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[Pair | str]:
     """Rows start .. stop - 1 of a subset: a Pair, or the reason why the row cannot be used."""
-    for values in _rows(root, subset, split=split, start=start, stop=stop):
+    paths = _parquet_files(root, subset, split=split)
+    for values in rows_between(paths, lambda names: list(_columns(names)), start=start, stop=stop):
         try:
             yield _pair(root, values)
         except DataError as error:
             yield str(error)
 
 
-def _rows(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[_Row]:
-    """Row groups outside of start .. stop are not read."""
-    position = 0
-    for path in parquet_files(root, subset, split=split):
-        try:
-            with pq.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False) as file:
-                columns = [name for name in (*_REQUIRED, *_OPTIONAL) if name in file.schema_arrow.names]
-                for group in range(file.num_row_groups):
-                    num_rows = file.metadata.row_group(group).num_rows
-                    if position < stop and position + num_rows > start:
-                        yield from _rows_of_group(file, group, columns, start - position, stop - position)
-                    position += num_rows
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: damaged parquet file: {error}; download it again") from None
-
-
-def _rows_of_group(
-    file: pq.ParquetFile, group: int, columns: list[str], start: int, stop: int
-) -> Iterator[_Row]:
-    position = 0
-    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-        first, last = max(start - position, 0), min(stop - position, batch.num_rows)
-        if first < last:
-            yield from batch.slice(first, last - first).to_pylist()
-        position += batch.num_rows
-        if position >= stop:
-            return
+def _columns(found: Iterable[str]) -> dict[str, ColumnKind]:
+    """What is read of a table with these columns."""
+    optional = [name for name in found if name in _OPTIONAL]
+    of_negatives = [name for name in found if _OF_NEGATIVES.fullmatch(name)]
+    return dict.fromkeys((*_REQUIRED, *optional), _TEXT) | dict.fromkeys(of_negatives, _TEXTS)
 
 
 def _pair(root: Path, values: _Row) -> Pair:
-    negative = None
-    if values.get("neg_text") or values.get("neg_image_path"):
-        negative = _side(root, values, "neg", "neg_text", "neg_image_path")
+    def side(name: str, text: str) -> Side:
+        cells = (values.get(column) or "" for column in (text, f"{name}_image_path", f"{name}_inst"))
+        return _side(root, name, *cells)
+
     return Pair(
-        query=_side(root, values, "qry", "qry", "qry_image_path"),
-        target=_side(root, values, "pos", "pos_text", "pos_image_path"),
-        negative=negative,
+        query=side("qry", "qry"),
+        target=side("pos", "pos_text"),
+        negatives=tuple(_negatives(root, values)),
     )
 
 
-def _side(root: Path, values: _Row, column: str, text_column: str, image_column: str) -> Side:
-    text, image_path = values.get(text_column) or "", values.get(image_column)
-    instruction = ""
-    if given := values.get(f"{column}_inst"):
-        instruction = given.replace(IMAGE_PLACEHOLDER, "").strip()
-        text = instructed_text(given, text, is_query=column == "qry", has_image=bool(image_path))
+def _negatives(root: Path, values: _Row) -> Iterator[Side]:
+    matches = (_OF_NEGATIVES.fullmatch(name) for name in values)
+    for number in sorted({match["number"] for match in matches if match}, key=lambda n: int(n[1:] or -1)):
+        columns = [f"neg_{part}{number}" for part in ("text", "image_path", "inst")]
+        texts, images, instructions = (_as_list(values.get(column)) for column in columns)
+        count = max(len(texts), len(images))
+        if len(instructions) == 1:  # one for all
+            instructions *= count
+        lists = [cells or [""] * count for cells in (texts, images, instructions)]
+        if any(len(cells) != count for cells in lists):
+            raise DataError(
+                f"neg{number}: {len(texts)} texts, {len(images)} image paths, {len(instructions)} "
+                "instructions; lists of one row must be equally long"
+            )
+        for place, (text, image, instruction) in enumerate(zip(*lists, strict=True)):
+            if text or image:
+                name = f"neg{number}[{place}]" if count > 1 else f"neg{number}"
+                yield _side(root, name, text, image, instruction)
+
+
+def _as_list(cell: str | list[str | None] | None) -> list[str]:
+    cells = cell if isinstance(cell, list) else [cell] if cell else []
+    return [value or "" for value in cells]
+
+
+def _side(root: Path, name: str, text: str, image_path: str, given: str) -> Side:
+    """given: the instruction, where it has a column of its own."""
+    instruction = given.replace(IMAGE_PLACEHOLDER, "").strip()
+    if given:
+        text = instructed_text(given, text, is_query=name == "qry", has_image=bool(image_path))
     if not image_path:
         stripped = without_placeholder(text)
         if not stripped.strip():
-            raise DataError(f"{column}: neither text nor image")
-        return Side(text=stripped, image=None, instruction=instruction if instruction in stripped else "")
-    text = text or MMEB_TEXTS.image_alone
+            raise DataError(f"{name}: neither text nor image")
+        return Side(text=stripped, instruction=instruction if instruction in stripped else "")
+    if not text:
+        text, instruction = MMEB_TEXTS.image_alone, IMAGE_ALONE
     if problem := text_problem(text, has_image=True):
-        raise DataError(f"{column}: {problem}")
-    relative = PurePosixPath(image_path)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise DataError(f"{column}: image path {image_path!r} leaves the MMEB folder")
-    return Side(text=text, image=root / relative, instruction=instruction)
+        raise DataError(f"{name}: {problem}")
+    return Side(text=text, image=below(root, image_path, name), instruction=instruction)

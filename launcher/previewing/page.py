@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from agff.batch import IMAGE_PLACEHOLDER
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan
-from data_pipeline.reader import ROLES
+from data_pipeline.reader import PAIR_ROLES, roles_of
 from launcher.previewing.samples import Row, SeenText, ShownItem, Step, SubBatch, Thumbnail
 
 STYLE = """
@@ -159,8 +159,8 @@ def _counts(sub_batch: SubBatch) -> str:
 
 def _sub_batch(anchor: str, sub_batch: SubBatch) -> str:
     found = {role for row in sub_batch.rows for draw in row.draws for role in draw.items}
-    roles = [role for role in ROLES if role in found or role != "negative"]
-    head = "".join(f"<th>{name}</th>" for name in ("pair", *roles))
+    roles = roles_of(dict.fromkeys((*PAIR_ROLES, *found)))
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("pair", *roles))
     lines = [line for row in sub_batch.rows for line in _row(row, sub_batch.source, roles)]
     return "\n".join(
         [
@@ -188,7 +188,9 @@ def _row(row: Row, source: str, roles: Sequence[str]) -> Iterator[str]:
                 f"<p class='reason'>{html.escape(draw.reason)}</p><p class='note'>{html.escape(coming)}</p>"
             )
         address = f"<code class='address'>{html.escape(draw.address)}</code>" if draw.address else ""
-        cells = "".join(f"<td class='{role}'>{_item(draw.items.get(role))}</td>" for role in roles)
+        cells = "".join(
+            f"<td class='{role.partition('_')[0]}'>{_item(draw.items.get(role))}</td>" for role in roles
+        )
         kind = "unusable" if draw.reason else "pair"
         yield f"<tr class='{kind}'><td>{address}{''.join(notes)}</td>{cells}</tr>"
 

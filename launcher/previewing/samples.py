@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import copy
 import dataclasses
+import functools
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from agff.batch import Item
@@ -20,10 +21,12 @@ from agff.errors import DataError
 from agff.processor import ItemProcessor
 from data_pipeline.decode import decode
 from data_pipeline.plan import Plan
-from data_pipeline.reader import ROLES, RawSample, ShardReader
+from data_pipeline.reader import PAIR_ROLES, RawSample, ShardReader, negative_role, roles_of
 
 THUMBNAIL_PX = 192
 """Longer side of a picture on the page, at most."""
+FRAME_COLOUR = "#e3116c"
+"""Of the frame around a region."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Draw:
     address: str
     """`shard.tar:key`; empty when the sample could not be read."""
     items: Mapping[str, ShownItem]
-    """By role: query, target, negative."""
+    """By role: query, target, negative, negative_1, ..."""
     reason: str = ""
     """Why the sample cannot be used; empty when it can."""
 
@@ -168,29 +171,33 @@ class SampleView:
         return SubBatch(source=source, rows=tuple(own))
 
     def _row(self, step: int, number: int, source: str, sample: int) -> Row:
-        draws = [self._draw(source, sample)]
-        while draws[-1].reason and len(draws) <= self.max_bad_in_a_row:
-            draws.append(self._draw(source, self.plan.redraw(step, number, attempt=len(draws))))
+        draws: list[Draw] = []
+        while not draws or (draws[-1].reason and len(draws) <= self.max_bad_in_a_row):
+            attempt = len(draws)
+            region = functools.partial(self.plan.region, step=step, row=number, attempt=attempt)
+            drawn = self.plan.redraw(step, number, attempt=attempt) if attempt else sample
+            draws.append(self._draw(source, drawn, region))
         return Row(number=number, draws=tuple(draws))
 
-    def _draw(self, source: str, sample: int) -> Draw:
+    def _draw(self, source: str, sample: int, region: Callable[[int], int]) -> Draw:
         raw = None
         try:
             raw = self.reader.read(source, sample)
-            return Draw(sample=sample, address=raw.address, items=self._items(raw))
+            return Draw(sample=sample, address=raw.address, items=self._items(raw, region))
         except DataError as error:
             items = _texts(raw.record) if raw else {}
             return Draw(sample=sample, address=raw.address if raw else "", items=items, reason=str(error))
 
-    def _items(self, raw: RawSample) -> dict[str, ShownItem]:
+    def _items(self, raw: RawSample, region: Callable[[int], int]) -> dict[str, ShownItem]:
         seen_pixels = self.text_view.processor.max_image_pixels
-        example = decode(raw, with_negative=self.with_negatives, seen_pixels=seen_pixels)
-        return {role: self._item(item) for role, item in zip(ROLES, example.items, strict=False)}
+        example = decode(raw, with_negatives=self.with_negatives, seen_pixels=seen_pixels, draw=region)
+        roles = (*PAIR_ROLES, *map(negative_role, range(len(example.negatives))))
+        return {role: self._item(item) for role, item in zip(roles, example.items, strict=True)}
 
     def _item(self, item: Item) -> ShownItem:
         return ShownItem(
             text=item.text,
-            thumbnail=make_thumbnail(item.image) if item.image else None,
+            thumbnail=make_thumbnail(item.image, item.box) if item.image else None,
             seen=self.text_view(item),
         )
 
@@ -199,16 +206,19 @@ def _texts(record: object) -> dict[str, ShownItem]:
     """The texts of a record that may be malformed."""
     sides = record if isinstance(record, Mapping) else {}
     return {
-        role: ShownItem(text=str(sides[role]["text"]))
-        for role in ROLES
-        if role in sides and "text" in sides[role]
+        role: ShownItem(text=str(sides[role]["text"])) for role in roles_of(sides) if "text" in sides[role]
     }
 
 
-def make_thumbnail(image: Image.Image) -> Thumbnail:
-    """A copy of at most THUMBNAIL_PX on its longer side, as JPEG or PNG, whichever is smaller."""
+def make_thumbnail(image: Image.Image, box: tuple[float, float, float, float] | None = None) -> Thumbnail:
+    """A copy of at most THUMBNAIL_PX on its longer side, as JPEG or PNG, whichever is smaller, with a frame
+    around the region."""
     small = image.copy()
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    if box is not None:
+        scales = (small.width / image.width, small.height / image.height) * 2
+        frame = [value * scale for value, scale in zip(box, scales, strict=True)]
+        ImageDraw.Draw(small).rectangle(frame, outline=FRAME_COLOUR, width=2)
     encoded = {}
     for name in ("jpeg", "png"):
         with io.BytesIO() as file:

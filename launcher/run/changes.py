@@ -39,18 +39,19 @@ FOLLOW_FROM_OTHERS = (
 )
 """Filled in from the global batch and the number of ranks, which are compared themselves, or sizes of
 transfers, filled in from the model where they are absent."""
-BEFORE_IT_WAS_STORED = {"objective": "contrastive"}
+BEFORE_IT_WAS_STORED = {"objective": "contrastive", "backbone.text_only": False}
 """What a setting was in runs that do not store it."""
 DECIDE_THE_ORDER = (
     "seed",
     "batch.global_batch_size",
     "data.shards",
+    "data.vectors",
     "data.weights",
     "data.caps",
     "data.sub_batch_size",
 )
 """Settings of which the plan says more exactly whether and how it changed
-(data_pipeline.plan.plan_changes)."""
+(data_pipeline/plan_changes.py)."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,22 +10,22 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from agff.batch import Batch, Item
+from agff.batch import Batch, Item, ProcessItems
 from agff.collectives import gather_objects, max_over_ranks, rank
 from agff.engine import Engine
 from agff.errors import CheckpointError, TrainingError
 from agff.files import write_text
-from agff.processor import ItemProcessor
 from agff.step import train_step
-from data_pipeline.collate import Chunking, TokenBudget
+from data_pipeline.collate import Chunking, TokenBudget, pair_data_of
 from data_pipeline.loader import StepBatches
 from launcher.run.config import ResolvedRun
 
@@ -62,7 +62,6 @@ class FoundChunk:
 def resolve_chunks(
     run: ResolvedRun,
     batches: StepBatches,
-    processor: ItemProcessor,
     build: Callable[[ResolvedRun], Engine],
 ) -> ResolvedRun:
     """The run with what fits in place of "auto"; from the run folder if it was found before. Collective.
@@ -80,7 +79,7 @@ def resolve_chunks(
     found = gather_objects(_read(path) if rank() == 0 else None)[0]
     if found is None:
         with _limited_memory():
-            found = _search(run, batches, processor, build)
+            found = _search(run, batches, build)
         if rank() == 0:
             write_text(path, json.dumps(asdict(found), indent=1) + "\n")
     return found.applied_to(run)
@@ -97,16 +96,16 @@ def largest_that_fits(num_items: int, fits: Callable[[int], bool]) -> int | None
 def _search(
     run: ResolvedRun,
     batches: StepBatches,
-    processor: ItemProcessor,
     build: Callable[[ResolvedRun], Engine],
 ) -> FoundChunk:
-    items = (item for step in range(LOOKED_AT_STEPS) for item in _items(batches, step))
-    largest = _largest_item(items, processor)
-    tokens = processor.num_tokens(largest)
+    first, *others = (batches.examples(step) for step in range(LOOKED_AT_STEPS))
+    items = (item for examples in (first, *others) for example in examples for item in example.items)
+    largest, pair_data = _largest_item(items, batches.process), pair_data_of(first)
+    tokens = batches.process.num_tokens(largest)
 
     def fits(rows: int, checkpointing: bool) -> bool:
         tried = FoundChunk(rows=rows, tokens=tokens, gradient_checkpointing=checkpointing).applied_to(run)
-        return _fits(build(tried), run, _copies(largest, rows, run, processor))
+        return _fits(build(tried), run, _copies(largest, rows, run, batches.process, pair_data))
 
     wanted = run.config.backbone.gradient_checkpointing
     if run.config.batch.chunk_size == "auto":
@@ -121,30 +120,28 @@ def _search(
     return FoundChunk(rows=rows, tokens=tokens, gradient_checkpointing=checkpointing)
 
 
-def _items(batches: StepBatches, step: int) -> Iterator[Item]:
-    for example in batches.examples(step):
-        yield from example.items
-
-
-def _largest_item(items: Iterable[Item], processor: ItemProcessor) -> Item:
+def _largest_item(items: Iterable[Item], process: ProcessItems) -> Item:
     """The item with the most tokens of any rank, the same on all of them. Collective."""
-    own = max(items, key=processor.num_tokens)
-    return max(gather_objects(own), key=processor.num_tokens)
+    own = max(items, key=process.num_tokens)
+    return max(gather_objects(own), key=process.num_tokens)
 
 
-def _copies(item: Item, rows: int, run: ResolvedRun, processor: ItemProcessor) -> Batch:
+def _copies(
+    item: Item, rows: int, run: ResolvedRun, process: ProcessItems, pair_data: Mapping[str, Tensor]
+) -> Batch:
     """A local batch whose chunks are copies: the one that keeps its graph, and as many as pass 1 joins."""
     num_chunks = 1 if rows >= run.most_items else 1 + run.config.batch.first_pass_chunks
     num_pairs, num_rows = run.local_batch_size, rows * num_chunks
     copies = [_copy(item, number) for number in range(num_rows)]
     return Batch(
-        chunks=tuple(processor(copies[start : start + rows]) for start in range(0, num_rows, rows)),
+        chunks=tuple(process(copies[start : start + rows]) for start in range(0, num_rows, rows)),
         row_of_item_R=torch.arange(run.most_items) % num_rows,
         query_ids_B=torch.arange(num_pairs),
         target_ids_B=torch.arange(num_pairs) + num_pairs,
         negative_ids_N=torch.arange(run.most_items - 2 * num_pairs) + 2 * num_pairs,
         addresses=(item.address,) * num_pairs,
-        filler=processor([Item(text="")]),
+        filler=process([Item(text="")]),
+        pair_data=pair_data,
     )
 
 

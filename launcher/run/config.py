@@ -39,6 +39,8 @@ class DataConfig:
     caps: int | dict[str, int] | None = None
     """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some
     by name."""
+    vectors: str | None = None
+    """Folder of a teacher's vectors of these shards, written by launcher/embed.py; local. null: none."""
     with_negatives: bool = True
     """Explicit hard negatives, where a source has them, are candidates of the whole global batch."""
     sub_batch_size: int
@@ -174,11 +176,20 @@ class ResolvedRun:
     world_size: int
     local_batch_size: int
     chunking: Chunking
+    most_negatives: int
+    """Explicit negatives of one pair at most."""
 
     @property
     def most_items(self) -> int:
         """Of this rank's batch: queries, targets and, at most, explicit negatives."""
-        return most_items(self.config, self.local_batch_size)
+        return (2 + self.most_negatives) * self.local_batch_size
+
+    def with_most_negatives(self, count: int) -> ResolvedRun:
+        """The same run on data of which one pair has this many explicit negatives at most."""
+        if not self.config.data.with_negatives or count == self.most_negatives:
+            return self
+        run = dataclasses.replace(self, most_negatives=count)
+        return dataclasses.replace(run, chunking=_chunking(self.config, run.most_items))
 
     @property
     def is_searched(self) -> bool:
@@ -213,6 +224,9 @@ def resolve(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be below "
             f"num_steps={config.num_steps}"
         )
+    config.loss.check_sizes(
+        global_batch_size=config.batch.global_batch_size, num_fine=config.prompts.num_fine
+    )
     deepspeed = {
         **deepspeed_values,
         "train_batch_size": config.batch.global_batch_size,
@@ -225,6 +239,7 @@ def resolve(
         # else the chunks' gradients are summed in bf16
         deepspeed.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     run_dir = Path(config.run_dir) if config.run_dir else Path("runs") / f"{config.name}-{deepspeed_name}"
+    most_negatives = int(config.data.with_negatives)  # until the data are opened
     return ResolvedRun(
         config=config,
         deepspeed=deepspeed,
@@ -232,7 +247,8 @@ def resolve(
         run_dir=run_dir,
         world_size=world_size,
         local_batch_size=local_batch_size,
-        chunking=_chunking(config, local_batch_size),
+        chunking=_chunking(config, (2 + most_negatives) * local_batch_size),
+        most_negatives=most_negatives,
     )
 
 
@@ -254,7 +270,7 @@ def _local_batch_size(config: RunConfig, world_size: int) -> int:
     return global_batch_size // world_size
 
 
-def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
+def _chunking(config: RunConfig, most_items: int) -> Chunking:
     chunk_size, max_tokens = config.batch.chunk_size, config.batch.max_tokens_per_chunk
     if max_tokens is not None:
         if max_tokens < config.processor.max_tokens:
@@ -266,13 +282,8 @@ def _chunking(config: RunConfig, local_batch_size: int) -> Chunking:
         return TokenBudget(max_tokens=max_tokens)
     assert chunk_size is not None, "BatchConfig checks it"
     if chunk_size == "auto":  # until launcher/run/chunk_search.py has found what fits
-        chunk_size = most_items(config, local_batch_size)
+        chunk_size = most_items
     return FixedRows(rows=chunk_size)
-
-
-def most_items(config: RunConfig, local_batch_size: int) -> int:
-    """Queries, targets and, at most, explicit negatives of a rank."""
-    return (3 if config.data.with_negatives else 2) * local_batch_size
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, checkpoint_name, read_state
 from agff.collectives import raise_together, rank
 from agff.errors import AgffError, CheckpointError, ConfigError
-from data_pipeline.plan import plan_changes
+from data_pipeline.plan_changes import plan_changes
 from launcher.run.changes import differences
 from launcher.run.config import ResolvedRun, as_dict
 from launcher.run.config_file import (
@@ -79,7 +79,7 @@ def _warn_of_another_start(run: ResolvedRun) -> None:
 def check_data_plan(run: ResolvedRun, data_plan: Mapping[str, Any], *, step: int) -> None:
     """Whether the run can continue after `step` steps. Reads only. Collective.
 
-    data_plan: `Plan.description` of this rank's manifest. Raises the same error on every rank: ConfigError
+    data_plan: `RunData.description` of this rank. Raises the same error on every rank: ConfigError
     when it was another one on any of them, and data.accept_changes is not set; CheckpointError when the
     checkpoint cannot say which it was. Warns when only the ranks' rows of a global batch were others.
     """

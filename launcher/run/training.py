@@ -86,15 +86,15 @@ def _train_from(
     """The rest of the run; False when stopped on request. Collective."""
     config = run.config
     if start_step:
-        check_data_plan(run, data.plan.description, step=start_step)
+        check_data_plan(run, data.description, step=start_step)
     state = {
-        "data_plan": data.plan.description,
+        "data_plan": data.description,
         "backbone_sha256": backbone_of_run(run, start_step=start_step),
     }
     if rank.rank == 0:
         write_run_config(run)
     build = partial(_build_engine, processor=processor, device=device)
-    run = resolve_chunks(run, data.step_batches(run, processor, rank=rank.rank), processor, build)
+    run = resolve_chunks(run, data.step_batches(run, processor, rank=rank.rank), build)
     engine = build(run)
     torch.manual_seed(config.seed + 1 + rank.rank)  # dropout differs between ranks, weights do not
     trainable_only = config.backbone.lora is not None

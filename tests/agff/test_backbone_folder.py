@@ -200,10 +200,10 @@ def test_an_adapter_beside_the_backbone_is_refused_and_the_command_merges_it(
     folder = tmp_path / "my backbone"  # a name to be quoted
     shutil.copytree(backbone, folder)
     put_beside(adapter, folder)
-    with pytest.raises(ConfigError, match="lies beside the backbone; transformers would load it") as caught:
+    with pytest.raises(ConfigError, match=r"lies beside the backbone.*not merged") as caught:
         load_backbone(folder, dtype=torch.float32, attention="sdpa")
     text = str(caught.value)
-    move = text.partition("Move it away: ")[2].splitlines()[0]
+    move = text.partition("move it away: ")[2].splitlines()[0]
     merge = text.splitlines()[-1]
     subprocess.run(["bash", "-c", move], check=True)
     check_backbone_folder(folder)
@@ -234,6 +234,52 @@ def test_an_adapter_alone_names_its_base(backbone: Path, adapter: Path) -> None:
         check_backbone_folder(adapter)
     assert f"Give {backbone}, or merge the adapter and give {adapter}-merged: python -c" in str(caught.value)
     assert "t.Qwen2VLModel.from_pretrained(base)" in str(caught.value)
+
+
+def unmerged_stages(backbone: Path, adapter: Path, tmp_path: Path) -> dict[str, Path]:
+    """What somebody may give of a first stage whose adapter is not merged, by what it is."""
+    run = tmp_path / "runs" / "first stage"
+    checkpoint = run / "checkpoints" / "step-000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    beside, weights_only, among = (tmp_path / name for name in ("beside", "weights only", "among"))
+    for folder in (beside, weights_only, among):
+        shutil.copytree(backbone, folder)
+    put_beside(adapter, beside)
+    shutil.copy(adapter / "adapter_model.safetensors", weights_only)
+    weights = load_file(among / WEIGHTS)
+    save_file(weights | load_file(adapter / "adapter_model.safetensors"), among / WEIGHTS)
+    return {
+        "the run": run,
+        "its checkpoints": checkpoint.parent,
+        "a checkpoint": checkpoint,
+        "an adapter beside the weights": beside,
+        "an adapter without its configuration": weights_only,
+        "an adapter among the weights": among,
+        "an adapter alone": adapter,
+    }
+
+
+KINDS = ["the run", "its checkpoints", "a checkpoint", "an adapter beside the weights",
+    "an adapter without its configuration", "an adapter among the weights", "an adapter alone"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_stage_that_is_not_merged_is_refused_with_the_command_that_merges_it(
+    backbone: Path, adapter: Path, tmp_path: Path, kind: str
+) -> None:
+    folders = unmerged_stages(backbone, adapter, tmp_path)
+    assert list(folders) == KINDS
+    inside = folders["the run"] / "release" / "backbone"
+    shutil.copytree(backbone, inside)
+    check_backbone_folder(inside)
+    with pytest.raises(ConfigError) as caught:
+        check_backbone_folder(folders[kind])
+    text = str(caught.value)
+    assert text.startswith(f"{folders[kind]}: ")
+    run = f"'{folders['the run']}'" if kind in KINDS[:3] else "RUN"
+    assert f"launcher/convert_checkpoint.py {run} OUT: then give OUT as backbone.path" in text
+    assert "not merged" in text or "merge the adapter" in text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"auto_mapping": {"base_model_class": "x; y"}}'])

@@ -109,7 +109,7 @@ def test_gradients_of_a_row_that_items_share_are_summed_in_the_same_order_every_
     found, num_threads = [], torch.get_num_threads()
     torch.set_num_threads(2)  # with one there is one order
     for _ in range(10):
-        query, target, negative = (side["embedding"] for side in batch.split([{"embedding": rows}]))
+        query, target, negative = (side["embedding"] for side in batch.split({"embedding": rows}))
         assert negative.shape == (0, 2, 512)
         items = torch.cat([query, target])
         assert torch.equal(items, rows[row_of_item_R])

@@ -24,7 +24,8 @@ from agff.release import load, save_release
 from agff.similarity import FusionConfig
 from data_pipeline.layouts.mmeb_eval import read_eval_set
 from data_pipeline.layouts.mmeb_sets import MMEB_SETS
-from data_pipeline.layouts.mmeb_train import Pair, read_pairs
+from data_pipeline.layouts.mmeb_train import read_pairs
+from data_pipeline.layouts.training_rows import Pair
 from tests.drawings import tiny_backbone
 
 PROMPTS = PromptConfig(num_fine=2, tokens_per_prompt=2)

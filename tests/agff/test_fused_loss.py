@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from agff import fused_loss as module
 from agff.batch import Batch
-from agff.fused_loss import LARGEST_EXPONENT, RowMeasures, fused_loss
+from agff.fused_loss import LARGEST_EXPONENT, fused_loss
 from agff.losses import ega_loss, ega_weights
+from agff.negatives import hardest_negative_mask
 from agff.objectives.contrastive import Contrastive
+from agff.row_loss import RowMeasures
 from agff.similarity import FusionConfig, fused_similarity
 
 TAU, WIDTH = 0.07, 0.1
@@ -61,19 +63,32 @@ def in_blocks(query: Tensor, target: Tensor, mask: Tensor, **settings: Any) -> R
     return loss, rows, *torch.autograd.grad(INCOMING * loss, (query, target))
 
 
-def by_definition(query: Tensor, target: Tensor, mask: Tensor, *, beta: float, **settings: Any) -> Result:
+def by_definition(
+    query: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    margin: float | None = None,
+    num_hardest: int | None = None,
+    **settings: Any,
+) -> Result:
     query, target = query.clone().requires_grad_(), target.clone().requires_grad_()
     similarity = fused_similarity(query, target, beta=beta)
-    loss_B = ega_loss(similarity, POSITIVE, temperature=TAU, width=WIDTH, negative_mask_BC=mask, **settings)
+    candidate = mask.scatter(1, POSITIVE[:, None], False)
+    acting = hardest_negative_mask(
+        similarity, POSITIVE, margin=margin, num_hardest=num_hardest, negative_mask_BC=mask
+    )
+    loss_B = ega_loss(similarity, POSITIVE, temperature=TAU, width=WIDTH, negative_mask_BC=acting, **settings)
     loss = (WEIGHT * loss_B).sum()
-    negative = mask.scatter(1, POSITIVE[:, None], False)
     ega = ega_weights(similarity, POSITIVE, amplification=settings["amplification"], width=WIDTH)
     rows = RowMeasures(
         loss_B=loss_B,
         positive_B=similarity.gather(1, POSITIVE[:, None])[:, 0],
-        hardest_B=similarity.masked_fill(~negative, -1.0).amax(dim=1),
-        num_negatives_B=negative.sum(dim=1).double(),
-        weight_sum_B=(ega * negative).sum(dim=1),
+        hardest_B=similarity.masked_fill(~candidate, -1.0).amax(dim=1),
+        num_candidates_B=candidate.sum(dim=1).double(),
+        num_negatives_B=acting.sum(dim=1).double(),
+        weight_sum_B=(ega * acting).sum(dim=1),
     )
     return loss, rows, *torch.autograd.grad(INCOMING * loss, (query, target))
 
@@ -102,6 +117,56 @@ def test_loss_measures_and_gradients_equal_the_definition(num_fine: int, beta: f
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("num_fine", [0, 4])
+@pytest.mark.parametrize("num_hardest", [None, 1, 3, 6])
+@pytest.mark.parametrize("margin", [None, -0.05, 0.0, 0.1])
+def test_treatments_of_negatives_equal_the_definition(
+    margin: float | None, num_hardest: int | None, num_fine: int
+) -> None:
+    query, target = vectors(5, 7, num_fine, 6)
+    counts = set()
+    for weight, amplification, renormalize, block_rows in product(
+        [0.0, 9.0], [0.0, 2.0], [True, False], [2, 5]
+    ):
+        settings = {
+            "beta": 0.05,
+            "amplification": amplification,
+            "renormalize": renormalize,
+            "margin": margin,
+            "num_hardest": num_hardest,
+            "hardness_weight": weight,
+        }
+        expected = by_definition(query, target, MASK, **settings)
+        with rows_at_once(block_rows, 7, 1 + num_fine):
+            found = in_blocks(query, target, MASK, **settings)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        counts |= set((found[1].num_candidates_B - found[1].num_negatives_B).tolist())
+    assert (counts != {0}) == ((margin, num_hardest) not in ((None, None), (None, 6)))
+
+
+@pytest.mark.parametrize("weight", [0.0, 9.0])
+def test_a_row_whose_every_negative_is_filtered_out_has_no_loss_and_no_gradient(weight: float) -> None:
+    query, target = vectors(5, 7, 4, 6)
+    _, rows, grad_query, _ = in_blocks(
+        query,
+        target,
+        EVERYTHING,
+        beta=0.05,
+        amplification=2.0,
+        renormalize=True,
+        margin=0.1,
+        num_hardest=4,
+        hardness_weight=weight,
+    )
+    none = rows.num_negatives_B == 0
+    assert 0 < none.sum() < 5
+    assert (rows.loss_B[none] == 0).all()
+    assert (grad_query[none] == 0).all()
+    assert (rows.loss_B[~none] > 0).all()
+    assert (rows.num_candidates_B == 6).all()
+    assert (rows.hardest_B > -1).all(), "what the model confuses, filtered or not"
+
+
 def test_the_betas_take_both_paths() -> None:
     assert {1 / beta > LARGEST_EXPONENT for beta in BETAS} == {True, False}
 
@@ -118,10 +183,11 @@ def test_a_row_whose_every_negative_is_masked_has_no_loss_and_no_gradient() -> N
         assert (grad_query[0] != 0).all()
 
 
+@pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("num_fine", NUM_FINE)
 @pytest.mark.parametrize("beta", BETAS)
-def test_gradcheck(num_fine: int, beta: float) -> None:
-    """Of plain InfoNCE: EGA's gradient is not that of its value."""
+def test_gradcheck(num_fine: int, beta: float, filtered: bool) -> None:
+    """Of plain InfoNCE: the gradients of EGA and of weights on logits are not those of their values."""
 
     def loss(query: Tensor, target: Tensor) -> Tensor:
         return fused_loss(
@@ -135,6 +201,8 @@ def test_gradcheck(num_fine: int, beta: float) -> None:
             amplification=0,
             width=WIDTH,
             renormalize=True,
+            margin=0.1 if filtered else None,
+            num_hardest=2 if filtered else None,
         )[0]
 
     query, target = (side.requires_grad_() for side in vectors(5, 7, num_fine, 3))
@@ -256,43 +324,69 @@ def objective_step(num_pairs: int, num_fine: int, **settings: Any) -> tuple[Tens
     return result.pair_loss_B, *torch.autograd.grad(result.loss, sides)
 
 
+TREATED = {"false_negative_margin": 0.1, "num_hardest": 3, "hardness_weight": 9.0}
+
+
+@pytest.mark.parametrize("treated", [{}, TREATED], ids=["plain", "treated"])
 @pytest.mark.parametrize("num_fine", NUM_FINE)
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_nothing_in_an_objectives_step_is_as_large_as_rows_times_candidates(
-    num_fine: int, bidirectional: bool
+    num_fine: int, bidirectional: bool, treated: dict[str, Any]
 ) -> None:
     num_pairs = 96  # more than the (1 + 4) * 4 numbers of an item: (B, C) is larger than all vectors
     num_vectors = 1 + num_fine
     with rows_at_once(1, num_pairs, num_vectors), Watch() as watch:
-        objective_step(num_pairs, num_fine, bidirectional=bidirectional)
+        objective_step(num_pairs, num_fine, bidirectional=bidirectional, **treated)
     one_row = num_pairs * (num_vectors**2 + module.STATISTICS)
-    assert one_row <= watch.largest <= max(one_row, num_pairs * num_vectors * 4, num_pairs * 5)
+    assert (
+        one_row
+        <= watch.largest
+        <= max(one_row, num_pairs * num_vectors * 4, num_pairs * len(RowMeasures._fields))
+    )
     assert watch.largest < num_pairs**2
 
 
-def test_no_operation_waits_for_the_device() -> None:
+@pytest.mark.parametrize("treated", [{}, TREATED], ids=["plain", "treated"])
+def test_no_operation_waits_for_the_device(treated: dict[str, Any]) -> None:
     """On a GPU reading a number, or a result whose size depends on numbers, stops the host."""
     with Watch() as watch:
-        objective_step(8, 4)
+        objective_step(8, 4, **treated)
     assert "addmm_" in watch.names
     assert not watch.names & {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
 
 
+@pytest.mark.parametrize("treated", [{}, TREATED], ids=["plain", "treated"])
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_the_objective_equals_its_definition_in_both_directions(bidirectional: bool) -> None:
+def test_the_objective_equals_its_definition_in_both_directions(
+    bidirectional: bool, treated: dict[str, Any]
+) -> None:
     query, target = (side.requires_grad_() for side in vectors(6, 6, 4, 4))
     ids = torch.arange(6)
     mask = (ids[:, None] // 2) != (ids[None, :] // 2)
 
     def direction(rows: Tensor, candidates: Tensor) -> Tensor:
         similarity = fused_similarity(rows, candidates, beta=0.05)
-        return ega_loss(similarity, ids, temperature=TAU, amplification=1.0, negative_mask_BC=mask)
+        acting = hardest_negative_mask(
+            similarity,
+            ids,
+            margin=treated.get("false_negative_margin"),
+            num_hardest=treated.get("num_hardest"),
+            negative_mask_BC=mask,
+        )
+        return ega_loss(
+            similarity,
+            ids,
+            temperature=TAU,
+            amplification=1.0,
+            negative_mask_BC=acting,
+            hardness_weight=treated.get("hardness_weight", 0.0),
+        )
 
     loss_B = direction(query, target)
     if bidirectional:
         loss_B = (loss_B + direction(target, query)) / 2
     expected = (loss_B.detach(), *torch.autograd.grad(loss_B.mean(), (query, target)))
-    found = objective_step(6, 4, temperature=TAU, bidirectional=bidirectional)
+    found = objective_step(6, 4, temperature=TAU, bidirectional=bidirectional, **treated)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -306,7 +400,34 @@ def test_wrong_arguments_are_named(name: str) -> None:
 
     with pytest.raises(ValueError, match=f"{name}=0 must be > 0"):
         call(query, **{name: 0})
-    with pytest.raises(ValueError, match="amplification=-1 must be >= 0"):
-        call(query, amplification=-1)
+    for other in ("amplification", "hardness_weight"):
+        with pytest.raises(ValueError, match=f"{other}=-1 must be >= 0"):
+            call(query, **{other: -1})
+    with pytest.raises(ValueError, match="num_hardest=0 must be >= 1"):
+        call(query, num_hardest=0)
     with pytest.raises(ValueError, match=r"\(B, M, D\).*\(5, 2, 6\) and \(7, 5, 6\)"):
         call(query[:, :2])
+
+
+def test_rows_without_a_surviving_negative_are_counted() -> None:
+    query, target = vectors(6, 6, 0, 4)
+    ids = torch.arange(6)
+    batch = Batch(
+        chunks=(),
+        row_of_item_R=torch.arange(12),
+        query_ids_B=ids,
+        target_ids_B=ids,
+        negative_ids_N=torch.tensor([], dtype=torch.int64),
+        addresses=("",) * 6,
+        filler={},
+    )
+    sides: list[Any] = [{"embedding": side} for side in (query, target, query[:0])]
+    similarity = query[:, 0] @ target[:, 0].T
+    survivors = (similarity <= similarity.diagonal()[:, None]).sum(dim=1) - 1
+    metrics = Contrastive(false_negative_margin=0.0)(*sides, batch, FusionConfig()).metrics
+    assert 0 < metrics["rows_without_negative"] == (survivors == 0).sum() < 6
+    assert metrics["negatives_per_row"] == survivors.double().mean()
+    plain = Contrastive()(*sides, batch, FusionConfig()).metrics
+    assert plain["rows_without_negative"] == 0
+    for name in ("batch_accuracy", "similarity/hardest_negative"):
+        assert metrics[name] == plain[name], "what the model confuses, filtered or not"

@@ -75,10 +75,8 @@ def pairs_of(rank: int) -> list[Example]:
         Example(
             query=query,
             target=target,
-            negative=None,
             query_id=10 * rank + number,
             target_id=100 + 10 * rank + number,
-            negative_id=-1,
             address=f"pair:{number}",
         )
         for number, (query, target) in enumerate(zip(queries, targets, strict=True))

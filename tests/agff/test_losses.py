@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agff.losses import ega_loss, ega_weights, info_nce
-from agff.negatives import negative_mask
 
 TAU = 0.07
 
@@ -175,15 +174,9 @@ def test_wrong_arguments_are_named() -> None:
         ega_loss(similarities(), POSITIVE, temperature=TAU, amplification=-1)
     with pytest.raises(ValueError, match="width=0 must be > 0"):
         ega_loss(similarities(), POSITIVE, temperature=TAU, amplification=1, width=0)
+    with pytest.raises(ValueError, match="hardness_weight=-1 must be >= 0"):
+        info_nce(similarities(), POSITIVE, temperature=TAU, hardness_weight=-1)
     with pytest.raises(ValueError, match=r"mask \(7, 4\) does not fit \(4, 7\)"):
         info_nce(similarities(), POSITIVE, temperature=TAU, negative_mask_BC=MASK.T)
     with pytest.raises(ValueError, match=r"expected \(B, C\) and \(B,\), got \(4, 7\) and \(3,\)"):
         info_nce(similarities(), POSITIVE[:3], temperature=TAU)
-
-
-def test_pairs_that_share_a_target_or_a_query_are_no_negatives() -> None:
-    query_ids, target_ids = torch.tensor([1, 2, 3, 1]), torch.tensor([10, 20, 10, 40])
-    mask = negative_mask(query_ids, target_ids, target_ids, query_ids)
-    for i in range(4):
-        for j in range(4):
-            assert mask[i, j] == (target_ids[i] != target_ids[j] and query_ids[i] != query_ids[j])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from agff.batch import Encoded, ModelInputs
 from agff.embedding_model import EmbeddingModel
+from agff.grad_cache import sides_as_leaves
 from agff.joined import encode_joined
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
@@ -35,8 +38,22 @@ CONTRASTIVE = [
         (1, 2, 4, 12, TokenBudget(max_tokens=22)), ((0.0, False), (2.0, False), (2.0, True)), (0, 4)
     )
 ]
+TREATED = Contrastive(
+    temperature=0.2,
+    amplification=2.0,
+    bidirectional=True,
+    false_negative_margin=0.02,
+    num_hardest=3,
+    hardness_weight=9.0,
+)
+"""Drops some, not all: see test_the_treatments_of_the_cases_choose_among_the_candidates."""
 CASES: list[tuple[int | TokenBudget, Objective, int]] = [
     *CONTRASTIVE,
+    *(
+        (chunking, TREATED, num_fine)
+        for chunking in (1, 4, TokenBudget(max_tokens=22))
+        for num_fine in (0, 4)
+    ),
     *((chunking, ThreeKinds(), 4) for chunking in (1, 2, 12, TokenBudget(max_tokens=22))),
 ]
 """4 items are a whole local batch of two ranks, 12 its queries, targets and negatives. With a budget the
@@ -120,6 +137,17 @@ def test_the_cases_exercise_ranks_with_different_numbers_of_chunks_and_negatives
     assert any(len(chunk["input_ids"]) > 1 for chunk in batches[0].chunks)
 
 
+def test_the_treatments_of_the_cases_choose_among_the_candidates() -> None:
+    for num_fine in (0, 4):
+        batch = batch_of(global_rows(NUM_ROWS, num_fine, rows_without_image=range(4, 8)), NUM_ROWS, num_fine)
+        step = partial(train_step, PlainEngine(tiny_model(num_fine)), fusion=FusionConfig(), batch=batch)
+        found = [
+            step(objective=replace(TREATED, **changes)).metrics["negatives_per_row"].item()
+            for changes in ({"false_negative_margin": None, "num_hardest": None}, {"num_hardest": None}, {})
+        ]
+        assert found[0] > found[1] > found[2] > 1, "the margin drops some, the number some more"
+
+
 def slow_losses(similarity: Any, rows: list[dict], *, temperature: float) -> list[float]:
     """InfoNCE with explicit negatives by its definition: for each query its own target, all others and all
     negatives."""
@@ -149,7 +177,8 @@ def test_explicit_negatives_are_candidates_of_every_query_but_of_those_whose_tar
     batch = batch_of(rows, NUM_ROWS, 0)
     with torch.no_grad():
         query, target, negative = (
-            side["embedding"][:, 0] for side in batch.split([engine.encode(c) for c in batch.chunks])
+            side["embedding"][:, 0]
+            for side in sides_as_leaves(batch, [engine.encode(c) for c in batch.chunks])
         )
     place = {j: k for k, j in enumerate(j for j, r in enumerate(rows) if "negative" in r)}
 

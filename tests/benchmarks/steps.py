@@ -57,6 +57,7 @@ class Setting:
     precision: str = "fp32"
     """As RunConfig has it; float32 on every machine unless asked for something else."""
     loss: Contrastive = field(default_factory=Contrastive)
+    first_pass_chunks: int = 4
     largest_whole: int | None = LARGEST_WHOLE
     """ZeRO-3's stage3_param_persistence_threshold; None: as a run fills it in."""
 
@@ -77,7 +78,9 @@ class Setting:
             loss=self.loss,
             optimizer=OptimizerConfig(learning_rate=1e-5),
             batch=BatchConfig(
-                global_batch_size=self.num_pairs, chunk_size=2 * self.num_pairs // world_size // num_chunks
+                global_batch_size=self.num_pairs,
+                chunk_size=2 * self.num_pairs // world_size // num_chunks,
+                first_pass_chunks=self.first_pass_chunks,
             ),
             data=DataConfig(shards="", sub_batch_size=self.num_pairs),
         )
@@ -167,7 +170,7 @@ class BareLoop:
                 found += encode_joined(self.model, others[group], self.model.family)
         leaves = [chunk["embedding"].detach().requires_grad_() for chunk in found]
         with self._without_reduction(bool(others)):
-            encoded = [{"embedding": rows} for rows in (self._encode(first), *leaves)]
+            encoded = {"embedding": torch.cat([self._encode(first), *leaves])}
             self.config.loss(*batch.split(encoded), batch, self.config.fusion).loss.backward()
         for index, (chunk, leaf) in enumerate(zip(others, leaves, strict=True)):
             with self._without_reduction(index < len(others) - 1):

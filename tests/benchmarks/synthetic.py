@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from agff.batch import IMAGE_PLACEHOLDER, NO_CONTENT, Item
+from agff.batch import IMAGE_PLACEHOLDER, Item
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from data_pipeline.decode import Example
@@ -36,21 +36,23 @@ def processor_of(folder: Path, limits: ProcessorConfig = LIMITS) -> ItemProcesso
 
 
 @cache
-def examples(num_pairs: int, *, image_side: int = 56) -> list[Example]:
+def examples(num_pairs: int, *, image_side: int = 56, are_alike: bool = False) -> list[Example]:
     """Two pairs of an image with a question and a text, then two of a text and an image, and so on: every
     rank and every chunk has both.
 
-    Texts have 2 to 12 words, every fifth image has twice the side of the others. No two items and no two
-    images are equal.
+    Texts have 2 to 12 words, every fifth image has twice the side of the others; are_alike: all have 7 words,
+    all images one size. No two items and no two images are equal.
     """
     generator = np.random.default_rng(0)
 
     def text(number: int) -> str:
-        count = int(generator.integers(2, 13))
-        return f"{number} " + " ".join("".join(generator.choice(SYLLABLES, 2)) for _ in range(count))
+        count = 7 if are_alike else int(generator.integers(2, 13))
+        return f"{number:0{5 * are_alike}d} " + " ".join(
+            "".join(generator.choice(SYLLABLES, 2)) for _ in range(count)
+        )
 
     def image(number: int) -> Item:
-        side = image_side * (2 if number % 5 == 0 else 1)
+        side = image_side * (2 if number % 5 == 0 and not are_alike else 1)
         pixels = generator.integers(0, 256, size=(side, side, 3), dtype=np.uint8)
         return Item(text=f"{IMAGE_PLACEHOLDER}\n{text(number)}\n", image=Image.fromarray(pixels))
 
@@ -62,10 +64,8 @@ def examples(num_pairs: int, *, image_side: int = 56) -> list[Example]:
             Example(
                 query=query,
                 target=target,
-                negative=None,
                 query_id=2 * number,
                 target_id=2 * number + 1,
-                negative_id=NO_CONTENT,
                 address=f"noise:{number}",
             )
         )

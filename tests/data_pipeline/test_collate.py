@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from agff.batch import IMAGE_PLACEHOLDER, NO_CONTENT, Batch, Encoded, Item, ModelInputs
+from agff.batch import IMAGE_PLACEHOLDER, Batch, Encoded, Item, ModelInputs
 from agff.errors import DataError
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Objective
@@ -23,7 +23,7 @@ from agff.similarity import FusionConfig
 from agff.step import train_step
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget, collate
 from data_pipeline.decode import Example
-from data_pipeline.shards import content_id
+from data_pipeline.regions import content_id
 from tests.agff.test_step import PlainEngine
 from tests.agff.three_kinds import ThreeKinds
 from tests.agff.tiny import IMAGE_TOKEN, PATCH_VALUES, VOCABULARY, chunk, tiny_model
@@ -112,20 +112,25 @@ PAIRS = [
     (item("mat"), item("far away", 7)),  # the query of the one before the last
     (item("a fat cow"), item("mat")),  # that query as target
 ]
-NEGATIVES = {0: item("cat"), 2: item("cat"), 3: item("mat"), 6: item("no such thing")}
-"""By pair: the first two of them are the second pair's target."""
+NEGATIVES = {
+    0: [item("cat")],
+    2: [item("cat"), item("nor this"), item("dog")],
+    3: [item("mat")],
+    6: [item("no such thing")],
+}
+"""By pair: the first two of them are the second pair's target, and the third pair's last is its own."""
 
 
 def example(pair: int) -> Example:
     (query, query_id), (target, target_id) = PAIRS[pair]
-    negative, negative_id = NEGATIVES.get(pair, (None, NO_CONTENT))
+    negatives = NEGATIVES.get(pair, ())
     return Example(
         query=query,
         target=target,
-        negative=negative,
+        negatives=tuple(item for item, _ in negatives),
         query_id=query_id,
         target_id=target_id,
-        negative_id=negative_id,
+        negative_ids=tuple(content_id for _, content_id in negatives),
         address=f"pairs:{pair}",
     )
 
@@ -133,14 +138,19 @@ def example(pair: int) -> Example:
 def each_item_for_itself(examples: Sequence[Example], process: Letters) -> Batch:
     """One row for each item; what is masked is as ever."""
     apart = [
-        replace(example, query_id=3 * place, target_id=3 * place + 1, negative_id=3 * place + 2)
+        replace(
+            example,
+            query_id=9 * place,
+            target_id=9 * place + 1,
+            negative_ids=tuple(9 * place + 2 + n for n in range(len(example.negatives))),
+        )
         for place, example in enumerate(examples)
     ]
     return replace(
         collate(apart, process, chunking=FixedRows(rows=100)),
         query_ids_B=torch.tensor([example.query_id for example in examples]),
         target_ids_B=torch.tensor([example.target_id for example in examples]),
-        negative_ids_N=torch.tensor([e.negative_id for e in examples if e.negative]),
+        negative_ids_N=torch.tensor([number for e in examples for number in e.negative_ids]),
     )
 
 
@@ -228,8 +238,8 @@ def test_the_pairs_share_items_on_every_side_and_ranks_have_different_numbers_of
         assert len(batch.chunks) == len(set(batch.row_of_item_R.tolist()))
         return len(batch.chunks)
 
-    assert num_rows(range(8)) == 20 - 7
-    assert (num_rows(range(0, 8, 2)), num_rows(range(1, 8, 2))) == (11 - 3, 9 - 1)
+    assert num_rows(range(8)) == 22 - 8
+    assert (num_rows(range(0, 8, 2)), num_rows(range(1, 8, 2))) == (13 - 4, 9 - 1)
 
 
 def test_equal_ids_of_different_items_are_named() -> None:

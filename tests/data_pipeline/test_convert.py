@@ -28,8 +28,11 @@ from agff.errors import ConfigError, DataError
 from data_pipeline import claim, convert
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
+from data_pipeline.manifest import read_manifest
 from data_pipeline.reader import ShardReader
+from data_pipeline.regions import content_id
 from data_pipeline.storage import LocalFolder
+from data_pipeline.verify import check_folder
 from tests.mmeb import contents, row, write_subset
 
 
@@ -247,6 +250,7 @@ def test_instructions_kept_apart_by_the_source_stay_apart(tmp_path: Path) -> Non
             pos_inst="",
             pos_text="A dog.",
         ),
+        row(qry_inst="", pos_text="", pos_image_path="images/a.png", pos_inst=""),
     ]
     write_subset(root, rows)
     manifest = prepare(root, tmp_path / "out")
@@ -262,6 +266,11 @@ def test_instructions_kept_apart_by_the_source_stay_apart(tmp_path: Path) -> Non
     assert second["query"]["text"] == "<|image_1|>\nWhat is it?\n"
     assert (second["query"]["instruction"], second["target"]["text"]) == ("What is it?", "A dog.")
     assert "instruction" not in second["target"]
+    examples = [decode(reader.read("Sub", number)) for number in range(3)]
+    found = [[item.instruction for item in example.items] for example in examples]
+    alone = "Represent the given image."
+    assert found == [["Find it:", alone], ["What is it?", ""], ["", alone]]
+    assert examples[2].target.text == f"<|image_1|>\n{alone}\n", "an image without a text gets the rule's"
 
 
 def test_the_other_split_has_its_own_parquet(tmp_path: Path) -> None:
@@ -310,8 +319,8 @@ def test_every_row_is_written_or_listed_with_its_reason(tmp_path: Path) -> None:
         (3, "a.gif: is GIF, not one of JPEG, PNG, WEBP"),
         (4, "appears 0 times in text 'no placeholder'; beside an image it must appear once"),
         (5, "appears 2 times in text"),
-        (6, "image path '../outside.png' leaves the MMEB folder"),
-        (7, "image path '/etc/passwd' leaves the MMEB folder"),
+        (6, "image path '../outside.png' leaves the folder of the images"),
+        (7, "image path '/etc/passwd' leaves the folder of the images"),
         (9, "pos: neither text nor image"),
     ]
     for entry, (number, reason) in zip(rejected, expected, strict=True):
@@ -381,6 +390,45 @@ def test_equal_content_has_equal_ids_and_negatives_are_carried(tmp_path: Path) -
     assert records[0]["query"]["id"] == records[1]["query"]["id"] != records[2]["query"]["id"]
     assert records[0]["negative"]["text"] == "n"
     assert all(0 <= record["target"]["id"] < 2**63 for record in records)
+
+
+def test_all_negatives_of_a_row_are_in_the_shard_and_the_manifest_has_the_largest_number(
+    tmp_path: Path,
+) -> None:
+    root, out = tmp_path / "mmeb", tmp_path / "out"
+    (root / "images").mkdir(parents=True)
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (8, 8), color).save(root / f"images/{name}.png")
+    none = {"neg_text": None, "neg_image_path": None}
+    lists = {"neg_text": ["x", "", "p"], "neg_image_path": ["", "images/b.png", ""]}
+    write_subset(root, [row() | none, row(qry="<|image_1|>", qry_image_path="images/b.png") | lists])
+    write_subset(root, [row()], "Without")
+    manifest = prepare(root, out)
+    assert [manifest.sources[name].most_negatives for name in ("Sub", "Without")] == [3, 0]
+    assert read_manifest(LocalFolder(out)) == manifest
+    assert check_folder(LocalFolder(out), manifest, deep=True, processes=1) == []
+    reader = ShardReader(LocalFolder(out), manifest)
+    first, second = (decode(reader.read("Sub", number)) for number in range(2))
+    assert first.negatives == ()
+    assert [item.text for item in second.negatives] == ["x", "<|image_1|>\nRepresent the given image.\n", "p"]
+    assert second.negatives[1].image == second.query.image
+    assert second.negative_ids[2] == second.target_id == content_id("p", None)
+    members = [list(sample) for sample in read_with_webdataset([out / "Sub/Sub-00000.tar"])]
+    assert sum(name.endswith("png") for names in members for name in names) == 1, "an image is stored once"
+    shard = out / "Sub/Sub-00000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b'"text":"x"', b'"text":"y"'))
+    problems = check_folder(LocalFolder(out), manifest, deep=False, processes=1)
+    assert "Sub-00000.tar:000000001: text or image of the negative is not what was written" in problems
+
+
+def test_shards_of_before_have_one_negative_or_none(tmp_path: Path) -> None:
+    root, out = tmp_path / "mmeb", tmp_path / "out"
+    write_subset(root, [row(neg_text="n")])
+    manifest = prepare(root, out)
+    values = json.loads((out / "manifest.json").read_text())
+    del values["sources"]["Sub"]["most_negatives"]
+    (out / "manifest.json").write_text(json.dumps(values))
+    assert read_manifest(LocalFolder(out)) == manifest
 
 
 def test_wrong_input_is_refused_before_anything_is_written(drawings: Path, tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from agff.batch import NO_CONTENT, Item
 from agff.errors import DataError, StorageError
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.manifest import Manifest, read_manifest, write_index
-from data_pipeline.reader import ShardReader, parse_sample
+from data_pipeline.reader import ShardReader, parse_sample, roles_of
 from data_pipeline.storage import LocalFolder
 from tests.drawings import write_drawings
 
@@ -113,14 +112,24 @@ def test_a_sparse_member_claims_no_memory() -> None:
 
 
 def test_a_negative_is_decoded_when_it_is_wanted() -> None:
-    content = tar_of({**record(), "negative": {"text": "n", "image": None, "id": 3}}, query_png=RED)
-    sample = parse_sample(content, "s.tar", no_other_bytes)
+    negatives = {
+        "negative": {"text": "n", "image": None, "id": 3},
+        "negative_1": {"text": "<|image_1|>", "image": "negative_1.png", "id": 4},
+        "negative_2": {"text": "o", "image": None, "id": 5},
+    }
+    blue = encoded(Image.new("RGB", (4, 4), "blue"))
+    with pytest.raises(DataError, match=r"member or field 'negative_1.png' is missing"):
+        parse_sample(tar_of({**record(), **negatives}, query_png=RED), "s.tar", no_other_bytes)
+    negatives["negative_1"] |= {"image": "j.negative_1.png", "at": [0, len(blue)]}
+    sample = parse_sample(tar_of({**record(), **negatives}, query_png=RED), "s.tar", lambda *_: blue)
     example = decode(sample)
-    assert example.negative == Item(text="n")
-    assert example.negative_id == 3
-    assert len(example.items) == 3
-    without = decode(sample, with_negative=False)
-    assert (without.negative, without.negative_id, len(without.items)) == (None, NO_CONTENT, 2)
+    assert [item.text for item in example.negatives] == ["n", "<|image_1|>", "o"]
+    assert example.negatives[1].image is not None
+    assert example.negatives[1].image.getpixel((0, 0)) == (0, 0, 255)
+    assert example.negative_ids == (3, 4, 5)
+    assert [item.address.rpartition(" ")[2] for item in example.items] == list(roles_of(sample.record))
+    without = decode(sample, with_negatives=False)
+    assert (without.negatives, without.negative_ids, len(without.items)) == ((), (), 2)
 
 
 def test_an_image_of_an_earlier_sample_is_read_from_where_the_record_says() -> None:

@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 
 from agff.batch import NO_CONTENT, Batch, Item, ModelInputs, SkippedSample
 from agff.errors import DataError
+from agff.processor import ItemProcessor, ProcessorConfig
+from agff.prompts import PromptConfig
+from agff.text_only import TextsAlone
 from data_pipeline import loader
 from data_pipeline.collate import FixedRows, TokenBudget
 from data_pipeline.convert import prepare
@@ -26,7 +29,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
-from tests.drawings import write_drawings
+from tests.drawings import tiny_backbone, write_drawings
 
 
 class Encoder:
@@ -202,7 +205,7 @@ def test_explicit_negatives_follow_the_targets(shards: tuple[Path, Manifest]) ->
     batch = batches_of(shards, weights={"Shapes_t2i": 1})[0]
     assert isinstance(batch, Batch)
     assert batch.num_negatives == batch.num_pairs == 8
-    _, targets, negatives = batch.split([{"pixels": chunk["pixels"]} for chunk in batch.chunks])
+    _, targets, negatives = batch.split({"pixels": torch.cat([chunk["pixels"] for chunk in batch.chunks])})
     assert not torch.equal(targets["pixels"], negatives["pixels"])
     reader = ShardReader(LocalFolder(shards[0]), shards[1])
     by_address = {raw.address: raw for raw in (reader.read("Shapes_t2i", n) for n in range(24))}
@@ -220,7 +223,8 @@ def test_items_keep_their_order_whatever_the_chunks(shards: tuple[Path, Manifest
         assert isinstance(batch, Batch)
         batch = batch.padded_to(num_chunks=len(batch.chunks) + 2, num_negatives=batch.num_negatives + 1)
         query, target, negative = (
-            side["pixels"] for side in batch.split([{"pixels": chunk["pixels"]} for chunk in batch.chunks])
+            side["pixels"]
+            for side in batch.split({"pixels": torch.cat([chunk["pixels"] for chunk in batch.chunks])})
         )
         seen.append((query.tolist(), target.tolist(), negative[:-1].tolist()))
         assert batch.negative_ids_N[-1] == NO_CONTENT
@@ -463,3 +467,22 @@ def test_workers_do_not_change_the_batches(
         batches = batches_of(many_shards[rows_per_shard])
         found = load_batches(batches, start_step=17, num_steps=25, num_workers=num_workers)
         assert [flat(batch) for batch in found] == [flat(batches[step]) for step in range(17, 25)]
+
+
+@pytest.mark.parametrize("source", ["Shapes_t2i", "Shapes_i2t", "Shapes_text"])
+def test_an_image_in_training_on_texts_alone_is_a_bad_sample(
+    shards: tuple[Path, Manifest], tmp_path: Path, source: str
+) -> None:
+    folder = tiny_backbone(tmp_path / "backbone")
+    process = TextsAlone(ItemProcessor.from_folder(folder, prompts=PromptConfig(), limits=ProcessorConfig()))
+    found = batches_of(shards, process=process, weights={source: 1.0}, max_bad_in_a_row=1)[0]
+    if source == "Shapes_text":
+        assert isinstance(found, Batch)
+        assert all("pixel_values" not in chunk for chunk in found.chunks)
+        return
+    assert isinstance(found, DataError)
+    lines = str(found).splitlines()
+    assert lines[0].startswith("2 bad samples in a row for row 0 of step 0, allowed are 1")
+    assert len(lines) == 3
+    side = "query" if source == "Shapes_i2t" else "target"
+    assert all(re.search(rf"{source}-0000\d.tar:\d+: {side}: has an image", line) for line in lines[1:])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from agff.errors import DataError
 from data_pipeline.convert import prepare
 from data_pipeline.manifest import check_files, read_index, read_manifest
 from data_pipeline.storage import LocalFolder
+from tests.mmeb import row, write_subset
 
 
 def test_index_points_at_every_sample(drawings: Path, tmp_path: Path) -> None:
@@ -50,6 +52,21 @@ def test_missing_and_changed_shards_are_found_once(drawings: Path, tmp_path: Pat
     assert len(found) == len(expected)
     for path, message in expected:
         assert any(problem.startswith(f"{path}: ") and message in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_rows", "num_rejected", "most_negatives", "num_regions", "num_left_out"]
+)
+@pytest.mark.parametrize("value", [-1, "3", None, 1.5])
+def test_counts_of_a_manifest_that_are_none_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    out = tmp_path / "out"
+    write_subset(tmp_path / "mmeb", [row()])
+    prepare(tmp_path / "mmeb", out)
+    values = json.loads((out / "manifest.json").read_text())
+    values["sources"]["Sub"][name] = value
+    (out / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"damaged manifest: .*{name}.*{value!r}}} are no counts"):
+        read_manifest(LocalFolder(out))
 
 
 def test_damaged_and_absent_manifests_are_named(tmp_path: Path) -> None:

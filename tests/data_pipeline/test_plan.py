@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from agff.errors import ConfigError
 from data_pipeline.manifest import Manifest, Shard, Source
-from data_pipeline.plan import PERIOD, VERSION, WINDOW, Mixture, Plan, plan_changes
+from data_pipeline.plan import PERIOD, VERSION, WINDOW, Mixture, Plan
+from data_pipeline.plan_changes import plan_changes
 from data_pipeline.storage import StoredFile
 
 
@@ -180,6 +181,9 @@ def test_changes_of_whatever_decides_the_order_are_named() -> None:
         ({"mixture": Mixture(sub_batch_size=2, weights={"b": 10})}, "source a was removed"),
     ):
         assert message in plan_changes(old, Plan(sizes, **{**base, **changed}).description)
+    vectors = {"vectors": {"a": "1" * 64}}
+    assert plan_changes({**old, **vectors}, {**old, **vectors}) == []
+    assert plan_changes(old, {**old, **vectors}) == ["the teacher's vectors are others"]
     assert "source a: its shards are others" in plan_changes(
         old, Plan(manifest(a=[5, 6], b=[10]), **base).description
     )

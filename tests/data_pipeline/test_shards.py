@@ -6,7 +6,7 @@ import pytest
 
 from agff.errors import DataError
 from agff.images import SHARD_FORMATS, decode_image
-from data_pipeline.layouts.mmeb_train import Pair, Side
+from data_pipeline.layouts.training_rows import Pair, Side
 from data_pipeline.shards import SUFFIX, write_shard
 from data_pipeline.verify_download import check_download
 from tests.agff.test_images import UNUSABLE
@@ -36,11 +36,8 @@ def test_unusable_images_are_found_by_verify_and_rejected_by_prepare_in_the_same
         assert checks["Sub"].problems == [
             f"Sub: {path}{words}" for path, words in zip(paths, expected, strict=True)
         ]
-    target = Side(text="t", image=None)
-    pairs = [
-        Pair(query=Side(text="<|image_1|>\nx", image=tmp_path / path), target=target, negative=None)
-        for path in paths
-    ]
+    target = Side(text="t")
+    pairs = [Pair(query=Side(text="<|image_1|>\nx", image=tmp_path / path), target=target) for path in paths]
     record = write_shard(tmp_path / "Sub-00000.tar", pairs, first_row=0)
     assert record.num_samples == 0
     assert record.rejected == [

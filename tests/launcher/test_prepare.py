@@ -15,9 +15,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from data_pipeline.claim import claimed
 from data_pipeline.convert import prepare
+from data_pipeline.decode import decode
+from data_pipeline.manifest import read_manifest
+from data_pipeline.reader import ShardReader
+from data_pipeline.storage import LocalFolder
+from data_pipeline.verify import check_folder
 from launcher import verify
 from launcher.prepare import main
 from tests.drawings import write_drawings
@@ -272,6 +278,75 @@ def test_every_finding_of_every_subset_is_listed(tmp_path: Path, capsys: pytest.
     verified = capsys.readouterr().out.splitlines()
     assert [line for line in verified if line.startswith(str(root))] == refused
     assert verified[-1] == "3 findings"
+
+
+def write_layouts(root: Path) -> dict[str, list[str]]:
+    """A tiny file of each layout: layout -> arguments."""
+    (root / "cc3m/images").mkdir(parents=True)
+    (root / "vg").mkdir()
+    for path in (root / "cc3m/images/a.jpg", root / "vg/1.jpg"):
+        Image.new("RGB", (8, 8)).save(path)
+    rows = [
+        {"id": "a", "image": "a.jpg", "caption": "a b", "blip_caption": "a"},
+        {"id": "b", "image": "b.jpg"},
+    ]
+    (root / "cc3m/metadata.json").write_text(json.dumps(rows))
+    box = {"x": 0, "y": 0, "width": 4, "height": 4, "phrase": "p"}
+    regions = [box, {**box, "width": 40}]
+    (root / "region_descriptions.json").write_text(json.dumps([{"id": 1, "regions": regions}]))
+    (root / "nli.csv").write_text("sent0,sent1,hard_neg\na,b,c\na,b,\n")
+    write_subset(root / "mmeb", [row()], "Sub")
+    return {
+        "mmeb": ["--mmeb", str(root / "mmeb")],
+        "captions": ["--captions", str(root / "cc3m")],
+        "texts": ["--texts", str(root / "nli.csv")],
+        "regions": ["--regions", str(root / "region_descriptions.json"), "--images", str(root / "vg")],
+    }
+
+
+def test_each_layout_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layouts = write_layouts(tmp_path)
+    expected = {
+        "mmeb": ("Sub", 1, 1, 0),
+        "captions": ("cc3m", 2, 1, 1),
+        "texts": ("nli", 2, 2, 0),
+        "regions": ("region_descriptions", 1, 1, 0),
+    }
+    for layout, arguments in layouts.items():
+        out = tmp_path / f"out_{layout}"
+        assert main([*arguments, "--out", str(out), "--processes", "2"]) == 0
+        printed = capsys.readouterr().out
+        source, *counts = expected[layout]
+        assert printed.splitlines()[1].split()[:4] == [source, *map(str, counts)]
+        assert ("1 regions of 1 images; 1 regions of these were left out" in printed) == (layout == "regions")
+        manifest = read_manifest(LocalFolder(out))
+        assert check_folder(LocalFolder(out), manifest, deep=True, processes=1) == []
+        decode(ShardReader(LocalFolder(out), manifest).read(source, 0))
+    assert (
+        main([*layouts["texts"], "--out", str(tmp_path / "other"), "--source", "NLI", "--max_rows", "1"]) == 0
+    )
+    assert list(read_manifest(LocalFolder(tmp_path / "other")).sources) == ["NLI"]
+    assert main([*layouts["captions"], "--out", str(tmp_path / "out_texts")]) == 2
+    assert "holds a conversion with other layout, subsets; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        ("texts", ["--images", "x"], "--images is not for --texts, which takes --source"),
+        ("mmeb", ["--source", "x"], "--source is not for --mmeb, which takes --subsets, --split"),
+        ("regions", ["--split", "original"], "--split is not for --regions, which takes --images, --source"),
+        ("captions", ["--subsets", "x"], "--subsets is not for --captions, which takes --images, --source"),
+        ("texts", ["--source", "a b"], "'a b' cannot name a source: letters, digits"),
+    ],
+)
+def test_choices_of_another_layout_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, options: list[str], message: str
+) -> None:
+    arguments = [*write_layouts(tmp_path)[layout], "--out", str(tmp_path / "out"), *options]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_line(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

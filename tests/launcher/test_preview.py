@@ -20,8 +20,9 @@ from agff.batch import Batch, Item
 from agff.errors import DataError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from data_pipeline.convert import prepare
+from data_pipeline.convert import convert, prepare
 from data_pipeline.decode import decode
+from data_pipeline.layouts.image_regions import ImageRegions
 from data_pipeline.manifest import Manifest, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import RawSample, ShardReader
@@ -29,9 +30,10 @@ from data_pipeline.storage import LocalFolder
 from launcher.command_line import parse_train_arguments
 from launcher.preview import main
 from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
-from launcher.run.config import BatchConfig, DataConfig, RunConfig, resolve
+from launcher.run.config import BatchConfig, DataConfig, ResolvedRun, RunConfig, resolve
 from launcher.run.data import build_processor, open_data
 from launcher.run.hardware import Hardware
+from tests import mmeb
 from tests.drawings import tiny_backbone, write_drawings
 from tests.launcher.runs import SMALL_RECIPE
 
@@ -119,15 +121,19 @@ class Run:
     def batches(self, *options: str, num_steps: int) -> list[Batch]:
         """The first steps of a run of one rank that train starts with these options."""
         config = self.config(*options)
-        run = resolve(
-            config,
-            {"zero_optimization": {"stage": 1}},
-            deepspeed_name="zero1",
-            world_size=1,
-            hardware=Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False),
-        )
-        batches = open_data(config).batches(run, build_processor(config), rank=0, start_step=0)
+        data, processor = open_data(config), build_processor(config)
+        batches = data.batches(resolved(config), processor, rank=0, start_step=0)
         return [next(batches) for _ in range(num_steps)]
+
+
+def resolved(config: RunConfig) -> ResolvedRun:
+    return resolve(
+        config,
+        {"zero_optimization": {"stage": 1}},
+        deepspeed_name="zero1",
+        world_size=1,
+        hardware=Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False),
+    )
 
 
 def open_run(folder: Path, backbone: Path) -> Run:
@@ -205,7 +211,7 @@ CHANGES_NOTHING = {
     "data.accept_changes",
     "data.cache",
 }
-IN_OTHER_TESTS = {"data.shards", "data.max_bad_in_a_row"}
+IN_OTHER_TESTS = {"data.shards", "data.max_bad_in_a_row", "data.vectors"}
 
 
 def backbone_of_other_limits(folder: Path) -> Path:
@@ -274,6 +280,57 @@ def test_pairs_are_in_the_order_of_the_plan(
     ]
     line = f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB): steps 5 to 7, 36 pairs, 0 unusable samples\n"
     assert capsys.readouterr().out == line
+
+
+def test_each_negative_of_a_pair_has_its_column(backbone: Path, tmp_path: Path) -> None:
+    texts = [f"{number}th" for number in range(12)]
+    rows = [
+        {**mmeb.row(qry=f"q{n}"), "neg_text": [], "neg_text_1": "", "neg_text_2": ""} | negatives
+        for n, negatives in enumerate([{}, {"neg_text": texts[:11], "neg_text_2": texts[11]}] * 2)
+    ]
+    run = write_run(tmp_path, backbone, rows)
+    page = preview(run, tmp_path / "page.html", "--batch.global_batch_size", "4", "--steps", "1")
+    heads = [cell.text for cell in page.all("tr", "head")[0].all("th")]
+    assert heads == ["pair", "query", "target", "negative", *(f"negative {n}" for n in range(1, 12))]
+    shown = [
+        [text.text for cell in pair.all("td", "negative") for text in cell.all("p", "text")]
+        for pair in page.all("tr", "pair")
+    ]
+    assert sorted(shown) == [[], [], texts, texts]
+    (batch,) = run.batches("--batch.global_batch_size", "4", num_steps=1)
+    assert batch.num_negatives == 24
+
+
+def test_the_region_that_a_step_draws_is_framed(backbone: Path, tmp_path: Path) -> None:
+    boxes = [(n, n, n + 60, n + 40) for n in (4, 24, 44, 64)]
+    for number in range(4):
+        Image.new("RGB", (160, 120), "white").save(tmp_path / f"{number}.png")
+    regions = [{"box": box, "phrase": f"at {box[0]}"} for box in boxes]
+    (tmp_path / "r.json").write_text(
+        json.dumps([{"image": f"{number}.png", "regions": regions} for number in range(4)])
+    )
+    layout = ImageRegions(root=tmp_path / "r.json", images=tmp_path, name="Parts")
+    convert(layout, tmp_path / "shards", subsets=None, rows_per_shard=9, max_rows=None, executor=None)
+    run = open_run(tmp_path / "shards", backbone)
+    page = preview(run, tmp_path / "page.html", "--batch.global_batch_size", "4", "--steps", "3")
+    shown = [
+        (pair.one("td", "query").all("img")[0], pair.one("td", "target").one("p", "text").text)
+        for pair in page.all("tr", "pair")
+    ]
+    config = run.config("--batch.global_batch_size", "4")
+    batches = open_data(config).step_batches(resolved(config), build_processor(config), rank=0)
+    examples = [example for step in range(3) for example in batches.examples(step)]
+    assert [text for _, text in shown] == [example.target.text for example in examples]
+    assert len({text for _, text in shown}) > 1
+    for (image, text), example in zip(shown, examples, strict=True):
+        content = base64.b64decode(str(image.attributes["src"]).partition(",")[2])
+        thumbnail = Image.open(io.BytesIO(content)).convert("RGB")
+        corner = int(text.removeprefix("at "))
+        assert example.query.box == (corner, corner, corner + 60, corner + 40)
+        for inside in ((corner + 1, corner + 20), (corner + 30, corner + 1), (corner + 59, corner + 20)):
+            red, green, _ = thumbnail.getpixel(inside)
+            assert red - green > 90, "the frame"
+        assert min(thumbnail.getpixel((corner + 30, corner + 20))) > 240
 
 
 def test_contents_lead_to_every_sub_batch(drawn: Run, tmp_path: Path) -> None:

@@ -11,12 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from agff.checkpoint import consolidated_weights
 from agff.files import partial_path
-from launcher.command_line import RECIPES
+from agff.objectives.objective import Objective
+from agff.objectives.vein import Vein
+from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import LocalFolder
+from data_pipeline.vectors_writer import VectorsWriter
+from launcher.command_line import RECIPES, parse_train_arguments
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
 from launcher.run.stop_request import EXIT_CODE
@@ -470,6 +476,23 @@ def test_dry_run_prints_the_table_and_writes_nothing(
     assert sorted(in_project.rglob("*")) == before
 
 
+def stand_in_vectors(project: Path) -> list[str]:
+    """Options of vectors of the project's shards, made of nothing."""
+    manifest = read_manifest(LocalFolder(project / ".cache/quickstart/shards"))
+    writer = VectorsWriter(project / "vectors", manifest, model="none", dim=3)
+    for block in writer.missing_blocks(rank=0, world_size=1):
+        writer.write(block, np.ones((block.stop - block.start, 2, 3), dtype=np.float32))
+    writer.finish()
+    return ["--data.vectors", "vectors"]
+
+
+def fitting_settings(loss: Objective) -> list[str]:
+    """Settings of an objective that name sources or layers, for the small stand-ins."""
+    if not isinstance(loss, Vein):
+        return []
+    return ["--loss.visual_sources", "{queries: [Shapes_i2t], targets: [Shapes_t2i]}", "--loss.layers", "1"]
+
+
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_dry_run_of_every_recipe_under_the_zero_stage_it_names(
     in_project: Path, capfd: pytest.CaptureFixture[str], recipe: str
@@ -483,8 +506,10 @@ def test_dry_run_of_every_recipe_under_the_zero_stage_it_names(
         "--data.sub_batch_size",
         "8",
     ]
+    loss = parse_train_arguments(["--recipe", recipe]).config.loss
+    data += stand_in_vectors(in_project) if loss.needs_vectors else []
     backbone = ["--backbone.path", ".cache/quickstart/backbone"]
-    assert train_main(["--recipe", recipe, *backbone, *data, "--dry-run"]) == 0
+    assert train_main(["--recipe", recipe, *backbone, *data, *fitting_settings(loss), "--dry-run"]) == 0
     output = capfd.readouterr().out
     stage = 2 if "LoRA rank" in output else 3
     assert f"ZeRO stage {stage}" in output

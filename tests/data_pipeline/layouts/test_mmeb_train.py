@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from agff.errors import DataError
-from data_pipeline.layouts.mmeb_train import Pair, count_rows, find_subsets, read_pairs
+from data_pipeline.layouts.mmeb_train import count_rows, find_subsets, read_pairs
+from data_pipeline.layouts.training_rows import Pair
 from tests.mmeb import row, write_subset
 
 FIRST = "original-00000-of-00001.parquet"
@@ -80,14 +81,19 @@ NO_TEXT = (
 def test_a_column_of_anything_else_is_refused_with_its_address(
     tmp_path: Path, name: str, type_: pa.DataType
 ) -> None:
+    may_be_list = name.startswith("neg_")
+    if may_be_list and pa.types.is_nested(type_) and not pa.types.is_struct(type_):
+        type_ = pa.list_(pa.int64())
     plain = type_.value_type if pa.types.is_dictionary(type_) else type_
-    column = pa.array([None, *values_of(plain)], plain)
+    values = [[1], [2]] if type_ == pa.list_(pa.int64()) else values_of(plain)
+    column = pa.array([None, *values], plain)
     path = write_column(tmp_path, name, column.dictionary_encode() if plain != type_ else column)
     with pytest.raises(DataError) as caught:
         count_rows(tmp_path, "Sub", split="original")
     error = str(caught.value)
     assert error.startswith(f"{path}:row 1: column {name} holds ")
-    assert error.endswith(f" ({pq.read_schema(path).field(name).type}); it must be text")
+    rule = "it must be text, or a list of such" if may_be_list else "it must be text"
+    assert error.endswith(f" ({pq.read_schema(path).field(name).type}); {rule}")
 
 
 def test_a_null_cell_is_an_absent_value(tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_a_null_cell_is_an_absent_value(tmp_path: Path) -> None:
     assert count_rows(tmp_path, "Sub", split="original") == 3
     first, second, third = read_pairs(tmp_path, "Sub", split="original", start=0, stop=3)
     assert isinstance(first, Pair)
-    assert (first.query.text, first.query.image, first.negative) == ("q", None, None)
+    assert (first.query.text, first.query.image, first.negatives) == ("q", None, ())
     assert (second, third) == ("qry: neither text nor image", "pos: neither text nor image")
 
 
@@ -108,8 +114,59 @@ def test_a_negative_may_have_a_text_column_only(tmp_path: Path) -> None:
     write_subset(tmp_path, [row(neg_text="other")])
     (pair,) = read_pairs(tmp_path, "Sub", split="original", start=0, stop=1)
     assert isinstance(pair, Pair)
-    assert pair.negative is not None
-    assert (pair.negative.text, pair.negative.image) == ("other", None)
+    assert [(side.text, side.image) for side in pair.negatives] == [("other", None)]
+
+
+def sides(pair: Pair | str) -> list[tuple[str, str | None, str]]:
+    """(text, image, instruction) of each negative."""
+    assert isinstance(pair, Pair)
+    return [(s.text, s.image.name if s.image else None, s.instruction) for s in pair.negatives]
+
+
+ALONE, REPRESENT = "<|image_1|>\nRepresent the given image.\n", "Represent the given image."
+
+
+def test_several_negatives_come_from_numbered_columns_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    numbers = ("_10", "", "_2", "_1")
+    rows = [
+        row(**{f"neg_text{n}": f"n{n}" for n in numbers}),
+        row(neg_text_2="two", neg_image_path_1="a.png", neg_inst_2="Find:"),
+        row(neg_text="", neg_text_10="ten"),
+        row(),
+    ]
+    columns = {key for values in rows for key in values}
+    write_subset(tmp_path, [{**dict.fromkeys(columns, ""), **values} for values in rows])
+    assert count_rows(tmp_path, "Sub", split="original") == 4
+    found = [sides(pair) for pair in read_pairs(tmp_path, "Sub", split="original", start=0, stop=4)]
+    assert found == [
+        [(f"n{n}", None, "") for n in ("", "_1", "_2", "_10")],
+        [(ALONE, "a.png", REPRESENT), ("two", None, "")],
+        [("ten", None, "")],
+        [],
+    ]
+
+
+def test_several_negatives_come_from_lists_and_uneven_ones_are_rejected(tmp_path: Path) -> None:
+    image_text = "<|image_1|>\nx\n"
+    rows = [
+        {"neg_text": ["a", "b", None, ""], "neg_image_path": None, "neg_text_1": "c"},
+        {"neg_text": [image_text, "", "b"], "neg_image_path": ["a.png", "b.png", ""], "neg_text_1": None},
+        {"neg_text": None, "neg_image_path": ["a.png", "b.png"], "neg_text_1": ""},
+        {"neg_text": [], "neg_image_path": [], "neg_text_1": None},
+        {"neg_text": ["a", "b"], "neg_image_path": ["a.png"], "neg_text_1": None},
+        {"neg_text": ["a", "<|image_1|>"], "neg_image_path": ["", "../b.png"], "neg_text_1": None},
+    ]
+    write_subset(tmp_path, [{**row(), **values} for values in rows])
+    assert count_rows(tmp_path, "Sub", split="original") == 6
+    *used, uneven, outside = read_pairs(tmp_path, "Sub", split="original", start=0, stop=6)
+    assert [sides(pair) for pair in used] == [
+        [("a", None, ""), ("b", None, ""), ("c", None, "")],
+        [(image_text, "a.png", ""), (ALONE, "b.png", REPRESENT), ("b", None, "")],
+        [(ALONE, "a.png", REPRESENT), (ALONE, "b.png", REPRESENT)],
+        [],
+    ]
+    assert uneven == "neg: 2 texts, 1 image paths, 0 instructions; lists of one row must be equally long"
+    assert outside == "neg[1]: image path '../b.png' leaves the folder of the images"
 
 
 def test_every_finding_of_a_subset_is_listed(tmp_path: Path) -> None:

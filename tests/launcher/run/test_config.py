@@ -41,6 +41,7 @@ def test_every_recipe_parses_and_can_be_resolved(recipe: str) -> None:
             2,
             "warmup_steps=300 must be below num_steps=300",
         ),
+        (["--loss.num_hardest", "64"], 2, "num_hardest=64 must be below global_batch_size=64: a row has 63"),
     ],
 )
 def test_what_needs_two_parts_is_checked_together(
@@ -48,6 +49,17 @@ def test_what_needs_two_parts_is_checked_together(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_on(quickstart(*overrides), world_size)
+
+
+def test_the_largest_number_of_negatives_in_the_data_decides_how_many_items_a_batch_may_have() -> None:
+    run = resolve_on(quickstart("--batch.global_batch_size", "64", "--batch.chunk_size", "auto"))
+    assert (run.most_items, run.chunking) == (3 * 32, FixedRows(rows=3 * 32)), "before the data are opened"
+    for count in (0, 1, 5):
+        of_data = run.with_most_negatives(count)
+        assert (of_data.most_items, of_data.chunking) == ((2 + count) * 32, FixedRows(rows=(2 + count) * 32))
+    without = resolve_on(quickstart("--batch.global_batch_size", "64", "--data.with_negatives", "false"))
+    assert without.with_most_negatives(5) == without
+    assert without.most_items == 2 * 32
 
 
 def test_batch_sizes_and_precision_are_filled_into_the_deepspeed_config() -> None:
@@ -100,7 +112,13 @@ OUT_OF_RANGE = [
     ("optimizer.epsilon", "0.0"),
     ("processor.min_pixels", "0"),
     ("processor.max_pixels", "-1"),
+    ("loss.num_hardest", "0"),
+    ("loss.hardness_weight", "-1.0"),
 ]
+
+
+def test_the_most_of_the_hardest_is_the_batch_without_the_row() -> None:
+    assert resolve_on(quickstart("--loss.num_hardest", "63")).config.loss.num_hardest == 63
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)

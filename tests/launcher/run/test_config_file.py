@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 
 from agff.errors import ConfigError
 from launcher.command_line import RECIPES, parse_train_arguments
-from launcher.run.config import ResolvedRun, RunConfig, resolve, run_config_of
+from launcher.run.config import ResolvedRun, RunConfig, as_dict, resolve, run_config_of
 from launcher.run.config_file import (
     CONFIG_FILE,
     DEEPSPEED_FILE,
     read_recipe,
     read_run_config,
     stored_deepspeed,
+    with_paths,
     write_run_config,
 )
 from launcher.run.folder import check_run_folder
@@ -241,8 +243,10 @@ def test_a_setting_of_later_is_named_when_a_run_is_continued(tmp_path: Path) -> 
 def test_every_recipe_survives_the_run_folder(recipe: str, tmp_path: Path) -> None:
     overrides = ["--recipe", recipe, "--backbone.path", str(tmp_path), "--data.shards", "s3://bucket/shards"]
     config = write_run(tmp_path / "run", *overrides)
-    assert read_run_config(tmp_path / "run") == config
-    check_run_folder(resolved(config, tmp_path / "run"))
+    found = read_run_config(tmp_path / "run")
+    assert type(found.loss) is type(config.loss)
+    assert as_dict(found) == with_paths(as_dict(config), os.path.abspath)
+    check_run_folder(resolved(found, tmp_path / "run"))
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12) | st.from_regex(

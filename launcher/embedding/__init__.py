@@ -1,0 +1,1 @@
+"""Vectors of a teacher for every sample of a folder of shards."""

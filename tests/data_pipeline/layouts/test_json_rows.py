@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agff.errors import DataError
+from data_pipeline.layouts import json_rows as module
+from data_pipeline.layouts.json_rows import json_rows
+
+ROWS = [
+    {"id": n, "text": f'größe \U0001f600 {{}}[],"\\ {"x" * (n % 7)}', "more": [n, {"a": None}]}
+    for n in range(700)
+]
+WRITTEN = {
+    "a list": json.dumps(ROWS),
+    "a list of UTF-8, indented": json.dumps(ROWS, indent=2, ensure_ascii=False),
+    "lines": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS),
+    "a byte order mark": "\ufeff" + json.dumps(ROWS) + "\n",
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("size_bytes", [61, 2**22])
+def test_any_part_is_what_a_parser_of_the_whole_file_finds_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "_READ_BYTES", size_bytes)
+    path = tmp_path / "rows.json"
+    path.write_text(WRITTEN[kind], encoding="utf-8")
+    rows = json_rows(path)
+    assert rows.num_rows == 700
+    for start, stop in ((0, 700), (0, 1), (255, 258), (256, 512), (511, 513), (690, 900), (5, 5), (700, 710)):
+        assert list(rows.between(start, stop)) == ROWS[start:stop]
+
+
+def test_a_part_is_found_without_reading_what_is_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(WRITTEN["a list"])
+    rows, parsed = json_rows(path), []
+    right = json.JSONDecoder.raw_decode
+    monkeypatch.setattr(
+        json.JSONDecoder, "raw_decode", lambda self, *where: parsed.append(where) or right(self, *where)
+    )
+    assert next(rows.between(600, 601)) == ROWS[600]
+    assert len(parsed) == 600 - 512 + 1
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for count in (3, 700):
+        path.write_text(json.dumps(ROWS[:count]))
+        assert list(json_rows(path).between(0, 999)) == ROWS[:count]
+
+
+DAMAGED = {
+    "cut in an object": (
+        '[{"a": 1}, {"a": "some',
+        "damaged or cut short behind byte 11: Unterminated string",
+    ),
+    "cut behind an object": ('[{"a": 1}, {"a": 2}', "cut short at byte 19"),
+    "an error in an object": (
+        '[{"a": 1}, {"a" 1}, ' + '{"b": 2}, ' * 9 + "]",
+        "behind byte 11: Expecting ':'",
+    ),
+    "a list of numbers": ("[1, 2]", r"byte 1: '1, 2\]?' where an object must begin"),
+    "no JSON": ("<html>", "byte 0: '<html>?' where an object must begin"),
+    "nested": ('[{"a": ' + "[" * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("size_bytes", [5, 2**22])
+def test_what_is_no_list_of_objects_is_refused_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, size_bytes: int
+) -> None:
+    monkeypatch.setattr(module, "_READ_BYTES", 2**22 if case == "nested" else size_bytes)
+    content, message = DAMAGED[case]
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=rf"rows.json: .*{message}"):
+        json_rows(tmp_path / "rows.json")
+
+
+def test_a_file_that_cannot_be_read_or_is_no_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.json: cannot read it: No such file"):
+        json_rows(tmp_path / "none.json")
+    (tmp_path / "bytes.json").write_bytes(b'[{"a": "\xff"}]')
+    with pytest.raises(DataError, match=r"bytes.json: text is not UTF-8"):
+        json_rows(tmp_path / "bytes.json")
+    (tmp_path / "empty.json").write_text("[]")
+    assert json_rows(tmp_path / "empty.json").num_rows == 0

@@ -8,12 +8,12 @@ DATA := .cache/quickstart
 RUN := runs/quickstart-zero3
 RELEASE := releases/quickstart
 LOG := $(DATA)/demo.log
-EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp
+EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp --captions $(DATA)/data/captions
 
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-slurm demo test test-full test-slurm test-gpu bench lint format
+.PHONY: help install install-slurm demo test test-full test-slurm test-gpu bench ablation family lint format
 .DEFAULT_GOAL := help
 # each recipe is one script that stops at its first error
 .ONESHELL:
@@ -58,6 +58,12 @@ bench: $(STAMP) ## ratios to bare loops and public steps, measured in turn; the 
 	@mkdir -p .cache/bench
 	trap 'tail -n 20 .cache/bench/log >&2' ERR
 	python -m tests.benchmarks.bench 2>&1 | tee .cache/bench/log | grep -E --line-buffered '^(== |\|)'
+
+family: $(STAMP) ## train and judge the whole family on the quickstart, on equal terms; the table: .cache/family/measured.md
+	python -m tests.benchmarks.family
+
+ablation: $(STAMP) ## InfoNCE, fusion and EGA on small scenes, 5 seeds; goes on where it stopped: .cache/ablation/measured.md
+	python -m tests.benchmarks.ablation --workers 2
 
 install-slurm: ## Debian's Slurm, with which `make test` also tries slurm/ on two nodes (as root)
 	dpkg -s slurmctld slurmd slurm-client libpmix-dev >/dev/null 2>&1 || { apt-get update -q && \

@@ -3,11 +3,11 @@
 fused_similarity   four global/fine similarities joined by log-sum-exp
 info_nce           cross-entropy of the positive among the candidates
 ega_loss           InfoNCE with amplified gradients of hard negatives
-roi_align          bilinear samples of boxes on a feature map
 hardest_negative_mask
                    which candidates act as negatives: false ones out, hardest in
 distillation_loss  KL between the teacher's and the student's comparisons of a batch
 mac_loss           InfoNCE of embeddings and of the means of their tokens
+roi_align          bilinear samples of boxes on a feature map
 load               a release folder -> model with .encode(items) and .similarity(a, b)
 """
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from agff.embedder import Embedder
 
-__all__ = ["ega_loss", "fused_similarity", "info_nce", "load", "roi_align"]
 __all__ = [
     "distillation_loss",
     "ega_loss",
@@ -37,6 +36,7 @@ __all__ = [
     "info_nce",
     "load",
     "mac_loss",
+    "roi_align",
 ]
 
 

@@ -47,7 +47,7 @@ class BackboneConfig:
 
     path: str
     """Folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or LLaVA-OneVision model: weights, tokenizer, image
-    processor."""
+    processor; or a release of ours, of which it is the backbone."""
     lora: LoraConfig | None = None
     """Null: full tuning."""
     freeze_vision: bool = False

@@ -11,6 +11,7 @@ from agff.batch import Encoded, ModelInputs
 from agff.families import family_of
 from agff.objectives.objective import Head
 from agff.prompts import PromptConfig, PromptedEmbedding
+from agff.shared_images import IMAGE_FEATURES
 from agff.vision import VisionTower, tower_of
 
 
@@ -54,12 +55,13 @@ class EmbeddingModel(nn.Module):
         return self.tower.encode({**arguments, "pixel_values": pixels})
 
     def with_image_tokens(self, inputs: ModelInputs) -> ModelInputs:
-        """The inputs with IMAGE_FEATURES; where the head pools images, with IMAGE_TOKENS too.
+        """The inputs with IMAGE_FEATURES, unless they hold no image; where the head pools images, with
+        IMAGE_TOKENS too.
 
         Under ZeRO-3 a collective, as `encode_images`, unless the features are there."""
         if "pixel_values" in inputs:
             inputs = self.tower.with_features(inputs, self.encode_images(inputs))
-        if self.head is None or self.head.image_cells is None:
+        if self.head is None or self.head.image_cells is None or IMAGE_FEATURES not in inputs:
             return inputs
         return self.head.with_image_tokens(inputs, self.tower.maps(inputs))
 

@@ -114,9 +114,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
             cells=objective.image_cells if objective else None,
         )
     vectors = model.prompted_embedding.vectors
-    vectors.data.copy_(_read_tensor(folder / PROMPTS_FILE, "vectors", vectors.shape))
+    vectors.data.copy_(read_tensor(folder / PROMPTS_FILE, "vectors", vectors.shape))
     if head is not None:
-        _fill_head(head.to(dtype), folder / HEAD_FILE)
+        fill_head(head.to(dtype), folder / HEAD_FILE)
     embedder = Embedder(
         model.to(device), processor, contract.fusion, texts=contract.texts, objective=objective
     )
@@ -134,7 +134,7 @@ def check_golden(embedder: Embedder, folder: Path, *, dtype: str) -> float:
     Raises CheckpointError when the cosine of one vector is below MIN_COSINE, or not a number.
     """
     found_NMD = embedder.encode(list(golden_items().values()))
-    golden_NMD = _read_tensor(folder / GOLDEN_FILE, "embeddings", found_NMD.shape)
+    golden_NMD = read_tensor(folder / GOLDEN_FILE, "embeddings", found_NMD.shape)
     cosine_N = torch.cosine_similarity(found_NMD, golden_NMD, dim=-1).amin(dim=1)
     if failed := [
         f"{cosine:.6f} of {name}"
@@ -183,7 +183,8 @@ def plain_backbone(model: EmbeddingModel) -> Any:
     return backbone
 
 
-def _fill_head(head: Head, path: Path) -> None:
+def fill_head(head: Head, path: Path) -> None:
+    """Weights of a release's head. Raises CheckpointError when names or shapes differ."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -199,7 +200,8 @@ def _fill_head(head: Head, path: Path) -> None:
     head.load_state_dict(found)
 
 
-def _read_tensor(path: Path, name: str, shape: torch.Size) -> Tensor:
+def read_tensor(path: Path, name: str, shape: torch.Size) -> Tensor:
+    """One tensor of a release's file. Raises CheckpointError when it is absent or of another shape."""
     try:
         tensor = load_file(path)[name]
     except (OSError, SafetensorError, KeyError) as error:

@@ -81,15 +81,13 @@ class VisionTower(ABC):
         return {**kept, IMAGE_FEATURES: features}
 
     def backbone_inputs(self, inputs: ModelInputs) -> dict[str, Any]:
-        """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES, with IMAGE_TOKENS,
+        """Keyword arguments of the backbone's forward from inputs with IMAGE_FEATURES, or with IMAGE_TOKENS,
         which win, or without any image."""
         arguments = self.family.language_arguments(inputs)
-        if IMAGE_TOKENS in inputs:
-            output: Any = VisionOutput(pooler_output=[inputs[IMAGE_TOKENS]])
-        elif IMAGE_FEATURES in inputs:
-            output = self.backbone_output(inputs)
-        else:
+        given = inputs.get(IMAGE_TOKENS)
+        if given is None and IMAGE_FEATURES not in inputs:
             return arguments
+        output = self.backbone_output(inputs) if given is None else VisionOutput(pooler_output=[given])
         return {**arguments, VISION_OUTPUT: {"image": output}}
 
 

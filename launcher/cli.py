@@ -15,7 +15,7 @@ VERBS = {
     ),
     "preview": ("launcher.preview", "an HTML page of a run's batches"),
     "doctor": ("launcher.doctor", "will this machine train? Findings with their remedies"),
-    "evaluate": ("launcher.evaluate", "score a run or release on MMEB and MMVP-VLM layouts"),
+    "evaluate": ("launcher.evaluate", "score a run or release on public layouts and your own sets"),
     "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
     "embed": ("launcher.embed", "a teacher's vectors of every sample, for distillation"),
     "quickstart-data": ("launcher.quickstart_data", "real images and a small backbone for a first run"),

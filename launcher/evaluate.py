@@ -1,4 +1,4 @@
-"""`python launcher/evaluate.py RUN_OR_RELEASE --mmeb_eval DIR --mmvp DIR`: scores with the fused similarity.
+"""`python launcher/evaluate.py RUN_OR_RELEASE --mmeb_eval DIR --mmvp DIR --captions DIR`: scores of a model.
 
 Tables and images are looked at before the model is loaded. Each set's scores are written to scores.json when
 they are there, beside those of other sets; then a table is printed. Images are opened batch by batch, and
@@ -11,17 +11,22 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from agff.embedder import Embedder
 from agff.errors import AgffError, ConfigError, DataError
+from data_pipeline.layouts.caption_set import CaptionSet
 from data_pipeline.layouts.eval_items import refuse_all
 from data_pipeline.layouts.mmeb_eval import EvalSet
+from data_pipeline.layouts.mmvp import MmvpSet
 from launcher.command_line import report
 from launcher.evaluation.benchmarks import Benchmark, read_benchmarks, text_to_image_set
-from launcher.evaluation.examples import free_text_example, retrieval_example
-from launcher.evaluation.scores import encode_used, score_mmvp, score_set
+from launcher.evaluation.examples import free_text_example, retrieval_example, shown_set
+from launcher.evaluation.judge_tables import judge_tables
+from launcher.evaluation.judges import check_model, model_says, score_judged
+from launcher.evaluation.scores import score_mmvp, score_set
 from launcher.evaluation.scores_file import ScoresFile, check_place, settings_of
 from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines
 from launcher.evaluation.usable import (
@@ -34,6 +39,9 @@ from launcher.evaluation.usable import (
 )
 from launcher.run.trained_model import load_model
 
+_SETS = ("mmeb_eval", "mmvp", "captions", "regions", "caption_quality")
+"""Options that name something to score."""
+
 
 def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tuple[str, list[str]]:
     """Look at everything, load the model, score and write set by set.
@@ -44,7 +52,8 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tupl
     benchmarks, notes, model = _prepare(arguments, load)
     example_set = text_to_image_set(benchmarks)
     if arguments.example is not None and example_set is not None:
-        return free_text_example(model, example_set, arguments.example, batch_size=arguments.batch_size), []
+        shown = shown_set(example_set, 1)
+        return free_text_example(model, shown, arguments.example, batch_size=arguments.batch_size), []
     settings = settings_of(model, max_queries=arguments.max_queries)
     file = ScoresFile(
         _out(arguments),
@@ -54,7 +63,7 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tupl
     )
     scored, examples, failures = [], [], []
     for benchmark in benchmarks:
-        items_NMD, late = encode_used(model, benchmark, batch_size=arguments.batch_size)
+        said, late = model_says(model, benchmark, batch_size=arguments.batch_size)
         lines = benchmark.lines(late)
         if late and not arguments.allow_missing:
             failures += lines
@@ -64,10 +73,10 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tupl
         if not usable.used:
             notes.append(f"{usable.name} is not scored: nothing remains of it without the unusable items.")
             continue
-        _score(model, usable, items_NMD, file)
+        _score(model, usable, said, file)
         scored.append(usable.name)
-        if isinstance(usable, EvalSet) and benchmark is example_set:
-            examples = _examples(model, usable, items_NMD, arguments.show)
+        if benchmark is example_set and isinstance(usable, EvalSet | CaptionSet) and arguments.show:
+            examples = _examples(model, shown_set(usable, arguments.show), said, arguments.show)
     return "\n\n".join([*_report(file, scored, notes), *examples]), failures
 
 
@@ -78,11 +87,14 @@ def _prepare(
 
     Raises AgffError with all findings: of the place of the scores, of tables, of images, of the processor.
     """
-    if arguments.mmeb_eval is None and arguments.mmvp is None:
+    if all(getattr(arguments, name) is None for name in _SETS):
         wanted = "--example needs images: name" if arguments.example is not None else "nothing to score: name"
-        raise ConfigError(f"{wanted} --mmeb_eval DIR{'' if arguments.example else ', --mmvp DIR or both'}")
+        options = ("mmeb_eval", "captions") if arguments.example is not None else _SETS
+        raise ConfigError(f"{wanted} {' or '.join(f'--{name} DIR' for name in options)}")
     if arguments.mmeb_eval is None and (arguments.mmeb_images or arguments.max_queries):
         raise ConfigError("--mmeb_images and --max_queries are about MMEB's sets: name --mmeb_eval DIR too")
+    if arguments.caption_images is not None and not (arguments.captions or arguments.caption_quality):
+        raise ConfigError("--caption_images is about caption sets: name --captions or --caption_quality too")
     if arguments.example is None:
         if arguments.out is None and not arguments.model.is_dir():
             raise ConfigError(f"{arguments.model}: no such folder; name a run or a release")
@@ -92,10 +104,16 @@ def _prepare(
         mmeb_images=arguments.mmeb_images,
         mmvp=arguments.mmvp,
         max_queries=arguments.max_queries,
+        captions=arguments.captions,
+        caption_images=arguments.caption_images,
+        regions=arguments.regions,
+        caption_quality=arguments.caption_quality,
     )
     example_set = text_to_image_set(benchmarks)
     if example_set is None and (arguments.show or arguments.example is not None):
-        raise DataError("--show and --example need a set of texts with images as candidates (--mmeb_eval)")
+        raise DataError(
+            "--show and --example need a set of texts with images as candidates (--mmeb_eval, --captions)"
+        )
     if example_set is not None and arguments.example is not None:
         benchmarks = [example_set]
     allow_missing = arguments.allow_missing
@@ -103,6 +121,7 @@ def _prepare(
     findings = [unreadable(benchmark, looks) for benchmark in benchmarks]
     benchmarks, notes = keep_usable(benchmarks, findings, allow_missing=allow_missing)
     model = load(arguments.model)
+    check_model(model, benchmarks)
     findings = refused(model, benchmarks, looks)
     benchmarks, more_notes = keep_usable(benchmarks, findings, allow_missing=allow_missing)
     notes += more_notes
@@ -111,12 +130,15 @@ def _prepare(
     return benchmarks, notes, model
 
 
-def _score(model: Embedder, benchmark: Benchmark, items_NMD: Tensor, file: ScoresFile) -> None:
-    """Score one set and write it."""
+def _score(model: Embedder, benchmark: Benchmark, said: Any, file: ScoresFile) -> None:
+    """Score one set, from what the model says of it, and write it."""
     if isinstance(benchmark, EvalSet):
-        file.add_set(score_set(model, benchmark, items_NMD), note=benchmark.info.note)
+        file.add_set(score_set(model, benchmark, said), note=benchmark.info.note)
+    elif isinstance(benchmark, MmvpSet):
+        file.add_mmvp(score_mmvp(model, benchmark, said))
     else:
-        file.add_mmvp(score_mmvp(model, benchmark, items_NMD))
+        kind, scores = score_judged(model, benchmark, said)
+        file.add_judged(kind, benchmark.name, scores, note=benchmark.note)
 
 
 def _examples(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, num_shown: int) -> list[str]:
@@ -136,8 +158,8 @@ def _report(file: ScoresFile, scored: Sequence[str], notes: Sequence[str]) -> li
         tables.append(mmeb_table(mmeb))
     if results.mmvp is not None:
         tables.append(mmvp_table(results.mmvp))
-    there = [*results.sets, *(["MMVP"] if results.mmvp is not None else [])]
-    earlier = [name for name in there if name not in scored]
+    tables += judge_tables(results.judged)
+    earlier = [name for name in results.names if name not in scored]
     notes = [*results.notes, *notes]
     if earlier:
         notes.append(f"from earlier runs of the same weights and settings: {', '.join(earlier)}.")
@@ -163,7 +185,7 @@ def _count(minimum: int) -> Callable[[str], int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="evaluate", description="Score a run or a release with the fused similarity."
+        prog="evaluate", description="Score a run or a release on public layouts and your own sets."
     )
     parser.add_argument("model", type=Path, help="run folder or release folder")
     parser.add_argument("--mmeb_eval", type=Path, help="folder in MMEB-eval's layout")
@@ -171,6 +193,21 @@ def _parser() -> argparse.ArgumentParser:
         "--mmeb_images", type=Path, help="where its images are (default: its images/, then itself)"
     )
     parser.add_argument("--mmvp", type=Path, help="folder in MMVP-VLM's layout")
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        help="folder of Flickr30k, COCO, ShareGPT4V, Urban1k, SugarCrepe or a caption set of your own, or of "
+        "such folders: retrieval both ways, choices between two captions",
+    )
+    parser.add_argument(
+        "--caption_images", type=Path, help="where their images are (default: beside the tables)"
+    )
+    parser.add_argument(
+        "--regions", type=Path, help="folder of images with {box, phrase}: retrieval of regions both ways"
+    )
+    parser.add_argument(
+        "--caption_quality", type=Path, help="caption set: CIDEr-D of the captions that the model writes"
+    )
     parser.add_argument(
         "--out", type=Path, help="JSON file to write (default: scores.json in the model's folder)"
     )

@@ -25,6 +25,7 @@ from launcher.run.config import ResolvedRun, resolve
 from launcher.run.cpu_ranks import before_cpu_ranks, run_cpu_ranks
 from launcher.run.data import RunData, build_processor, open_data
 from launcher.run.deepspeed_json import read_deepspeed_json
+from launcher.run.first_stage import check_first_stage
 from launcher.run.folder import check_data_plan, check_run_folder
 from launcher.run.hardware import Hardware, num_unusable_gpus
 from launcher.run.measured_batches import measured_batches
@@ -102,6 +103,7 @@ def _start(argv: Sequence[str]) -> int:
     data = open_data(run.config)
     run = run.with_most_negatives(data.most_negatives)
     processor = build_processor(run.config)
+    check_first_stage(run.config)
     check_run_folder(run)
     if rank.rank == 0:
         measured = measured_batches(run, data, processor)

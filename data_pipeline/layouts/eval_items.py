@@ -52,6 +52,10 @@ class ItemTable:
         """The items that the scores need, in order."""
         raise NotImplementedError
 
+    def misfit(self, item: int, size: tuple[int, int]) -> str | None:
+        """Why an image of this size, upright, is not the one the table speaks of; None when it may be."""
+        return None
+
     def lines(self, findings: Mapping[int, str]) -> list[str]:
         """One line a reason, with the address of the item that has it first: a missing image is one, however
         many texts are beside it."""

@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from tqdm import tqdm
 
 from agff.errors import ConfigError, DataError
+from data_pipeline.layouts.caption_folders import find_caption_sets
+from data_pipeline.layouts.caption_set import CaptionSet, ReferenceSet, reference_set
 from data_pipeline.layouts.eval_items import refuse_all
 from data_pipeline.layouts.mmeb_eval import EvalSet, read_eval_set
 from data_pipeline.layouts.mmeb_sets import find_eval_sets
 from data_pipeline.layouts.mmvp import MmvpSet, read_mmvp
+from data_pipeline.layouts.region_set import RegionSet, find_region_sets, read_region_set
+from data_pipeline.layouts.sugarcrepe import ChoiceSet
 
-Benchmark: TypeAlias = EvalSet | MmvpSet
+JudgedBenchmark: TypeAlias = CaptionSet | ChoiceSet | RegionSet | ReferenceSet
+Benchmark: TypeAlias = EvalSet | MmvpSet | JudgedBenchmark
 
 
 def read_benchmarks(
-    *, mmeb_eval: Path | None, mmeb_images: Path | None, mmvp: Path | None, max_queries: int | None
+    *,
+    mmeb_eval: Path | None,
+    mmeb_images: Path | None,
+    mmvp: Path | None,
+    max_queries: int | None,
+    captions: Path | None = None,
+    caption_images: Path | None = None,
+    regions: Path | None = None,
+    caption_quality: Path | None = None,
 ) -> list[Benchmark]:
-    """The sets under `mmeb_eval`, then MMVP. Raises DataError with what is wrong with any of their tables."""
+    """The sets under `mmeb_eval`, MMVP, those under `captions`, `regions`, `caption_quality`, in this order.
+
+    caption_images: where the image files of `captions` and `caption_quality` are, beside their tables when
+    None. Raises DataError with what is wrong with any of the tables.
+    """
+    for folder, option in ((mmeb_images, "--mmeb_images"), (caption_images, "--caption_images")):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder ({option})")
     readers: list[Callable[[], Benchmark]] = []
     if mmeb_eval is not None:
-        if mmeb_images is not None and not mmeb_images.is_dir():
-            raise ConfigError(f"{mmeb_images}: no such folder (--mmeb_images)")
         readers += [
             functools.partial(
                 read_eval_set, mmeb_eval, name, info, images_root=mmeb_images, max_queries=max_queries
@@ -35,6 +54,13 @@ def read_benchmarks(
         ]
     if mmvp is not None:
         readers.append(functools.partial(read_mmvp, mmvp))
+    if captions is not None:
+        readers += find_caption_sets(captions, images_root=caption_images, option="--captions")
+    if regions is not None:
+        readers += [functools.partial(read_region_set, folder) for folder in find_region_sets(regions)]
+    if caption_quality is not None:
+        found = find_caption_sets(caption_quality, images_root=caption_images, option="--caption_quality")
+        readers += [functools.partial(_references, read) for read in found]
     benchmarks, findings = [], []
     for read in tqdm(readers, desc="read tables", unit="set", file=sys.stderr):
         try:
@@ -42,17 +68,33 @@ def read_benchmarks(
         except DataError as error:
             findings.append(str(error))
     refuse_all(findings, remedy="")
+    refuse_all(_twice(benchmarks), remedy="Scores are kept by name: name the folders apart.")
     return benchmarks
 
 
-def text_to_image_set(benchmarks: Sequence[Benchmark]) -> EvalSet | None:
+def text_to_image_set(benchmarks: Sequence[Benchmark]) -> EvalSet | CaptionSet | None:
     """The first set of texts with images as candidates."""
-    sets = (benchmark for benchmark in benchmarks if isinstance(benchmark, EvalSet))
-    return next(filter(_is_text_to_image, sets), None)
+    return next(filter(_is_text_to_image, benchmarks), None)
 
 
-def _is_text_to_image(eval_set: EvalSet) -> bool:
+def _references(read: Callable[[], CaptionSet | ChoiceSet]) -> ReferenceSet:
+    found = read()
+    if isinstance(found, ChoiceSet):
+        raise DataError(
+            f"{found.name}: holds choices between two captions, not references (--caption_quality)"
+        )
+    return reference_set(found)
+
+
+def _twice(benchmarks: Sequence[Benchmark]) -> list[str]:
+    keys = Counter((type(benchmark), benchmark.name) for benchmark in benchmarks)
+    return [f"{name}: {count} sets of this name" for (_, name), count in keys.items() if count > 1]
+
+
+def _is_text_to_image(eval_set: Benchmark) -> TypeGuard[EvalSet | CaptionSet]:
     """No query has an image, every candidate has one."""
+    if not isinstance(eval_set, EvalSet):
+        return isinstance(eval_set, CaptionSet)
     return all(eval_set.items[query].image is None for query in eval_set.queries) and all(
         eval_set.items[item].image is not None for row in eval_set.candidates for item in row
     )

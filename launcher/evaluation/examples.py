@@ -9,9 +9,29 @@ from torch import Tensor
 
 from agff.embedder import Embedder
 from agff.errors import DataError
+from data_pipeline.layouts.caption_set import CaptionSet
 from data_pipeline.layouts.eval_items import EvalItem
 from data_pipeline.layouts.mmeb_eval import EvalSet
+from data_pipeline.layouts.mmeb_sets import SetInfo
 from launcher.evaluation.scores import encode_items
+
+
+def shown_set(benchmark: EvalSet | CaptionSet, count: int) -> EvalSet:
+    """The set as lists of candidates; of a caption set `count` of its captions, each among all images."""
+    if isinstance(benchmark, EvalSet):
+        return benchmark
+    num_captions = len(benchmark.captions)
+    count = min(count, num_captions)
+    shown = [benchmark.captions[index * num_captions // count] for index in range(count)]
+    return EvalSet(
+        name=benchmark.name,
+        items=benchmark.items,
+        addresses=benchmark.addresses,
+        findings=benchmark.findings,
+        info=SetInfo(meta_task="retrieval", in_distribution=False),
+        queries=tuple(text for text, _ in shown),
+        candidates=tuple(tuple(dict.fromkeys((image, *benchmark.images))) for _, image in shown),
+    )
 
 
 def retrieval_example(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, row: int) -> str:

@@ -51,11 +51,11 @@ def encode_items(
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
             try:
-                rows += model.encode([_model_item(item) for item in batch], batch_size=batch_size)
+                rows += model.encode([model_item(item) for item in batch], batch_size=batch_size)
             except DataError:
                 for position, item in enumerate(batch, start=start):
                     try:
-                        rows += model.encode([_model_item(item)], batch_size=1)
+                        rows += model.encode([model_item(item)], batch_size=1)
                     except DataError as error:
                         rows.append(None)
                         refused[position] = str(error)
@@ -119,7 +119,7 @@ def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:
     )
 
 
-def _model_item(item: EvalItem) -> Item:
+def model_item(item: EvalItem) -> Item:
     """The item with its image decoded, and its name as the address of errors."""
     image = None
     if isinstance(item.image, EmbeddedImage):

@@ -4,6 +4,7 @@ mixed.
 {weights_sha256, settings, model, date, num_mmeb_queries, num_mmvp_pairs, notes,
  mmeb: {sets: [{name, score, ..., note, date}], meta_tasks, distributions, overall} or null,
  mmvp: {patterns, average, date} or null,
+ captions, choices, regions, caption_quality: [{name, note, date, scores}], see `judged`,
  other: [the same of other weights or settings, newest first]}
 
 The means are those of the sets that are there. A set that is scored again replaces its own score only.
@@ -13,17 +14,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from agff.embedder import Embedder
 from agff.errors import ConfigError, StorageError
 from agff.files import locked, partial_path, write_text
 from agff.scoring import MmebReport, MmvpReport, PatternScore, SetScore, mmeb_report
+from launcher.evaluation.judged import Judged, JudgedScore, JudgedSet, judged_values, read_judged
 
-_Score = TypeVar("_Score", SetScore, PatternScore)
+_Score = TypeVar("_Score")
 _REASON = "because items are missing, unreadable or refused (--allow_missing)"
 
 
@@ -46,6 +48,13 @@ class Results:
     sets: Mapping[str, ScoredSet]
     mmvp: MmvpReport | None = None
     mmvp_date: str | None = None
+    judged: Judged = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all sets."""
+        mmvp = ["MMVP"] if self.mmvp is not None else []
+        return [*self.sets, *mmvp, *(name for _, name in self.judged)]
 
     @property
     def mmeb(self) -> MmebReport | None:
@@ -63,6 +72,9 @@ class Results:
         if self.mmvp is not None and (pairs := self.mmvp.average.num_pairs_left_out):
             total = pairs + self.mmvp.average.num_pairs
             notes.append(f"left out, {_REASON}: {pairs:,} of {total:,} pairs of MMVP.")
+        notes += [entry.note for entry in self.judged.values() if entry.note]
+        if left_out := [*filter(None, (entry.left_out for entry in self.judged.values()))]:
+            notes.append(f"left out, {_REASON}: {'; '.join(left_out)}.")
         return list(dict.fromkeys(notes))
 
 
@@ -107,6 +119,11 @@ class ScoresFile:
     def add_mmvp(self, report: MmvpReport) -> None:
         """Write MMVP's scores, all patterns together."""
         self._merge(lambda results: replace(results, mmvp=report, mmvp_date=_now()))
+
+    def add_judged(self, kind: str, name: str, scores: Sequence[JudgedScore], *, note: str | None) -> None:
+        """Write one set's scores of one of `judged.KINDS`; all others stay."""
+        entry = JudgedSet(kind=kind, name=name, scores=tuple(scores), note=note, date=_now())
+        self._merge(lambda results: replace(results, judged={**results.judged, (kind, name): entry}))
 
     def results(self) -> tuple[Results, int]:
         """(what is in the file of these weights and settings, how many others are in it)."""
@@ -166,6 +183,7 @@ def _values(results: Results, model: str) -> dict[str, Any]:
         "notes": results.notes,
         "mmeb": mmeb_values,
         "mmvp": {**asdict(mmvp), "date": results.mmvp_date} if mmvp is not None else None,
+        **judged_values(results.judged),
     }
 
 
@@ -188,12 +206,13 @@ def _results(values: Mapping[str, Any]) -> Results:
         },
         mmvp=report,
         mmvp_date=mmvp["date"] if mmvp is not None else None,
+        judged=read_judged(values, _from_values),
     )
 
 
 def _from_values(kind: type[_Score], values: Mapping[str, Any]) -> _Score:
     hints = get_type_hints(kind)
-    given = {field.name: values[field.name] for field in fields(kind)}
+    given = {part.name: values[part.name] for part in fields(cast(Any, kind))}
     if wrong := [name for name, value in given.items() if type(value) is not hints[name]]:
         raise ValueError(f"{wrong[0]} = {given[wrong[0]]!r}")
     return kind(**given)

@@ -28,7 +28,7 @@ def mmeb_table(report: MmebReport) -> str:
             row.append(f"{score.num_queries_left_out:,} + {score.num_candidates_left_out:,}")
         for row in means:
             row.append("")
-    return f"{sentence}\n\n{_aligned([header, None, *sets, None, *means], num_text_columns=3)}"
+    return f"{sentence}\n\n{aligned([header, None, *sets, None, *means], num_text_columns=3)}"
 
 
 def mmvp_table(report: MmvpReport) -> str:
@@ -43,7 +43,7 @@ def mmvp_table(report: MmvpReport) -> str:
         header.append("left out")
         for row, score in zip(rows, (*report.patterns, report.average), strict=True):
             row.append(f"{score.num_pairs_left_out:,}")
-    return f"{sentence}\n\n{_aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)}"
+    return f"{sentence}\n\n{aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)}"
 
 
 def note_lines(note: str) -> str:
@@ -81,7 +81,7 @@ def _numbers(num_queries: int, score: float, chance: float) -> tuple[str, ...]:
     return (f"{num_queries:,}", f"{score:.1f}", f"{chance:.2f}", f"{score / chance:.1f}")
 
 
-def _aligned(rows: Sequence[Sequence[str] | None], *, num_text_columns: int) -> str:
+def aligned(rows: Sequence[Sequence[str] | None], *, num_text_columns: int) -> str:
     """Rows as lines, text left and numbers right; None is a rule. Text columns are cut to fit into WIDTH, the
     longest first."""
     cells = [row for row in rows if row is not None]

@@ -46,8 +46,11 @@ def unreadable(benchmark: Benchmark, looks: Mapping[Path | EmbeddedImage, Size |
     findings = dict(benchmark.findings)
     for index in benchmark.used:
         image = benchmark.items[index].image
-        if index not in findings and image is not None and isinstance(look := looks[image], str):
-            findings[index] = look
+        if index in findings or image is None:
+            continue
+        look = looks[image]
+        if problem := look if isinstance(look, str) else benchmark.misfit(index, look):
+            findings[index] = problem
     return {index: findings[index] for index in benchmark.used if index in findings}
 
 

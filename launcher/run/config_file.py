@@ -34,7 +34,7 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 MOVED = {"loss.beta": "fusion.beta"}
 """Settings of before and what they are called now."""
-PATHS = ("backbone.path", "data.shards", "data.vectors")
+PATHS = ("backbone.path", "prompts.start_from", "data.shards", "data.vectors")
 """Settings that name a folder of the machine (or, data.shards, a URL); a run folder stores them absolute."""
 
 

@@ -23,6 +23,7 @@ from data_pipeline.remote import CachedFolder, open_folder
 from data_pipeline.storage import LocalFolder
 from data_pipeline.vectors import VECTORS_FILE, Vectors, open_vectors
 from launcher.run.config import ResolvedRun, RunConfig
+from launcher.run.first_stage import backbone_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def _open_vectors(config: RunConfig, manifest: Manifest, plan: Plan) -> Vectors 
 def build_processor(config: RunConfig) -> ItemProcessor:
     """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
     that is no backbone, or has an adapter beside it, and for texts alone where the objective pools images."""
-    folder = Path(config.backbone.path)
+    folder = backbone_folder(config.backbone.path)
     check_backbone_folder(folder)
     if config.backbone.text_only and config.loss.image_cells is not None:
         raise ConfigError(
@@ -115,7 +116,7 @@ def build_processor(config: RunConfig) -> ItemProcessor:
             "train texts alone with another objective"
         )
     return ItemProcessor.from_folder(
-        folder, prompts=config.prompts, limits=config.processor, cells=config.loss.image_cells
+        folder, prompts=config.prompts.of_model, limits=config.processor, cells=config.loss.image_cells
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -15,6 +14,7 @@ from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
 from agff.zero3 import leaving_linear
 from launcher.run.config import ResolvedRun, RunConfig
+from launcher.run.first_stage import backbone_folder, start_from_first_stage
 
 
 def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
@@ -24,6 +24,9 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     model = untrained_model(run.config, dtype=dtype, attention=run.config.backbone.attention)
     del partitioned  # transformers looks at it for as long as it lives, and only loading needs it
+    if run.config.prompts.start_from is not None:
+        start_from_first_stage(model, run.config)
+        return model
     embedding = model.prompted_embedding
 
     def embed(ids: Any) -> Any:
@@ -38,9 +41,9 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
 def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) -> EmbeddingModel:
     """Backbone weights of the folder; adapters, soft tokens and head as they are created; in training
     mode."""
-    backbone = load_backbone(Path(config.backbone.path), dtype=dtype, attention=attention)
+    backbone = load_backbone(backbone_folder(config.backbone.path), dtype=dtype, attention=attention)
     head = config.loss.build_head(backbone.config)
     if head is not None:
         head = head.to(dtype)  # ZeRO wants one precision for all
-        head.load_from(Path(config.backbone.path), backbone.config)
-    return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts, head)
+        head.load_from(backbone_folder(config.backbone.path), backbone.config)
+    return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts.of_model, head)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel
@@ -16,6 +15,7 @@ from data_pipeline.remote import open_folder
 from data_pipeline.storage import LocalFolder
 from launcher.run.chunk_search import CHUNK_FILE
 from launcher.run.config import DataConfig, ResolvedRun, RunConfig
+from launcher.run.first_stage import backbone_folder, first_stage_row
 
 
 def startup_table(
@@ -38,6 +38,7 @@ def startup_table(
         "embeddings per item": (
             f"{config.prompts.num_vectors} = 1 global + {config.prompts.num_fine} fine-grained"
         ),
+        **first_stage_row(config),
         "ranks": f"{run.world_size}, ZeRO stage {run.zero_stage}",
         "batch": (
             f"local {run.local_batch_size} x {run.world_size} ranks = global {num_pairs}; {_chunks(run)}"
@@ -65,7 +66,7 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
     """(trainable, all) of the model as it will be built, counted without allocating it."""
     with torch.device("meta"):
         backbone = AutoModel.from_config(
-            AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
+            AutoConfig.from_pretrained(backbone_folder(config.backbone.path), local_files_only=True)
         )
         head = config.loss.build_head(backbone.config)
         model = EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts, head)

@@ -15,6 +15,7 @@ from agff.release import load
 from launcher.run.backbone_identity import check_backbone
 from launcher.run.config_file import CONFIG_FILE, read_run_config
 from launcher.run.data import build_processor
+from launcher.run.first_stage import backbone_folder
 from launcher.run.model import untrained_model
 
 
@@ -46,7 +47,7 @@ def load_run(run: Path) -> tuple[Embedder, int]:
             "\n".join(problems)
             + f"\n{run}: the newest checkpoint is damaged; training again falls back to an older one"
         )
-    folder = Path(config.backbone.path)
+    folder = backbone_folder(config.backbone.path)
     if not folder.is_dir():
         raise CheckpointError(_backbone_is_gone(run / CONFIG_FILE, folder))
     processor = build_processor(config)

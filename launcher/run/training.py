@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from launcher.run.chunk_search import CHUNK_FILE, resolve_chunks
 from launcher.run.config import ResolvedRun
 from launcher.run.config_file import write_run_config
 from launcher.run.data import RunData, check_shards_together
+from launcher.run.first_stage import backbone_folder
 from launcher.run.folder import (
     check_data_plan,
     check_run_folder_together,
@@ -145,7 +145,7 @@ def _build_engine(run: ResolvedRun, *, processor: ItemProcessor, device: torch.d
 
 def _speed_meter(run: ResolvedRun, engine: Engine) -> SpeedMeter:
     config = run.config
-    model_config = AutoConfig.from_pretrained(Path(config.backbone.path), local_files_only=True)
+    model_config = AutoConfig.from_pretrained(backbone_folder(config.backbone.path), local_files_only=True)
     flops = ModelFlops.of_config(
         model_config,
         config.backbone,

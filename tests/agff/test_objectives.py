@@ -82,7 +82,7 @@ def test_a_new_objective_is_a_class_a_row_and_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([("objective", "cosinus")], r"--objective: expected one of contrastive, .*cosine, found cosinus"),
+        ([("objective", "cosinus")], "--objective: expected one of contrastive, .*cosine, found cosinus"),
         (
             [("loss.softness", "1")],
             "--loss.softness: unknown to this objective; it is a setting of objective cosine",

@@ -55,7 +55,7 @@ class Measured:
     @classmethod
     def here(cls, rows: Iterable[Row]) -> Measured:
         """With today's date, the commit that is checked out, and this machine."""
-        return cls(date=date.today().isoformat(), commit=_commit(), machine=machine(), rows=tuple(rows))
+        return cls(date=date.today().isoformat(), commit=commit(), machine=machine(), rows=tuple(rows))
 
     @classmethod
     def read(cls, path: Path) -> Measured:
@@ -129,7 +129,7 @@ def machine() -> str:
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short, with `+` when files differ from it; "unknown" outside a clone."""
     try:
         found = subprocess.run(

@@ -190,7 +190,10 @@ def test_errors_are_one_line_and_exit_code_2(benchmarks: Path, capsys: pytest.Ca
         "error: --mmeb_images and --max_queries are about MMEB's sets: name --mmeb_eval DIR too",
         f"error: {run}/none: no such folder (--mmeb_images)",
     ]
-    assert errors[0] == "error: nothing to score: name --mmeb_eval DIR, --mmvp DIR or both"
+    assert errors[0] == (
+        "error: nothing to score: name --mmeb_eval DIR or --mmvp DIR or --captions DIR or --regions DIR or "
+        "--caption_quality DIR"
+    )
     assert errors[1] == f"error: {run}: no checkpoint"
     assert errors[2] == f"error: {run}: found no <SET>/*.parquet"
     assert errors[3].startswith("error: --show and --example need a set of texts with images")

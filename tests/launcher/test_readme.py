@@ -24,6 +24,7 @@ ELSEWHERE = {
     "make test": "runs this test",
     "make test-full": "this test is part of it",
     "make bench": "tests/benchmarks/test_bench.py tries its parts; its figures are in the READMEs",
+    "make family": "tests/benchmarks/family tries its parts; its figures are in the READMEs",
     "make test-gpu": "needs a GPU; tests/gpu runs its code on CPU ranks",
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",

@@ -508,7 +508,7 @@ def test_dry_run_of_every_recipe_under_the_zero_stage_it_names(
     ]
     loss = parse_train_arguments(["--recipe", recipe]).config.loss
     data += stand_in_vectors(in_project) if loss.needs_vectors else []
-    backbone = ["--backbone.path", ".cache/quickstart/backbone"]
+    backbone = ["--backbone.path", ".cache/quickstart/backbone", "--prompts.start_from", "null"]
     assert train_main(["--recipe", recipe, *backbone, *data, *fitting_settings(loss), "--dry-run"]) == 0
     output = capfd.readouterr().out
     stage = 2 if "LoRA rank" in output else 3

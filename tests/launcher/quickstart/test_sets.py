@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipeline.layouts.caption_tables import read_caption_tables
 from launcher.quickstart import wording
 from launcher.quickstart.concepts import STUDIOS, Concept
 from launcher.quickstart.eval_sets import eval_sets, truth_first, write_eval_sets
-from launcher.quickstart.layouts import IMAGE_TARGET, EvalRow
+from launcher.quickstart.family_sets import write_family_sets
+from launcher.quickstart.layouts import BARE_IMAGE, IMAGE_TARGET, EvalRow
 from launcher.quickstart.mmvp_pairs import choose_pairs, load_concept_pairs, write_mmvp_set
 from launcher.quickstart.render import Drawing, distinct_indices, png_bytes, render_studio, render_svg, svg_of
+from launcher.quickstart.sheet_sets import NUM_SHEETS, sheets_of, write_sheet_sets
 from launcher.quickstart.sheets import make_sheets
 from launcher.quickstart.train_sets import SUBSETS, is_trained_on, write_train_sets
 
@@ -257,5 +260,69 @@ def test_concept_pairs_are_distinct_and_of_mmvps_nine_patterns() -> None:
         assert all(first != second for first, second in listed)
 
 
+def test_a_sheet_is_found_by_each_of_its_four_names_and_by_no_other(tmp_path: Path) -> None:
+    drawings = make_drawings()
+    counts = write_sheet_sets(tmp_path, drawings, seed=0)
+    png = {(d.studio, d.concept.text): Image.open(io.BytesIO(d.png)).tobytes() for d in drawings}
+    trained = {d.concept.text for d in drawings if is_trained_on(d)}
+    assert set(counts) == {"EmojiSheets-twemoji", "EmojiSheets-fxemoji"}
+    for name, num_sheets in counts.items():
+        folder, studio = tmp_path / name, name.removeprefix("EmojiSheets-")
+        captions = read_caption_tables(folder, images_root=None)
+        assert len(captions.images) == num_sheets > 1
+        assert not captions.findings
+        assert {captions.items[image].text for image in captions.images} == {BARE_IMAGE}
+        names = [captions.items[text].text for text, _ in captions.captions]
+        assert len(set(names)) == len(names) == 4 * num_sheets
+        assert set(names) <= trained
+        for row, (text, image) in enumerate(captions.captions):
+            sheet = Image.open(captions.items[image].name)
+            left, top = 28 * (row % 2), 28 * (row % 4 // 2)
+            cell = sheet.crop((left, top, left + 28, top + 28)).tobytes()
+            assert cell == png[studio, captions.items[text].text]
+    assert len(sheets_of(drawings * 5, seed=0)) == NUM_SHEETS
+
+
 def test_image_target_is_mmebs() -> None:
     assert IMAGE_TARGET == "<|image_1|>\nRepresent the given image.\n"
+
+
+def test_pairs_of_texts_and_described_regions_hold_out_what_training_may_not_see(tmp_path: Path) -> None:
+    drawings = make_drawings()
+    counts = write_family_sets(tmp_path, drawings, seed=0)
+    held_out = {make_concept(name).text for name in NAMES if make_concept(name).is_held_out}
+    names = {}
+    for part in ("train", "held_out"):
+        table = pq.read_table(tmp_path / f"texts/{part}/EmojiTexts/original-00000-of-00001.parquet")
+        rows = table.to_pylist()
+        assert counts[f"texts/{part}"] == {"EmojiTexts": len(rows)}
+        assert all(row["qry_image_path"] == row["pos_image_path"] == "" for row in rows)
+        assert {row["pos_text"] for row in rows} == {
+            "a photo of one, two, three, four",
+            "a photo of two, four",
+        }
+        names[part] = {row["qry"] for row in rows if not row["qry"].startswith("a photo of")}
+    assert names["held_out"] == held_out
+    assert names["train"] == {make_concept(name).text for name in NAMES} - held_out
+    png = {(d.studio, d.concept.text): Image.open(io.BytesIO(d.png)).tobytes() for d in drawings}
+    for part, studios in (("train", set(_TRAINED)), ("held_out", {"fxemoji"})):
+        folder = tmp_path / f"regions/{part}/EmojiRegions"
+        images = json.loads((folder / "regions.json").read_text())
+        assert counts[f"regions/{part}"] == {"EmojiRegions": len(images)}
+        for entry in images[:40]:
+            sheet = Image.open(folder / entry["image"])
+            assert len(entry["regions"]) == 4
+            for region in entry["regions"]:
+                assert region["phrase"] not in held_out
+                found = sheet.crop(tuple(region["box"])).tobytes()
+                assert any(png[studio, region["phrase"]] == found for studio in studios)
+    folder = tmp_path / "captions/held_out/EmojiCaptions"
+    captions = pq.read_table(folder / "test-00000-of-00001.parquet").to_pylist()
+    assert counts["captions/held_out"] == {"EmojiCaptions": len(captions)}
+    for row in captions:
+        found = Image.open(folder / "images" / row["image"]).tobytes()
+        assert png["fxemoji", row["text"][0]] == found
+    assert {row["text"][0] for row in captions} == names["train"]
+
+
+_TRAINED = [studio.name for studio in STUDIOS if studio.role == "train"]

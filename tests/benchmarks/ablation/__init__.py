@@ -1,0 +1,1 @@
+"""`make ablation`: the method under a microscope, on synthetic scenes, over several seeds."""

@@ -1,0 +1,1 @@
+"""The whole family trained on the quickstart, on equal terms, by the commands a person types."""

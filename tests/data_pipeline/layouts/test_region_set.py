@@ -1,0 +1,152 @@
+"""Region sets: both files, boxes that are wrong in themselves or beyond their image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from agff.errors import DataError
+from data_pipeline.layouts.region_set import RegionSet, find_region_sets, read_region_set
+
+ROWS = [
+    {
+        "image": "a.png",
+        "regions": [
+            {"box": [0, 0, 4, 4], "phrase": "left"},
+            {"box": [4, 0, 8, 4], "phrase": "right"},
+            {"box": [0, 0, 4, 4], "phrase": "the left one"},
+        ],
+    },
+    {"image": "b.png", "regions": [{"box": [1.5, 0, 3, 2], "phrase": "left"}]},
+]
+
+
+def write_regions(folder: Path, rows: list[dict[str, Any]], *, kind: str = "json") -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 4), "red").save(folder / "images" / name)
+    if kind == "json":
+        (folder / "regions.json").write_text(json.dumps(rows))
+        return folder
+    box = pa.list_(pa.float64())
+    regions = pa.list_(pa.struct([("box", box), ("phrase", pa.string())]))
+    image: Any = pa.string()
+    if kind == "bytes":
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        rows = [
+            {**row, "image": {"bytes": (folder / "images" / row["image"]).read_bytes(), "path": row["image"]}}
+            for row in rows
+        ]
+        rows[1]["image"]["bytes"] += b"another file"
+    schema = pa.schema([("image", image), ("regions", regions)])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "test.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "bytes"])
+def test_regions_are_listed_once_with_all_their_phrases(tmp_path: Path, kind: str) -> None:
+    found = read_region_set(write_regions(tmp_path / "S", ROWS, kind=kind))
+    described = [
+        (
+            found.items[text].text,
+            Path(found.items[found.regions[region][0]].name).name,
+            found.regions[region][1],
+        )
+        for text, region in found.phrases
+    ]
+    assert described == [
+        ("left", "a.png", (0, 0, 4, 4)),
+        ("right", "a.png", (4, 0, 8, 4)),
+        ("the left one", "a.png", (0, 0, 4, 4)),
+        ("left", "b.png", (1.5, 0, 3, 2)),
+    ]
+    assert (found.name, len(found.regions), len(found.used)) == ("S", 3, 5)
+    assert not found.findings
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"box": [4, 0, 2, 4], "phrase": "x"}, r"box \[4, 0, 2, 4\] has no area"),
+        ({"box": [0, 0, 0, 4], "phrase": "x"}, "has no area"),
+        ({"box": [0, 0, 4], "phrase": "x"}, "box must be four numbers"),
+        ({"box": [0, 0, 4, None], "phrase": "x"}, "box must be four numbers"),
+        ({"box": [0, 0, 4, float("nan")], "phrase": "x"}, "box must be four numbers"),
+        ({"box": [0, 0, True, 4], "phrase": "x"}, "box must be four numbers"),
+        ({"box": "0 0 4 4", "phrase": "x"}, "box must be four numbers"),
+        ({"box": [0, 0, 4, 4], "phrase": " "}, "phrase must be a text"),
+        ({"box": [0, 0, 4, 4]}, r"expected \{box, phrase\}"),
+    ],
+)
+def test_wrong_region_is_named(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+    rows = [ROWS[0], {"image": "b.png", "regions": [ROWS[1]["regions"][0], entry]}]
+    with pytest.raises(DataError, match=r"S/regions.json:row 1: region 1: .*" + message):
+        read_region_set(write_regions(tmp_path / "S", rows))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "expected a list"),
+        ('[{"image": "a.png"}]', r"regions.json:row 0: expected \{image, regions\}"),
+        ('[{"image": 3, "regions": []}]', "row 0: expected"),
+        ("[3]", "row 0: expected"),
+        ("[]", "0 regions; retrieval needs at least two"),
+    ],
+)
+def test_wrong_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "regions.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_region_set(tmp_path)
+
+
+def test_parquet_without_its_columns_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a"], "boxes": [1]}), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="missing columns regions"):
+        read_region_set(tmp_path)
+
+
+@pytest.mark.parametrize("box", [[-1, 0, 4, 4], [0, 0, 9, 4], [0, 0, 8, 5], [100, 100, 120, 120]])
+def test_box_beyond_its_image_is_a_finding_of_the_image(tmp_path: Path, box: list[int]) -> None:
+    rows = [ROWS[0], {"image": "b.png", "regions": [{"box": box, "phrase": "x"}]}]
+    found = read_region_set(write_regions(tmp_path / "S", rows))
+    first, second = (image for image, _ in found.regions[1:])
+    assert found.misfit(first, (8, 4)) is None
+    assert "is not inside of the image of 8 x 4 pixels" in (found.misfit(second, (8, 4)) or "")
+
+
+def gone_from(found: RegionSet, *texts: str) -> RegionSet:
+    return found.without({index for index, item in enumerate(found.items) if item.text in texts})
+
+
+def test_regions_without_image_or_phrase_are_left_out_and_counted(tmp_path: Path) -> None:
+    found = read_region_set(write_regions(tmp_path / "S", ROWS))
+    less = gone_from(found, "right")
+    assert [box for _, box in less.regions] == [(0, 0, 4, 4), (1.5, 0, 3, 2)]
+    assert [(less.items[text].text, region) for text, region in less.phrases] == [
+        ("left", 0),
+        ("the left one", 0),
+        ("left", 1),
+    ]
+    assert less.num_regions_left_out == 1
+    assert gone_from(found, "the left one").num_regions_left_out == 0
+    nothing = found.without({found.regions[0][0]})
+    assert (nothing.used, nothing.num_regions_left_out) == ((), 3)
+
+
+def test_sets_are_found_in_a_folder_or_its_folders(tmp_path: Path) -> None:
+    write_regions(tmp_path / "A", ROWS)
+    write_regions(tmp_path / "B", ROWS, kind="parquet")
+    assert find_region_sets(tmp_path) == [tmp_path / "A", tmp_path / "B"]
+    assert find_region_sets(tmp_path / "A") == [tmp_path / "A"]
+    with pytest.raises(DataError, match="holds no region set"):
+        find_region_sets(tmp_path / "A/images")
+    with pytest.raises(DataError, match="no such folder"):
+        find_region_sets(tmp_path / "C")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels."""
+ROUNDING = 1e-3
+"""Pixels that a box may reach outside of its image: where both were scaled, its sides are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ def box_problem(box: Sequence[float], *, width: int, height: int) -> str | None:
         return f"{shown} is reversed; it must be x0, y0, x1, y1 with x0 < x1 and y0 < y1"
     if x1 == x0 or y1 == y0:
         return f"{shown} has no area; it must be x0, y0, x1, y1 with x0 < x1 and y0 < y1"
-    if min(x0, y0) < 0 or x1 > width or y1 > height:
+    if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
         return (
             f"{shown} reaches outside of the image of {width} x {height} pixels; give pixels of this image, "
             "not of another size of it"

@@ -11,8 +11,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "distillation": Distillation,
     "mac": Mac,
-    "vein": Vein,
     "mm_gem": MmGem,
+    "vein": Vein,
 }
 """By the recipe's `objective`."""
 

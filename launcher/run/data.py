@@ -107,9 +107,14 @@ def _open_vectors(config: RunConfig, manifest: Manifest, plan: Plan) -> Vectors 
 
 def build_processor(config: RunConfig) -> ItemProcessor:
     """The processor of the backbone folder with the run's prompts and limits. Raises ConfigError for a folder
-    that is no backbone, or has an adapter beside it."""
+    that is no backbone, or has an adapter beside it, and for texts alone where the objective pools images."""
     folder = backbone_folder(config.backbone.path)
     check_backbone_folder(folder)
+    if config.backbone.text_only and config.loss.image_cells is not None:
+        raise ConfigError(
+            f"backbone.text_only=true, but objective={config.objective} learns from images; set it false, or "
+            "train texts alone with another objective"
+        )
     return ItemProcessor.from_folder(
         folder, prompts=config.prompts.of_model, limits=config.processor, cells=config.loss.image_cells
     )

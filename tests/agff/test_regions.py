@@ -115,6 +115,8 @@ def test_a_small_map_keeps_its_own_cells() -> None:
     [
         ((0, 0, 40, 30), None),
         ((0.5, 1, 2.5, 3), None),
+        ((0, 0, 40.000001, 30.000001), None),  # 3 * (40 / 3) may be
+        ((0, 0, 40.01, 30), "reaches outside"),
         ((10, 0, 5, 20), "(10, 0, 5, 20) is reversed; it must be x0, y0, x1, y1"),
         ((0, 9, 5, 8), "is reversed"),
         ((3, 4, 3, 9), "(3, 4, 3, 9) has no area"),

@@ -11,11 +11,27 @@ from PIL import Image
 
 import agff
 from agff.embedder import Embedder
+from agff.errors import ConfigError
+from launcher.run.config_file import read_recipe
+from launcher.run.data import build_processor
 from launcher.run.trained_model import load_run
 from tests.launcher.runs import SMALL_RECIPE, run_command
 
 pytestmark = pytest.mark.timeout(600)
 BOXES = [(0.0, 0.0, 50.0, 40.0), (30.0, 20.0, 100.0, 80.0)]
+
+
+def test_it_does_not_train_on_texts_alone(project: Path) -> None:
+    config = read_recipe(
+        Path("launcher/recipes/quickstart_mm_gem1.yaml"),
+        [
+            ("backbone.path", str(project / ".cache/quickstart/backbone")),
+            ("backbone.text_only", "true"),
+            ("backbone.freeze_vision", "true"),
+        ],
+    )
+    with pytest.raises(ConfigError, match="text_only=true, but objective=mm_gem learns from images"):
+        build_processor(config)
 
 
 def everything(model: Embedder) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

@@ -21,9 +21,9 @@ from data_pipeline.layouts.mmeb_eval import EvalSet
 from launcher.command_line import report
 from launcher.evaluation.benchmarks import Benchmark, read_benchmarks, text_to_image_set
 from launcher.evaluation.examples import free_text_example, retrieval_example
-from launcher.evaluation.scores import encode_used, score_mmvp, score_set
+from launcher.evaluation.scores import encode_used, score_mmvp, score_set, truncated_scores
 from launcher.evaluation.scores_file import ScoresFile, check_place, settings_of
-from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines
+from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines, truncations_table
 from launcher.evaluation.usable import (
     REMEDY,
     keep_usable,
@@ -112,11 +112,12 @@ def _prepare(
 
 
 def _score(model: Embedder, benchmark: Benchmark, items_NMD: Tensor, file: ScoresFile) -> None:
-    """Score one set and write it."""
+    """Score one set and write it, and what it scores with shorter embeddings."""
     if isinstance(benchmark, EvalSet):
         file.add_set(score_set(model, benchmark, items_NMD), note=benchmark.info.note)
     else:
         file.add_mmvp(score_mmvp(model, benchmark, items_NMD))
+    file.add_truncated(benchmark.name, truncated_scores(model, benchmark, items_NMD))
 
 
 def _examples(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, num_shown: int) -> list[str]:
@@ -136,6 +137,8 @@ def _report(file: ScoresFile, scored: Sequence[str], notes: Sequence[str]) -> li
         tables.append(mmeb_table(mmeb))
     if results.mmvp is not None:
         tables.append(mmvp_table(results.mmvp))
+    if results.truncated:
+        tables.append(truncations_table(results.truncated, mmeb_sets=list(results.sets)))
     there = [*results.sets, *(["MMVP"] if results.mmvp is not None else [])]
     earlier = [name for name in there if name not in scored]
     notes = [*results.notes, *notes]

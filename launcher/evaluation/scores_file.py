@@ -4,6 +4,7 @@ mixed.
 {weights_sha256, settings, model, date, num_mmeb_queries, num_mmvp_pairs, notes,
  mmeb: {sets: [{name, score, ..., note, date}], meta_tasks, distributions, overall} or null,
  mmvp: {patterns, average, date} or null,
+ truncations: [{dim, num_fine, scores: {set: score}}], whole items first; [] where only those were trained,
  other: [the same of other weights or settings, newest first]}
 
 The means are those of the sets that are there. A set that is scored again replaces its own score only.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -21,9 +22,10 @@ from typing import Any, TypeVar, get_type_hints
 from agff.embedder import Embedder
 from agff.errors import ConfigError, StorageError
 from agff.files import locked, partial_path, write_text
+from agff.nested import Truncation
 from agff.scoring import MmebReport, MmvpReport, PatternScore, SetScore, mmeb_report
 
-_Score = TypeVar("_Score", SetScore, PatternScore)
+_Score = TypeVar("_Score", SetScore, PatternScore, Truncation)
 _REASON = "because items are missing, unreadable or refused (--allow_missing)"
 
 
@@ -46,6 +48,8 @@ class Results:
     sets: Mapping[str, ScoredSet]
     mmvp: MmvpReport | None = None
     mmvp_date: str | None = None
+    truncated: Mapping[Truncation, Mapping[str, float]] = field(default_factory=dict)
+    """Of each truncation the score of each set, whole items first; MMVP's is its average."""
 
     @property
     def mmeb(self) -> MmebReport | None:
@@ -108,6 +112,20 @@ class ScoresFile:
         """Write MMVP's scores, all patterns together."""
         self._merge(lambda results: replace(results, mmvp=report, mmvp_date=_now()))
 
+    def add_truncated(self, name: str, scores: Mapping[Truncation, float]) -> None:
+        """Write what a set scores with each truncation; those of other sets stay."""
+        if not scores:
+            return
+
+        def change(results: Results) -> Results:
+            before = results.truncated
+            return replace(
+                results,
+                truncated={cut: {**before.get(cut, {}), name: score} for cut, score in scores.items()},
+            )
+
+        self._merge(change)
+
     def results(self) -> tuple[Results, int]:
         """(what is in the file of these weights and settings, how many others are in it)."""
         entries = _read(self.path)
@@ -166,6 +184,9 @@ def _values(results: Results, model: str) -> dict[str, Any]:
         "notes": results.notes,
         "mmeb": mmeb_values,
         "mmvp": {**asdict(mmvp), "date": results.mmvp_date} if mmvp is not None else None,
+        "truncations": [
+            {**asdict(truncation), "scores": dict(scores)} for truncation, scores in results.truncated.items()
+        ],
     }
 
 
@@ -188,12 +209,16 @@ def _results(values: Mapping[str, Any]) -> Results:
         },
         mmvp=report,
         mmvp_date=mmvp["date"] if mmvp is not None else None,
+        truncated={
+            _from_values(Truncation, entry): {name: float(score) for name, score in entry["scores"].items()}
+            for entry in values["truncations"]
+        },
     )
 
 
 def _from_values(kind: type[_Score], values: Mapping[str, Any]) -> _Score:
     hints = get_type_hints(kind)
-    given = {field.name: values[field.name] for field in fields(kind)}
+    given = {known.name: values[known.name] for known in fields(kind)}
     if wrong := [name for name, value in given.items() if type(value) is not hints[name]]:
         raise ValueError(f"{wrong[0]} = {given[wrong[0]]!r}")
     return kind(**given)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from agff.batch import TextRule
 from agff.errors import CheckpointError, ConfigError
 from agff.files import changed_files, file_fingerprint
+from agff.nested import Truncations
 from agff.objectives import OBJECTIVES
 from agff.objectives.objective import Objective
 from agff.processor import ProcessorConfig
@@ -22,7 +23,7 @@ from agff.similarity import FusionConfig
 
 CONTRACT_FILE = "agff_config.json"
 CARD_FILE = "README.md"
-FORMAT = 5
+FORMAT = 6
 """Counts up when a field of Contract, of the settings in it, or the golden items change."""
 MAX_HASHED_BYTES = 64 * 2**20
 """Loading compares larger files, the weights, by size: it does not read 15 GB twice, and the golden vectors
@@ -39,6 +40,7 @@ class Contract:
     prompts: PromptConfig
     processor: ProcessorConfig
     fusion: FusionConfig
+    nested: Truncations
     texts: TextRule
     objective: str | None
     """Of a head that is part of the model, the name in agff.objectives.OBJECTIVES; null: there is none."""
@@ -141,6 +143,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if get_origin(hint) is dict:
         return isinstance(value, dict) and all(_fits(part, get_args(hint)[1]) for part in value.values())
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(part, get_args(hint)[0]) for part in value)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if isinstance(hint, UnionType):

@@ -19,6 +19,7 @@ from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem, to_device
 from agff.embedding_model import EmbeddingModel
 from agff.errors import ConfigError, DataError, all_or_errors
 from agff.images import open_image
+from agff.nested import WHOLE_ONLY, Truncations
 from agff.objectives.objective import Objective
 from agff.processor import ItemProcessor
 from agff.regions import Box, box_problem
@@ -40,8 +41,11 @@ class Embedder:
         *,
         texts: TextRule = MMEB_TEXTS,
         objective: Objective | None = None,
+        truncations: Truncations = WHOLE_ONLY,
     ) -> None:
-        """objective: that of the model's head, where it has one."""
+        """objective: that of the model's head, where it has one. truncations: what it was trained for beside
+        whole items."""
+        self.truncations = truncations
         self.objective = objective
         self.model = model.eval()
         self.processor = processor
@@ -63,9 +67,18 @@ class Embedder:
         return digest.hexdigest()
 
     def encode(
-        self, items: AnyItem | Iterable[AnyItem], *, batch_size: int = 32, progress: bool = False
+        self,
+        items: AnyItem | Iterable[AnyItem],
+        *,
+        dim: int | None = None,
+        num_fine: int | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
     ) -> Tensor:
         """(N, 1 + K, D) float32 unit embeddings on the CPU; index 0 is the global one.
+
+        dim, num_fine: shorter ones, (N, 1 + num_fine, dim), again of unit length; only those that the model
+        was trained for (`self.truncations`), else ValueError. Compare items of one kind of truncation only.
 
         items: a list, tuple, generator, array or column of items. One item is taken as a list of one: N is 1.
         A text alone is taken as it is, an image gets the text that `self.texts` says (agff/batch.py). By
@@ -76,17 +89,20 @@ class Embedder:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be >= 1")
+
+        def cut(whole_NMD: Tensor) -> Tensor:
+            return self.truncations.choose(dim, num_fine, like=whole_NMD.shape)(whole_NMD)
+
         numbered = enumerate(_items(items))
         chunks = []
         total = math.ceil(len(items) / batch_size) if isinstance(items, list | tuple) else None
         with tqdm(total=total, desc="encode", unit="batch", disable=not progress) as bar:
             while batch := list(itertools.islice(numbered, batch_size)):
-                chunks.append(self._encode_batch(batch))
+                chunks.append(cut(self._encode_batch(batch)))
                 bar.update()
         if not chunks:
-            return torch.empty(
-                0, self.model.prompts.num_vectors, self.model.prompted_embedding.vectors.shape[1]
-            )
+            width = self.model.prompted_embedding.vectors.shape[1]
+            return cut(torch.empty(0, self.model.prompts.num_vectors, width))
         return torch.cat(chunks)
 
     def _encode_batch(self, batch: Sequence[tuple[int, AnyItem]]) -> Tensor:

@@ -75,6 +75,7 @@ def save_release(
         prompts=processor.prompts,
         processor=processor.limits,
         fusion=embedder.fusion,
+        nested=embedder.truncations,
         texts=embedder.texts,
         objective=name_of(embedder.objective) if embedder.objective else None,
         objective_settings=asdict(embedder.objective) if embedder.objective else {},
@@ -118,7 +119,12 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool 
     if head is not None:
         fill_head(head.to(dtype), folder / HEAD_FILE)
     embedder = Embedder(
-        model.to(device), processor, contract.fusion, texts=contract.texts, objective=objective
+        model.to(device),
+        processor,
+        contract.fusion,
+        texts=contract.texts,
+        objective=objective,
+        truncations=contract.nested,
     )
     if check:
         try:
@@ -248,5 +254,18 @@ log-sum-exp of four global/fine similarities (beta {contract.fusion.beta}).
 |---|---|
 {facts}
 
-Scores are in scores.json once launcher/evaluate.py has been run on this folder.
+{_shorter(contract)}Scores are in scores.json once launcher/evaluate.py has been run on this folder.
 """
+
+
+def _shorter(contract: Contract) -> str:
+    """The truncations, where there are any."""
+    choices = [
+        f"`{name}` of {', '.join(map(str, values))}"
+        for name, values in (("dim", contract.nested.dims), ("num_fine", contract.nested.fine))
+        if values
+    ]
+    return (
+        f"Shorter embeddings, trained to serve alone: `encode(items, ...)` takes {' and '.join(choices)}.\n\n"
+        * bool(choices)
+    )

@@ -29,6 +29,7 @@ from launcher.run.first_stage import check_first_stage
 from launcher.run.folder import check_data_plan, check_run_folder
 from launcher.run.hardware import Hardware, num_unusable_gpus
 from launcher.run.measured_batches import measured_batches
+from launcher.run.model import check_objective
 from launcher.run.ranks import RankInfo, export, rank_from_environment
 from launcher.run.startup_table import count_parameters, startup_table
 from launcher.run.stop_request import EXIT_CODE
@@ -104,6 +105,7 @@ def _start(argv: Sequence[str]) -> int:
     run = run.with_most_negatives(data.most_negatives)
     processor = build_processor(run.config)
     check_first_stage(run.config)
+    check_objective(run.config)
     check_run_folder(run)
     if rank.rank == 0:
         measured = measured_batches(run, data, processor)

@@ -12,13 +12,14 @@ from agff.collectives import all_gather_rows, rank, world_size
 from agff.errors import ConfigError
 from agff.fused_loss import fused_loss
 from agff.negatives import negative_mask
-from agff.objectives.objective import Objective, ObjectiveResult
+from agff.objectives.nested import Nested
+from agff.objectives.objective import ObjectiveResult
 from agff.row_loss import RowMeasures
 from agff.similarity import PATTERNS, FusionConfig, pattern_shares
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Objective):
+class Contrastive(Nested):
     """InfoNCE on the fused similarity, EGA (README, Method), and other treatments of negatives. They combine:
     content ids first, then the margin, then the hardest, then weights on logits, then EGA."""
 
@@ -41,6 +42,7 @@ class Contrastive(Objective):
     """LLaVE: a negative counts exp(weight * similarity) times, without gradient; 9 there. 0: once."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("temperature", "width"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be > 0")
@@ -53,6 +55,7 @@ class Contrastive(Objective):
 
     def check_sizes(self, *, global_batch_size: int, num_fine: int) -> None:
         """See Objective."""
+        super().check_sizes(global_batch_size=global_batch_size, num_fine=num_fine)
         if self.num_hardest is not None and self.num_hardest >= global_batch_size:
             raise ConfigError(
                 f"loss.num_hardest={self.num_hardest} must be below global_batch_size={global_batch_size}: "
@@ -62,9 +65,15 @@ class Contrastive(Objective):
     def __call__(
         self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
     ) -> ObjectiveResult:
-        """See Objective.
+        """See Objective."""
+        return self.nested_result(
+            lambda q, t, n: self._of_one_truncation(q, t, n, batch, fusion), query, target, negative
+        )
 
-        Candidates of a query are the targets and the explicit negatives of all ranks; of a target
+    def _of_one_truncation(
+        self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
+    ) -> ObjectiveResult:
+        """Candidates of a query are the targets and the explicit negatives of all ranks; of a target
         (bidirectional), all queries. The gradient that reaches the embeddings is the sum over ranks of the
         gradients of their local means (see `all_gather_rows`).
         """

@@ -86,6 +86,9 @@ class Objective(ABC):
         """Raise ConfigError for settings that do not fit the batch, or an item's number of fine vectors;
         before the first step."""
 
+    def check_backbone(self, backbone_config: Any) -> None:  # noqa: B027
+        """Raise ConfigError for settings that do not fit the backbone; before the first step."""
+
     def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
         """The items to encode for a pair of that source. Called in a worker of the loader."""
         return query, target

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from agff.nested import Truncation
 from agff.scoring import MeanScore, MmebReport, MmvpReport, PatternScore, SetScore
 
 WIDTH = 100
@@ -44,6 +45,28 @@ def mmvp_table(report: MmvpReport) -> str:
         for row, score in zip(rows, (*report.patterns, report.average), strict=True):
             row.append(f"{score.num_pairs_left_out:,}")
     return f"{sentence}\n\n{aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)}"
+
+
+def truncations_table(
+    truncated: Mapping[Truncation, Mapping[str, float]], *, mmeb_sets: Sequence[str]
+) -> str:
+    """A row for each truncation: the mean over MMEB's sets, then every other score."""
+    sentence = (
+        "Shorter embeddings: the first numbers of each vector, re-normalised, and the first fine vectors.\n"
+        "MMEB is the mean of its sets; their own scores are in the file."
+    )
+    scored = list(dict.fromkeys(name for scores in truncated.values() for name in scores))
+    inside = [name for name in scored if name in mmeb_sets]
+    others = [name for name in scored if name not in mmeb_sets]
+    names = [*(["MMEB %"] if inside else []), *(f"{name} %" for name in others)]
+    rows = []
+    for cut, scores in truncated.items():
+        numbers = f"{cut.dim * (1 + cut.num_fine):,}"
+        mean = [sum(scores[name] for name in inside) / len(inside)] if inside else []
+        values = [*mean, *(scores[name] for name in others)]
+        rows.append([str(cut.dim), str(cut.num_fine), numbers, *(f"{value:.1f}" for value in values)])
+    header = ["dim", "fine vectors", "numbers an item", *names]
+    return f"{sentence}\n\n{aligned([header, None, *rows], num_text_columns=1)}"
 
 
 def note_lines(note: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from agff.backbone import choose_trainable, load_backbone
@@ -36,6 +37,11 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
         vectors = initial_vectors(run.config.prompts, processor.tokenize, embed)
     embedding.vectors.data.copy_(vectors)
     return model
+
+
+def check_objective(config: RunConfig) -> None:
+    """Raise ConfigError where the objective's settings do not fit the backbone in its folder."""
+    config.loss.check_backbone(AutoConfig.from_pretrained(config.backbone.path, local_files_only=True))
 
 
 def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) -> EmbeddingModel:

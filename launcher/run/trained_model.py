@@ -11,6 +11,7 @@ from agff.checkpoint_folder import check_checkpoint, latest_step
 from agff.contract import CONTRACT_FILE
 from agff.embedder import Embedder
 from agff.errors import CheckpointError
+from agff.objectives.nested import truncations_of
 from agff.release import load
 from launcher.run.backbone_identity import check_backbone
 from launcher.run.config_file import CONFIG_FILE, read_run_config
@@ -59,7 +60,15 @@ def load_run(run: Path) -> tuple[Embedder, int]:
     if model.head is not None and not model.head.is_released:
         model.head = None  # it served the training
     objective = config.loss if model.head is not None else None
-    return Embedder(model, processor, config.fusion, texts=config.texts, objective=objective), step
+    embedder = Embedder(
+        model,
+        processor,
+        config.fusion,
+        texts=config.texts,
+        objective=objective,
+        truncations=truncations_of(config.loss),
+    )
+    return embedder, step
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from agff.contract import CONTRACT_FILE, FORMAT, Contract, fingerprints, read_co
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
+from agff.nested import Truncations
 from agff.objectives import OBJECTIVES
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Head, Objective
@@ -101,6 +103,29 @@ def test_a_release_makes_the_vectors_of_the_model(
     # float32: merged adapters sum in another order; bfloat16 has 8 bits of each weight and sum
     cosine = torch.cosine_similarity(released.encode(items), expected, dim=-1).min().item()
     assert cosine > (1 - 1e-6 if dtype == torch.float32 else 0.999)
+
+
+def test_a_release_gives_the_truncations_it_was_trained_for(backbone: Path, tmp_path: Path) -> None:
+    trained = embedder(backbone)
+    trained.truncations = Truncations(dims=[8, 16], fine=[0, 1])
+    items = list(golden_items().values())
+    whole_NMD = trained.encode(items)
+    save_release(trained, tmp_path / "release", origin={})
+    assert "`dim` of 8, 16 and `num_fine` of 0, 1" in (tmp_path / "release" / "README.md").read_text()
+    released = load(tmp_path / "release")
+    assert released.truncations == Truncations(dims=[8, 16], fine=[0, 1])
+    for dim, num_fine in itertools.product([None, 8, 16, 32], [None, 0, 1, 2]):
+        found = released.encode(items, dim=dim, num_fine=num_fine)
+        by_hand = whole_NMD[:, : 3 if num_fine is None else 1 + num_fine, : 32 if dim is None else dim]
+        by_hand = by_hand / by_hand.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(found, by_hand)
+        assert released.encode([], dim=dim, num_fine=num_fine).shape == (0, *found.shape[1:])
+    with pytest.raises(ValueError, match=r"dim=12 was not trained; this model was trained for 8, 16, 32$"):
+        released.encode(items, dim=12)
+    with pytest.raises(ValueError, match=r"num_fine=3 was not trained; this model was trained for 0, 1, 2$"):
+        released.encode(items, num_fine=3)
+    with pytest.raises(ValueError, match=r"num_fine=0 was not trained; this model was trained for 2$"):
+        embedder(backbone).encode(items, num_fine=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -318,6 +343,8 @@ def test_each_value_of_the_contract_is_checked(release: Path, tmp_path: Path) ->
         (lambda values: values["prompts"].update(num_fine=True), "prompts.num_fine=true must be int"),
         (lambda values: values["prompts"].update(num_fine="2"), 'prompts.num_fine="2" must be int'),
         (lambda values: values["fusion"].update(beta=math.nan), "fusion.beta=NaN must be float"),
+        (lambda values: values["nested"].update(dims=[8, 8]), "nested.dims=[8, 8] must increase"),
+        (lambda values: values["nested"].update(fine=[0.5]), "nested.fine=[0.5] must be list[int]"),
         (lambda values: values["prompts"].update(num_fine=-1), "prompts.num_fine=-1 must be >= 0"),
         (lambda values: values["prompts"].update(num_fine=3), "`vectors` is torch.float32 [3, 32], must be"),
         (lambda values: values.update(more=1), "more unknown to this version"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from agff.batch import Item
 from agff.embedder import Embedder
 from agff.errors import DataError
+from agff.nested import Truncations
 from agff.processor import ProcessorConfig
 from agff.similarity import FusionConfig
 
@@ -48,6 +49,7 @@ class ColourModel(Embedder):
         self.confused = confused or {}
         self.processor: Any = AnyLength(refused)
         self.fusion = FusionConfig(beta=0.1)
+        self.truncations = Truncations()
         self.encoded: list[tuple[str, str]] = []
         self.batch_sizes: list[int] = []
 

@@ -78,7 +78,9 @@ def test_a_release_equals_the_checkpoint_weight_by_weight(
     assert any(not torch.equal(expected[name], base[name]) for name in base), "training moved the backbone"
     stored = load_file(release / "prompts.safetensors")["vectors"]
     assert torch.equal(stored, prompts.to(getattr(torch, dtype)))
-    origin = json.loads((release / CONTRACT_FILE).read_text())["origin"]
+    contract = json.loads((release / CONTRACT_FILE).read_text())
+    assert contract["nested"] == {"dims": [8] * (kind == "lora"), "fine": [0] * (kind == "lora")}
+    origin = contract["origin"]
     assert origin["step"] == 4
     assert origin["backbone_sha256"] == backbone_sha256(project / BACKBONE)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agff.batch import Item
 from agff.errors import CheckpointError
+from agff.nested import Truncations
 from data_pipeline.layouts.eval_items import EvalItem
 from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmeb_sets import SetInfo
@@ -60,6 +61,25 @@ def test_each_item_is_encoded_once_and_in_small_batches(benchmarks: Path) -> Non
     evaluate(benchmarks, "--batch_size", "2", model=model, mmvp=False)
     assert len(model.encoded) == len(set(model.encoded)) == 12
     assert max(model.batch_sizes) == 2
+
+
+def test_each_trained_truncation_is_scored_from_one_encoding(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ColourModel()
+    model.truncations = Truncations(dims=[1, 2])
+    assert evaluate(benchmarks, model=model) == 0
+    scores = json.loads((benchmarks / "run/scores.json").read_text())
+    # one number tells nothing apart, two (red and green) nothing from blue, which becomes a zero vector
+    assert [(entry["dim"], entry["num_fine"], entry["scores"]) for entry in scores["truncations"]] == [
+        (3, 0, {"I2T": 100, "T2I": 100, "MMVP": 100}),
+        (2, 0, {"I2T": pytest.approx(200 / 3), "T2I": pytest.approx(200 / 3), "MMVP": 50}),
+        (1, 0, {"I2T": pytest.approx(100 / 3), "T2I": pytest.approx(100 / 3), "MMVP": 0}),
+    ]
+    assert (scores["mmeb"]["overall"]["score"], len(model.encoded)) == (100, 12 + 7)
+    out = capsys.readouterr().out
+    assert "Shorter embeddings" in out
+    assert "\n2               0                2    66.7    50.0" in out
 
 
 def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:

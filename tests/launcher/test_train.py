@@ -466,6 +466,8 @@ def test_dry_run_prints_the_table_and_writes_nothing(
     shards = ["--data.shards", ".cache/quickstart/shards", "--data.sub_batch_size", "8"]
     assert train_main([*recipe, *shards, "--backbone.attention", "flash_attention_2", "--dry-run"]) == 2
     assert "backbone.attention=flash_attention_2, but" in capfd.readouterr().err
+    assert train_main([*recipe, *shards, "--loss.nested_dims", "[16, 9999]", "--dry-run"]) == 2
+    assert "loss.nested_dims=[16, 9999] must be <= " in capfd.readouterr().err
     assert train_main([*recipe, *shards, "--dry-run"]) == 0
     output = capfd.readouterr().out
     assert "LoRA rank 16" in output

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from agff.errors import ConfigError
+from agff.nested import Truncation
 from agff.processor import ProcessorConfig
 from agff.scoring import MmvpReport, SetScore, mmvp_report, set_score
 from agff.similarity import FusionConfig
@@ -59,6 +60,22 @@ def test_sets_are_kept_beside_each_other_and_means_follow(tmp_path: Path) -> Non
     assert values["mmeb"]["overall"]["score"] == 50
     assert values["mmvp"]["average"]["score"] == 50
     assert values["other"] == []
+
+
+def test_scores_of_truncations_are_kept_set_by_set(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    whole, short = Truncation(dim=8, num_fine=2), Truncation(dim=4, num_fine=0)
+    scores_file(path).add_set(score_of("A", hits=2), note=None)
+    scores_file(path).add_truncated("A", {whole: 20.0, short: 10.0})
+    scores_file(path).add_truncated("MMVP", {whole: 50.0, short: 0.0})
+    scores_file(path).add_truncated("A", {whole: 20.0, short: 15.0})
+    scores_file(path).add_truncated("B", {})
+    assert json.loads(path.read_text())["truncations"] == [
+        {"dim": 8, "num_fine": 2, "scores": {"A": 20.0, "MMVP": 50.0}},
+        {"dim": 4, "num_fine": 0, "scores": {"A": 15.0, "MMVP": 0.0}},
+    ]
+    results, _ = scores_file(path).results()
+    assert results.truncated == {whole: {"A": 20.0, "MMVP": 50.0}, short: {"A": 15.0, "MMVP": 0.0}}
 
 
 def all_settings() -> dict[str, dict[str, Any]]:
@@ -137,6 +154,7 @@ def _file_with(**changes: Any) -> str:
         "settings": SETTINGS,
         "mmeb": {"sets": [entry]},
         "mmvp": None,
+        "truncations": [],
         "other": [],
     }
     return json.dumps({**values, **changes})
@@ -151,6 +169,9 @@ def _file_with(**changes: Any) -> str:
         "3",
         _file_with(other=None),
         _file_with(settings=None),
+        _file_with(truncations=None),
+        _file_with(truncations=[{"dim": 8, "num_fine": "0", "scores": {}}]),
+        _file_with(truncations=[{"dim": 8, "num_fine": 0, "scores": {"A": None}}]),
         _file_with(mmeb={"sets": [{"name": "A", "score": 3.0}]}),
         _file_with().replace('"score": 10.0', '"score": "10.0"'),
         _file_with().replace('"num_queries": 10', '"num_queries": true'),

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from agff.nested import Truncation
 from agff.scoring import MmebReport, SetScore, mmeb_report, mmvp_report, set_score
-from launcher.evaluation.tables import WIDTH, mmeb_table, mmvp_table, note_lines
+from launcher.evaluation.tables import WIDTH, mmeb_table, mmvp_table, note_lines, truncations_table
 
 
 def score_of(name: str, *, meta_task: str = "vqa", hits: int = 5) -> SetScore:
@@ -52,6 +53,19 @@ def test_mmvp_table_shows_error_chance_and_factor() -> None:
     lines = rest.splitlines()
     assert lines[2].split() == ["Colour", "2", "50.0", "35.4", "25.0", "2.0"]
     assert lines[-1].split() == ["average", "3", "25.0", "17.7", "25.0", "1.0"]
+
+
+def test_truncations_have_a_row_each_with_the_mean_of_mmebs_sets() -> None:
+    truncated = {
+        Truncation(dim=1536, num_fine=4): {"A": 40.0, "B": 60.0, "MMVP": 30.0},
+        Truncation(dim=256, num_fine=0): {"A": 30.0, "B": 51.0, "MMVP": 20.0},
+    }
+    rows = [row.split() for row in rows_of(truncations_table(truncated, mmeb_sets=["B", "A"]))]
+    assert ["dim", "fine", "vectors", "numbers", "an", "item", "MMEB", "%", "MMVP", "%"] in rows
+    assert ["1536", "4", "7,680", "50.0", "30.0"] in rows
+    assert ["256", "0", "256", "40.5", "20.0"] in rows
+    alone = truncations_table({cut: {"MMVP": s["MMVP"]} for cut, s in truncated.items()}, mmeb_sets=[])
+    assert "MMEB %" not in alone
 
 
 def test_left_out_items_have_a_column_only_where_there_are_some() -> None:

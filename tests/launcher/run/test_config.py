@@ -41,6 +41,7 @@ def test_every_recipe_parses_and_can_be_resolved(recipe: str) -> None:
             2,
             "warmup_steps=300 must be below num_steps=300",
         ),
+        (["--loss.nested_fine", "[0, 5]"], 2, r"nested_fine=\[0, 5\] must be <= prompts.num_fine=4"),
         (["--loss.num_hardest", "64"], 2, "num_hardest=64 must be below global_batch_size=64: a row has 63"),
     ],
 )

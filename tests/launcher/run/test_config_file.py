@@ -145,6 +145,10 @@ WRONG_TYPES = [
     ("data.weights", "{A: '1'}", NUMBER),
     ("data.weights", "[A]", "a mapping of names to numbers or null"),
     ("backbone.lora", "{rank: '4'}", WHOLE),
+    ("loss.nested_dims", "8", "a list"),
+    ("loss.nested_dims", "null", "a list"),
+    ("loss.nested_dims", "[8, '16']", WHOLE),
+    ("loss.nested_weights", "[1, true]", NUMBER),
     ("backbone.lora", "true", "a mapping or null"),
     ("backbone", "a/b", "a mapping of path"),
     ("precision", "off", "one of auto, bf16"),
@@ -175,7 +179,7 @@ def test_text_is_taken_as_it_is_written(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_type_of_setting_is_checked(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}: expected .*, found a list"):
+    with pytest.raises(ConfigError, match=rf"{name}(\.0)?: expected .*, found a list"):
         read_recipe(recipe_with(tmp_path, name, "[[]]"))
 
 

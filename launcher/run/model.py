@@ -41,7 +41,8 @@ def build_model(run: ResolvedRun, processor: ItemProcessor) -> EmbeddingModel:
 
 def check_objective(config: RunConfig) -> None:
     """Raise ConfigError where the objective's settings do not fit the backbone in its folder."""
-    config.loss.check_backbone(AutoConfig.from_pretrained(config.backbone.path, local_files_only=True))
+    folder = backbone_folder(config.backbone.path)
+    config.loss.check_backbone(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) -> EmbeddingModel:

@@ -27,7 +27,8 @@ from data_pipeline.collate import collate
 from launcher.run.config import BatchConfig, DataConfig, ResolvedRun, RunConfig, resolve
 from launcher.run.deepspeed_json import read_deepspeed_json
 from launcher.run.hardware import Hardware
-from launcher.run.model import build_model, untrained_model
+from launcher.run.model import build_model
+from launcher.run.prompt_config import RunPrompts, untrained_model
 from tests.benchmarks.peer import two_passes_over_ddp
 from tests.benchmarks.synthetic import LIMITS, PROMPTS, examples, processor_of
 from tests.benchmarks.table import Row
@@ -73,7 +74,7 @@ class Setting:
                 lora=LoraConfig(rank=LORA_RANK, alpha=2 * LORA_RANK) if self.with_lora else None,
                 gradient_checkpointing=self.gradient_checkpointing,
             ),
-            prompts=PROMPTS,
+            prompts=RunPrompts(num_fine=PROMPTS.num_fine),
             processor=self.limits,
             loss=self.loss,
             optimizer=OptimizerConfig(learning_rate=1e-5),

@@ -27,8 +27,8 @@ from data_pipeline.collate import collate
 from launcher.run.config import BatchConfig, DataConfig, ResolvedRun, RunConfig, resolve
 from launcher.run.deepspeed_json import read_deepspeed_json
 from launcher.run.hardware import Hardware
-from launcher.run.model import build_model
-from launcher.run.prompt_config import RunPrompts, untrained_model
+from launcher.run.model import build_model, untrained_model
+from launcher.run.prompt_config import RunPrompts
 from tests.benchmarks.peer import two_passes_over_ddp
 from tests.benchmarks.synthetic import LIMITS, PROMPTS, examples, processor_of
 from tests.benchmarks.table import Row

@@ -26,9 +26,10 @@ from launcher.evaluation.benchmarks import Benchmark, read_benchmarks, text_to_i
 from launcher.evaluation.examples import free_text_example, retrieval_example, shown_set
 from launcher.evaluation.judge_tables import judge_tables
 from launcher.evaluation.judges import check_model, model_says, score_judged
-from launcher.evaluation.scores import score_mmvp, score_set, truncated_scores
+from launcher.evaluation.scores import score_mmvp, score_set
 from launcher.evaluation.scores_file import ScoresFile, check_place, settings_of
-from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines, truncations_table
+from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines, truncations_tables
+from launcher.evaluation.truncated import truncated_scores
 from launcher.evaluation.usable import (
     REMEDY,
     keep_usable,
@@ -131,8 +132,7 @@ def _prepare(
 
 
 def _score(model: Embedder, benchmark: Benchmark, said: Any, file: ScoresFile) -> None:
-    """Score one set, from what the model says of it, and write it; of MMEB's and MMVP also what it scores
-    with shorter embeddings."""
+    """Score one set, from what the model says of it, and write it, with what shorter embeddings score."""
     if isinstance(benchmark, EvalSet):
         file.add_set(score_set(model, benchmark, said), note=benchmark.info.note)
     elif isinstance(benchmark, MmvpSet):
@@ -140,8 +140,7 @@ def _score(model: Embedder, benchmark: Benchmark, said: Any, file: ScoresFile) -
     else:
         kind, scores = score_judged(model, benchmark, said)
         file.add_judged(kind, benchmark.name, scores, note=benchmark.note)
-    if isinstance(benchmark, EvalSet | MmvpSet):
-        file.add_truncated(benchmark.name, truncated_scores(model, benchmark, said))
+    file.add_truncated(truncated_scores(model, benchmark, said))
 
 
 def _examples(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, num_shown: int) -> list[str]:
@@ -162,8 +161,7 @@ def _report(file: ScoresFile, scored: Sequence[str], notes: Sequence[str]) -> li
     if results.mmvp is not None:
         tables.append(mmvp_table(results.mmvp))
     tables += judge_tables(results.judged)
-    if results.truncated:
-        tables.append(truncations_table(results.truncated, mmeb_sets=list(results.sets)))
+    tables += truncations_tables(results.truncated, mmeb_sets=list(results.sets))
     earlier = [name for name in results.names if name not in scored]
     notes = [*results.notes, *notes]
     if earlier:

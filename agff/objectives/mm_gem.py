@@ -16,13 +16,14 @@ from agff.errors import ConfigError
 from agff.losses import info_nce
 from agff.negatives import negative_mask
 from agff.objectives.mm_gem_head import HIGHEST, LOWEST, MmGemHead
-from agff.objectives.objective import Head, Objective, ObjectiveResult
+from agff.objectives.nested import Nested
+from agff.objectives.objective import Head, ObjectiveResult
 from agff.regions import ImageCells
 from agff.similarity import FusionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MmGem(Objective):
+class MmGem(Nested):
     """L = embedding_weight L_Emb + generation_weight L_Gen (README, The family).
 
     L_Emb: symmetric InfoNCE of images or regions and texts with a learned temperature. L_Gen: next-token
@@ -41,6 +42,12 @@ class MmGem(Objective):
     """Cells a side that a region's caption is made of."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nested_fine:
+            raise ConfigError(
+                f"loss.nested_fine={self.nested_fine}: an item has one vector with mm_gem; shorten it by "
+                "loss.nested_dims"
+            )
         if not LOWEST < self.temperature < HIGHEST:
             raise ConfigError(
                 f"loss.temperature={self.temperature} must be above {LOWEST} and below {HIGHEST}, between "
@@ -78,35 +85,29 @@ class MmGem(Objective):
         self, query: Encoded, target: Encoded, negative: Encoded, batch: Batch, fusion: FusionConfig
     ) -> ObjectiveResult:
         """See Objective. Explicit negatives are candidates of the queries."""
-        candidates = torch.cat([target["embedding"], negative["embedding"]])
-        candidate_ids = torch.cat([batch.target_ids_B, batch.negative_ids_N])
-        no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
-        forward_B, measures = _one_direction(
-            query, candidates, batch.query_ids_B, candidate_ids, torch.cat([batch.query_ids_B, no_partner_N])
+        embedding = self.nested_result(
+            lambda q, t, n: _embedding_result(q, t, n, batch), query, target, negative
         )
-        backward_B, _ = _one_direction(
-            target, query["embedding"], batch.target_ids_B, batch.query_ids_B, batch.target_ids_B
-        )
-        embedding_B = (forward_B + backward_B) / 2
         nll, tokens = (
             torch.cat([side[name] for side in (query, target, negative)])
             for name in ("caption_nll", "caption_tokens")
         )
         generation = weighted_mean_over_all_rows(nll / tokens.clamp(min=1), tokens)
-        loss = self.embedding_weight * embedding_B.mean() + self.generation_weight * generation
+        loss = self.embedding_weight * embedding.loss + self.generation_weight * generation
         own_nll_B = query["caption_nll"] + target["caption_nll"]
         own_tokens_B = (query["caption_tokens"] + target["caption_tokens"]).clamp(min=1)
         metrics: Mapping[str, Tensor] = {
-            "loss/embedding": embedding_B.mean(),
+            "loss/embedding": embedding.loss,
             "loss/generation": generation,
             "temperature": query["temperature"].mean(),
-            **measures,
+            **embedding.metrics,
         }
         return ObjectiveResult(
             loss=loss,
             metrics={name: value.detach() for name, value in metrics.items()},
             pair_loss_B=(
-                self.embedding_weight * embedding_B + self.generation_weight * own_nll_B / own_tokens_B
+                self.embedding_weight * embedding.pair_loss_B
+                + self.generation_weight * own_nll_B / own_tokens_B
             ).detach(),
         )
 
@@ -118,6 +119,21 @@ def _with_caption(item: Item, partner: Item) -> Item:
     if not caption:
         raise partner.error("is empty, and the image beside it is to learn to say it")
     return replace(item, caption=caption)
+
+
+def _embedding_result(query: Encoded, target: Encoded, negative: Encoded, batch: Batch) -> ObjectiveResult:
+    """L_Emb, both directions."""
+    candidates = torch.cat([target["embedding"], negative["embedding"]])
+    candidate_ids = torch.cat([batch.target_ids_B, batch.negative_ids_N])
+    no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
+    forward_B, measures = _one_direction(
+        query, candidates, batch.query_ids_B, candidate_ids, torch.cat([batch.query_ids_B, no_partner_N])
+    )
+    backward_B, _ = _one_direction(
+        target, query["embedding"], batch.target_ids_B, batch.query_ids_B, batch.target_ids_B
+    )
+    loss_B = (forward_B + backward_B) / 2
+    return ObjectiveResult(loss=loss_B.mean(), metrics=measures, pair_loss_B=loss_B.detach())
 
 
 def _one_direction(

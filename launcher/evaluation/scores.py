@@ -13,7 +13,6 @@ from agff.batch import Item
 from agff.embedder import Embedder
 from agff.errors import CheckpointError, DataError
 from agff.images import FORMATS, decode_image, open_image
-from agff.nested import Truncation
 from agff.scoring import MmvpReport, SetScore, mmvp_pair_hits, mmvp_report, precision_at_1_hits, set_score
 from data_pipeline.layouts.eval_items import EmbeddedImage, EvalItem, ItemTable
 from data_pipeline.layouts.mmeb_eval import EvalSet
@@ -118,22 +117,6 @@ def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:
         mmvp_pair_hits(similarity_P22).tolist(),
         left_out=[pair.pattern for pair in mmvp.left_out],
     )
-
-
-def truncated_scores(
-    model: Embedder, benchmark: EvalSet | MmvpSet, items_NMD: Tensor
-) -> dict[Truncation, float]:
-    """{truncation: Precision@1, or the average of MMVP's patterns} of each that the model was trained for,
-    whole items first, from one encoding; empty where it was trained for whole items only."""
-    _, num_vectors, width = items_NMD.shape
-    scores = {}
-    for truncation in model.truncations.all(width=width, num_fine=num_vectors - 1):
-        cut_NMD = truncation(items_NMD)
-        if isinstance(benchmark, EvalSet):
-            scores[truncation] = score_set(model, benchmark, cut_NMD).score
-        else:
-            scores[truncation] = score_mmvp(model, benchmark, cut_NMD).average.score
-    return scores
 
 
 def model_item(item: EvalItem) -> Item:

@@ -5,7 +5,7 @@ mixed.
  mmeb: {sets: [{name, score, ..., note, date}], meta_tasks, distributions, overall} or null,
  mmvp: {patterns, average, date} or null,
  captions, choices, regions, caption_quality: [{name, note, date, scores}], see `judged`,
- truncations: [{dim, num_fine, scores: {set: score}}], whole items first; [] where only those were trained,
+ truncations: [{dim, num_fine, scores: {name: score}}], see `truncated`,
  other: [the same of other weights or settings, newest first]}
 
 The means are those of the sets that are there. A set that is scored again replaces its own score only.
@@ -23,9 +23,9 @@ from typing import Any, TypeVar, cast, get_type_hints
 from agff.embedder import Embedder
 from agff.errors import ConfigError, StorageError
 from agff.files import locked, partial_path, write_text
-from agff.nested import Truncation
 from agff.scoring import MmebReport, MmvpReport, PatternScore, SetScore, mmeb_report
 from launcher.evaluation.judged import Judged, JudgedScore, JudgedSet, judged_values, read_judged
+from launcher.evaluation.truncated import Truncated, merged, read_truncated, truncated_values
 
 _Score = TypeVar("_Score")
 _REASON = "because items are missing, unreadable or refused (--allow_missing)"
@@ -50,9 +50,8 @@ class Results:
     sets: Mapping[str, ScoredSet]
     mmvp: MmvpReport | None = None
     mmvp_date: str | None = None
-    truncated: Mapping[Truncation, Mapping[str, float]] = field(default_factory=dict)
-    """Of each truncation the score of each set, whole items first; MMVP's is its average."""
     judged: Judged = field(default_factory=dict)
+    truncated: Truncated = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -129,19 +128,10 @@ class ScoresFile:
         entry = JudgedSet(kind=kind, name=name, scores=tuple(scores), note=note, date=_now())
         self._merge(lambda results: replace(results, judged={**results.judged, (kind, name): entry}))
 
-    def add_truncated(self, name: str, scores: Mapping[Truncation, float]) -> None:
+    def add_truncated(self, scores: Truncated) -> None:
         """Write what a set scores with each truncation; those of other sets stay."""
-        if not scores:
-            return
-
-        def change(results: Results) -> Results:
-            before = results.truncated
-            return replace(
-                results,
-                truncated={cut: {**before.get(cut, {}), name: score} for cut, score in scores.items()},
-            )
-
-        self._merge(change)
+        if scores:
+            self._merge(lambda results: replace(results, truncated=merged(results.truncated, scores)))
 
     def results(self) -> tuple[Results, int]:
         """(what is in the file of these weights and settings, how many others are in it)."""
@@ -202,9 +192,7 @@ def _values(results: Results, model: str) -> dict[str, Any]:
         "mmeb": mmeb_values,
         "mmvp": {**asdict(mmvp), "date": results.mmvp_date} if mmvp is not None else None,
         **judged_values(results.judged),
-        "truncations": [
-            {**asdict(truncation), "scores": dict(scores)} for truncation, scores in results.truncated.items()
-        ],
+        "truncations": truncated_values(results.truncated),
     }
 
 
@@ -228,10 +216,7 @@ def _results(values: Mapping[str, Any]) -> Results:
         mmvp=report,
         mmvp_date=mmvp["date"] if mmvp is not None else None,
         judged=read_judged(values, _from_values),
-        truncated={
-            _from_values(Truncation, entry): {name: float(score) for name, score in entry["scores"].items()}
-            for entry in values["truncations"]
-        },
+        truncated=read_truncated(values, _from_values),
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from agff.nested import Truncation
 from agff.scoring import MeanScore, MmebReport, MmvpReport, PatternScore, SetScore
+from launcher.evaluation.truncated import Truncated
 
 WIDTH = 100
 """Columns of a table; longer names are cut."""
@@ -47,26 +47,31 @@ def mmvp_table(report: MmvpReport) -> str:
     return f"{sentence}\n\n{aligned([header, None, *rows[:-1], None, rows[-1]], num_text_columns=1)}"
 
 
-def truncations_table(
-    truncated: Mapping[Truncation, Mapping[str, float]], *, mmeb_sets: Sequence[str]
-) -> str:
-    """A row for each truncation: the mean over MMEB's sets, then every other score."""
+def truncations_tables(truncated: Truncated, *, mmeb_sets: Sequence[str]) -> list[str]:
+    """A row for each truncation: the mean over MMEB's sets, then every other score, four in a table."""
+    names = list(dict.fromkeys(name for scores in truncated.values() for name in scores))
+    inside = [name for name in names if name in mmeb_sets]
+    columns = {"mean of MMEB": inside} if inside else {}
+    columns |= {name: [name] for name in names if name not in inside}
     sentence = (
         "Shorter embeddings: the first numbers of each vector, re-normalised, and the first fine vectors.\n"
-        "MMEB is the mean of its sets; their own scores are in the file."
+        "Scores in percent; those of each of MMEB's sets are in the file."
     )
-    scored = list(dict.fromkeys(name for scores in truncated.values() for name in scores))
-    inside = [name for name in scored if name in mmeb_sets]
-    others = [name for name in scored if name not in mmeb_sets]
-    names = [*(["MMEB %"] if inside else []), *(f"{name} %" for name in others)]
-    rows = []
-    for cut, scores in truncated.items():
-        numbers = f"{cut.dim * (1 + cut.num_fine):,}"
-        mean = [sum(scores[name] for name in inside) / len(inside)] if inside else []
-        values = [*mean, *(scores[name] for name in others)]
-        rows.append([str(cut.dim), str(cut.num_fine), numbers, *(f"{value:.1f}" for value in values)])
-    header = ["dim", "fine vectors", "numbers an item", *names]
-    return f"{sentence}\n\n{aligned([header, None, *rows], num_text_columns=1)}"
+    tables = []
+    for start in range(0, len(columns), 4):
+        some = dict(list(columns.items())[start : start + 4])
+        rows = [
+            [
+                str(cut.dim),
+                str(cut.num_fine),
+                f"{cut.dim * (1 + cut.num_fine):,}",
+                *(f"{sum(scores[name] for name in part) / len(part):.1f}" for part in some.values()),
+            ]
+            for cut, scores in truncated.items()
+        ]
+        header = ["dim", "fine", "numbers", *(_cut(name, 17) for name in some)]
+        tables.append(f"{sentence}\n\n{aligned([header, None, *rows], num_text_columns=1)}")
+    return tables
 
 
 def note_lines(note: str) -> str:

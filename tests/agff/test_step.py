@@ -47,8 +47,10 @@ TREATED = Contrastive(
     hardness_weight=9.0,
 )
 """Drops some, not all: see test_the_treatments_of_the_cases_choose_among_the_candidates."""
+NESTED = Contrastive(nested_dims=[5], nested_fine=[0, 2], nested_weights=[0.5, 1.0, 2.0], bidirectional=True)
 CASES: list[tuple[int | TokenBudget, Objective, int]] = [
     *CONTRASTIVE,
+    *((chunking, NESTED, 4) for chunking in (2, 4)),
     *(
         (chunking, TREATED, num_fine)
         for chunking in (1, 4, TokenBudget(max_tokens=22))

@@ -90,6 +90,21 @@ def test_the_loss_equals_a_loop_over_pairs_and_tokens(weights: tuple[float, floa
     assert result.loss.item() == pytest.approx(slow_loss(*sides(), weights=weights), rel=1e-12)
 
 
+def test_prefixes_of_the_vectors_count_in_the_embedding_loss_alone() -> None:
+    weights = (0.5, 2.0)
+    short = [
+        {**side, "embedding": torch.nn.functional.normalize(side["embedding"][..., :3], dim=-1)}
+        for side in sides()
+    ]
+    whole_loss, short_loss = (
+        slow_loss(given[0], given[1], given[2], weights=weights) for given in (sides(), short)
+    )
+    objective = MmGem(embedding_weight=0.5, generation_weight=2.0, nested_dims=[3], nested_weights=[3.0])
+    result = objective(*sides(), a_batch(), FusionConfig())
+    assert result.loss.item() == pytest.approx((whole_loss + 3 * short_loss) / 4, rel=1e-12)
+    assert short_loss != pytest.approx(whole_loss, rel=1e-3)
+
+
 def test_gradients_of_the_loss_at_all_its_inputs() -> None:
     """The temperature's among them."""
     inputs = [side[name] for side in sides() for name in NAMES if name != "caption_tokens"]
@@ -293,6 +308,8 @@ def test_a_text_without_words_is_a_bad_sample() -> None:
         ({"generation_weight": -0.5}, "loss.generation_weight=-0.5 must be >= 0"),
         ({"grid": 0}, "loss.grid=0 must be >= 1"),
         ({"region_grid": 0}, "loss.region_grid=0 must be >= 1"),
+        ({"nested_fine": [0]}, r"loss.nested_fine=\[0\]: an item has one vector with mm_gem"),
+        ({"nested_dims": [4, 2]}, r"loss.nested_dims=\[4, 2\] must increase"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], says: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from agff.backbone import load_backbone
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
+from agff.nested import Truncations
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
 from agff.similarity import FusionConfig
@@ -88,6 +89,19 @@ def recalls(root: Path, name: str, field: str = "recall_at_1") -> dict[tuple[str
 
 
 T2I, I2T = "text to image", "image to text"
+
+
+def test_each_trained_truncation_is_scored_on_every_layout(tmp_path: Path, images: dict[str, str]) -> None:
+    root = write_all(tmp_path / "sets", images)
+    model = FineColourModel()
+    model.truncations = Truncations(fine=[0])
+    assert evaluate(root, model=model) == 0
+    whole, blind = scores(root)["truncations"]
+    names = [f"{name}, {to}" for name in ("COCO", "Flickr30k", "ShareGPT4V", "Urban1k") for to in (T2I, I2T)]
+    names += [f"SugarCrepe, {subset}" for subset in SUBSETS]
+    assert (whole["num_fine"], blind["num_fine"]) == (1, 0)
+    assert whole["scores"] == dict.fromkeys(names, 100)
+    assert blind["scores"] == dict.fromkeys(names, 0), "the global vector of a text says nothing"
 
 
 def test_perfect_model_scores_a_hundred_on_every_layout(

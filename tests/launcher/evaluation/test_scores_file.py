@@ -66,10 +66,10 @@ def test_scores_of_truncations_are_kept_set_by_set(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     whole, short = Truncation(dim=8, num_fine=2), Truncation(dim=4, num_fine=0)
     scores_file(path).add_set(score_of("A", hits=2), note=None)
-    scores_file(path).add_truncated("A", {whole: 20.0, short: 10.0})
-    scores_file(path).add_truncated("MMVP", {whole: 50.0, short: 0.0})
-    scores_file(path).add_truncated("A", {whole: 20.0, short: 15.0})
-    scores_file(path).add_truncated("B", {})
+    scores_file(path).add_truncated({whole: {"A": 20.0}, short: {"A": 10.0}})
+    scores_file(path).add_truncated({whole: {"MMVP": 50.0}, short: {"MMVP": 0.0}})
+    scores_file(path).add_truncated({whole: {"A": 20.0}, short: {"A": 15.0}})
+    scores_file(path).add_truncated({})
     assert json.loads(path.read_text())["truncations"] == [
         {"dim": 8, "num_fine": 2, "scores": {"A": 20.0, "MMVP": 50.0}},
         {"dim": 4, "num_fine": 0, "scores": {"A": 15.0, "MMVP": 0.0}},

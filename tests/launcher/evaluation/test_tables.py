@@ -8,7 +8,7 @@ import pytest
 
 from agff.nested import Truncation
 from agff.scoring import MmebReport, SetScore, mmeb_report, mmvp_report, set_score
-from launcher.evaluation.tables import WIDTH, mmeb_table, mmvp_table, note_lines, truncations_table
+from launcher.evaluation.tables import WIDTH, mmeb_table, mmvp_table, note_lines, truncations_tables
 
 
 def score_of(name: str, *, meta_task: str = "vqa", hits: int = 5) -> SetScore:
@@ -60,12 +60,24 @@ def test_truncations_have_a_row_each_with_the_mean_of_mmebs_sets() -> None:
         Truncation(dim=1536, num_fine=4): {"A": 40.0, "B": 60.0, "MMVP": 30.0},
         Truncation(dim=256, num_fine=0): {"A": 30.0, "B": 51.0, "MMVP": 20.0},
     }
-    rows = [row.split() for row in rows_of(truncations_table(truncated, mmeb_sets=["B", "A"]))]
-    assert ["dim", "fine", "vectors", "numbers", "an", "item", "MMEB", "%", "MMVP", "%"] in rows
-    assert ["1536", "4", "7,680", "50.0", "30.0"] in rows
-    assert ["256", "0", "256", "40.5", "20.0"] in rows
-    alone = truncations_table({cut: {"MMVP": s["MMVP"]} for cut, s in truncated.items()}, mmeb_sets=[])
-    assert "MMEB %" not in alone
+    [table] = truncations_tables(truncated, mmeb_sets=["B", "A"])
+    header, _, *rows = rows_of(table)
+    assert header.split("  ")[-1] == "MMVP"
+    assert "mean of MMEB" in header
+    assert [row.split() for row in rows] == [
+        ["1536", "4", "7,680", "50.0", "30.0"],
+        ["256", "0", "256", "40.5", "20.0"],
+    ]
+
+
+def test_many_scores_of_truncations_are_several_tables_of_a_hundred_columns() -> None:
+    scores = {f"SugarCrepe, subset with a long name {number}": 10.0 * number for number in range(9)}
+    tables = truncations_tables({Truncation(dim=131_072, num_fine=10): scores}, mmeb_sets=[])
+    assert len(tables) == 3
+    assert max(len(line) for table in tables for line in table.splitlines()) <= WIDTH
+    found = [cell for table in tables for row in rows_of(table)[2:] for cell in row.split()[3:]]
+    assert found == [f"{score:.1f}" for score in scores.values()]
+    assert truncations_tables({}, mmeb_sets=["A"]) == []
 
 
 def test_left_out_items_have_a_column_only_where_there_are_some() -> None:

@@ -88,9 +88,8 @@ class MmGem(Nested):
         embedding = self.nested_result(
             lambda q, t, n: _embedding_result(q, t, n, batch), query, target, negative
         )
-        nll, tokens = (
-            torch.cat([side[name] for side in (query, target, negative)])
-            for name in ("caption_nll", "caption_tokens")
+        nll, tokens = (  # not of the negatives: they have no captions, and what pads them is any row
+            torch.cat([query[name], target[name]]) for name in ("caption_nll", "caption_tokens")
         )
         generation = weighted_mean_over_all_rows(nll / tokens.clamp(min=1), tokens)
         loss = self.embedding_weight * embedding.loss + self.generation_weight * generation

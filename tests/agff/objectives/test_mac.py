@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 import agff
 from agff.batch import ModelInputs
 from agff.errors import ConfigError
-from agff.grad_cache import as_leaves
+from agff.grad_cache import as_leaves, sides_as_leaves
 from agff.objectives.mac import Mac, TokenMean
 from agff.similarity import FusionConfig
 from tests.agff.objectives import mac_case
@@ -178,8 +178,7 @@ def test_the_objective_has_targets_and_explicit_negatives_as_candidates_but_equa
     objective = Mac(temperature=TAU, **WEIGHTS)
     model = PlainEngine(tiny_model(num_fine, head=TokenMean(IMAGE_TOKEN)))
     batch = mac_case.prepared(batch_of(rows, 18, num_fine))
-    with torch.no_grad():
-        query, target, negative = batch.split([model.encode(part) for part in batch.chunks])
+    query, target, negative = sides_as_leaves(batch, [model.encode(part) for part in batch.chunks])
     result = objective(query, target, negative, batch, FusionConfig(beta=0.1))
     place = {j: k for k, j in enumerate(j for j, row in enumerate(rows) if "negative" in row)}
 

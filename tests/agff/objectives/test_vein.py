@@ -364,7 +364,9 @@ def test_masks_and_dropout_are_the_same_in_both_passes() -> None:
     result = train_step(two_passes, objective, FusionConfig(), batch)
     one_graph = seeded()
     others = [one_graph.encode(part) for part in batch.chunks[1:]]
-    expected = objective(*batch.split([one_graph.encode(batch.chunks[0]), *others]), batch, FusionConfig())
+    encoded = [one_graph.encode(batch.chunks[0]), *others]
+    rows = {name: torch.cat([chunk[name] for chunk in encoded]) for name in encoded[0]}
+    expected = objective(*batch.split(rows), batch, FusionConfig())
     expected.loss.backward()
     assert result.loss.item() == pytest.approx(expected.loss.item(), abs=1e-12)
     gradients = {name: p.grad for name, p in one_graph.model.named_parameters() if p.grad is not None}

@@ -55,19 +55,22 @@ def sides_as_leaves(batch: Batch, encoded: Sequence[Encoded]) -> tuple[Encoded, 
     return sides
 
 
-def gradients_of_chunks(
-    loss: Tensor, sides: Sequence[Encoded], batch: Batch, sizes: Sequence[int]
-) -> list[Gradients]:
-    """Gradient of the loss at each named output of each chunk, of that many rows; zeros where the loss does
-    not use one, so that all ranks go back through the same modules."""
+def gradients_at(loss: Tensor, sides: Sequence[Encoded]) -> list[Gradients]:
+    """Gradient of the loss at each named output of each side; zeros where the loss does not use one, so that
+    all ranks go back through the same modules."""
     flat = [tensor for side in sides for tensor in side.values()]
-    found = torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True)
-    names = list(sides[0])
+    found = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True))
+    return [{name: next(found) for name in side} for side in sides]
+
+
+def gradients_of_chunks(of_sides: list[Gradients], batch: Batch, sizes: Sequence[int]) -> list[Gradients]:
+    """The same by chunk, of that many rows each; uses up the list."""
     rows = {
-        name: batch.add_up(found[index :: len(names)], num_rows=sum(sizes)).split(list(sizes))
-        for index, name in enumerate(names)
+        name: batch.add_up([side[name] for side in of_sides], num_rows=sum(sizes)).split(list(sizes))
+        for name in of_sides[0]
     }
-    return [{name: rows[name][index] for name in names} for index in range(len(sizes))]
+    of_sides.clear()
+    return [{name: parts[index] for name, parts in rows.items()} for index in range(len(sizes))]
 
 
 def surrogate(encoded: Encoded, gradients: Gradients) -> Tensor:

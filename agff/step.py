@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from agff.batch import Batch, Encoded, ModelInputs
@@ -13,6 +14,7 @@ from agff.collectives import max_over_ranks
 from agff.grad_cache import (
     backward_through_chunks,
     encode_without_graph,
+    gradients_at,
     gradients_of_chunks,
     sides_as_leaves,
     surrogate,
@@ -82,8 +84,11 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
     sizes = [len(chunk["embedding"]) for chunk in (kept, *encoded)]
     sides = sides_as_leaves(batch, [kept, *encoded])
     del encoded  # the sides are a copy
+    is_finite = {name: _is_finite(name, sides) for name in kept}
     result = objective(*sides, batch, fusion)
-    first_gradients, *gradients = gradients_of_chunks(result.loss, sides, batch, sizes)
+    of_sides = gradients_at(result.loss, sides)
+    del sides  # before the gradients are copied into the order of the rows
+    first_gradients, *gradients = gradients_of_chunks(of_sides, batch, sizes)
     engine.backward(surrogate(kept, first_gradients), not others)
     backward_through_chunks(engine.encode, others, gradients, random_states, engine.backward)
     applied = engine.step()
@@ -92,9 +97,10 @@ def train_step(engine: StepEngine, objective: Objective, fusion: FusionConfig, b
         metrics=result.metrics,
         pair_loss_B=result.pair_loss_B,
         applied=applied,
-        not_finite=() if applied else _not_finite(sides),
+        not_finite=() if applied else tuple(name for name, found in is_finite.items() if not found),
     )
 
 
-def _not_finite(sides: Sequence[Encoded]) -> tuple[str, ...]:
-    return tuple(name for name in sides[0] if not all(side[name].isfinite().all() for side in sides))
+def _is_finite(name: str, sides: Sequence[Encoded]) -> Tensor:
+    """Whether that output is, on the device: only a step that changed nothing waits for it."""
+    return torch.stack([side[name].isfinite().all() for side in sides]).all()

@@ -11,6 +11,7 @@ Boxes are in pixels of the upright image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class ImageRegions:
     @property
     def settings(self) -> Mapping[str, Any]:
         """See Layout."""
-        return {"layout": "regions"}
+        return {"layout": "regions", "images": os.path.relpath(self.images, self.root.parent)}
 
     def sources(self) -> list[str]:
         """See Layout."""

@@ -327,7 +327,7 @@ def test_each_layout_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert list(read_manifest(LocalFolder(tmp_path / "other")).sources) == ["NLI"]
     assert main([*layouts["captions"], "--out", str(tmp_path / "out_texts")]) == 2
-    assert "holds a conversion with other layout, subsets; remove it" in capsys.readouterr().err
+    assert "holds a conversion with other images, layout, subsets; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -381,3 +381,17 @@ def test_half_a_surrogate_pair_rejects_its_row_alone(tmp_path: Path, layout: str
     (path,) = (tmp_path / "out").glob("*/rejected.jsonl")
     assert all("reason" in json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     assert "half a surrogate pair" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", ["captions", "regions"])
+def test_images_of_another_folder_are_no_continuation(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = write_layouts(tmp_path / "first")[layout]
+    command = [*arguments, "--out", str(tmp_path / "out"), "--processes", "1"]
+    assert main(command) == 0
+    assert main([*command, "--images", str(tmp_path / "first")]) == 2
+    assert "holds a conversion with other images; remove it" in capsys.readouterr().err
+    moved = [value.replace(str(tmp_path / "first"), str(tmp_path / "moved")) for value in command]
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(moved) == 0

@@ -294,4 +294,6 @@ def _write_rejected(path: Path, records: Iterable[ShardRecord]) -> None:
         for record in records
         for row, reason in sorted((*record.rejected, *record.left_out), key=lambda entry: entry[0])
     ]
-    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    # half a surrogate pair in a path or a name of the source cannot be written as it is
+    write_text(path, text.encode(errors="backslashreplace").decode())

@@ -140,6 +140,8 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
             try:
                 region = functools.partial(self.plan.region, step=step, row=row, attempt=len(failures))
                 example = decode_sample(self.reader.read(name, sample), name, region)
+                if self.vectors and self.vectors.is_absent(name, sample):
+                    raise DataError(f"{example.address}: the teacher has no vector of a side of it")
             except DataError as error:  # not StorageError: the order must not depend on the network
                 failures.append(str(error))
                 skipped.append(SkippedSample(name, str(error)))

@@ -65,6 +65,11 @@ class Vectors:
             raise DataError(not_finite(_path(self.folder, source), sample))
         return vectors
 
+    def is_absent(self, source: str, sample: int) -> bool:
+        """Whether the teacher could not take a side of the sample, which is zeros (launcher/embed.py said
+        why)."""
+        return not self._arrays[source][sample].any(axis=-1).all()
+
     def problems(self, *, part: int, num_parts: int, shows_progress: bool) -> list[str]:
         """One line for each of every `num_parts`-th file that is not as it was written or holds what is not
         finite. Reads the files."""

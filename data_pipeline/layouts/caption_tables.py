@@ -15,7 +15,6 @@ Images that lie in the tables stay in memory until the set is scored, 0.8 GB for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from agff.batch import MMEB_TEXTS, text_problem
 from agff.errors import DataError
 from data_pipeline.layouts.caption_set import CaptionSet, Image, caption_set
 from data_pipeline.layouts.columns import ColumnKind, image_cell, read_rows
+from data_pipeline.layouts.json_rows import read_json
 from data_pipeline.layouts.parts import check_parts
 
 DESCRIPTION = "caption_set.json"
@@ -44,6 +44,10 @@ def read_caption_tables(folder: Path, *, images_root: Path | None) -> CaptionSet
     """The set in a folder. Raises DataError with the addresses of what is wrong with its tables."""
     paths = tables_of_test_split(folder)
     check_parts(paths)
+    if len(folders := sorted({str(path.parent) for path in paths})) > 1:
+        raise DataError(
+            f"{folder}: the split test is in {' and in '.join(folders)}, and would be read twice; keep one"
+        )
     lowered = folder.name.lower()
     known = next((key for key in _PUBLISHED if key in lowered), None)
     name, expected = _PUBLISHED[known] if known else (folder.name, None)
@@ -63,17 +67,14 @@ def _rows(folder: Path, paths: list[Path], *, most: int | None) -> Iterator[tupl
         for number, row in read_rows(path, _COLUMNS):
             texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
             address = f"{folder.name}/{path.relative_to(folder)}:row {number}"
-            yield address, image_cell(row["image"]), [text for text in texts if text is not None][:most]
+            yield address, image_cell(row["image"]), [text or "" for text in texts][:most]
 
 
 def _description(path: Path) -> tuple[str, str | None]:
     """(text beside each image, note) of a set's own description; the usual ones without it."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return MMEB_TEXTS.image_alone, None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON in UTF-8: {error}") from None
+    values = read_json(path)
     keys = ("image_text", "note")
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise DataError(f"{path}: expected {{{', '.join(keys)}}} with texts, found {values!r:.100}")

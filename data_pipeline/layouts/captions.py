@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Captions:
     @property
     def settings(self) -> Mapping[str, Any]:
         """See Layout."""
-        return {"layout": "captions"}
+        return {"layout": "captions", "images": os.path.relpath(self.images, self.root)}
 
     def sources(self) -> list[str]:
         """See Layout."""

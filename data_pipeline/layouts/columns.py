@@ -3,7 +3,7 @@ type."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,12 +151,22 @@ def schema_findings(table: pq.ParquetFile, columns: Mapping[str, ColumnKind], pa
         findings.append(f"{path}: missing columns {', '.join(missing)}; found {', '.join(schema.names)}")
     for name, kind in columns.items():
         if (count := schema.names.count(name)) > 1:
-            findings.append(f"{path}: column {name} is there twice; which one counts cannot be known")
+            findings.append(_is_twice(path, name))
         elif count and not kind.accepts(schema.field(name).type):
             findings.append(
                 f"{path}:{_first_value(table, name)} ({schema.field(name).type}); it must be {kind}"
             )
     return findings
+
+
+def refuse_columns_twice(path: Path, found: Sequence[str], read: Collection[str]) -> None:
+    """Raise DataError for a column that is read and there twice."""
+    if twice := sorted({name for name in read if found.count(name) > 1}):
+        raise DataError("\n".join(_is_twice(path, name) for name in twice))
+
+
+def _is_twice(path: Path, name: str) -> str:
+    return f"{path}: column {name} is there twice; which one counts cannot be known"
 
 
 def _first_value(table: pq.ParquetFile, name: str) -> str:

@@ -11,6 +11,7 @@ Boxes are in pixels of the upright image.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from agff.errors import DataError
-from data_pipeline.layouts.columns import open_table, rows_between
+from data_pipeline.layouts.columns import open_table, refuse_columns_twice, rows_between
 from data_pipeline.layouts.json_rows import json_rows
 from data_pipeline.layouts.refcoco import INSTANCES_FILE, refcoco_rows
 from data_pipeline.layouts.training_rows import RegionRow, below, region
 
 Kind = Literal["regions", "visual_genome", "refcoco"]
+_COLUMNS = ("image", "id", "regions", "width", "height")
 _GENOME_FOLDERS = ("", "VG_100K", "VG_100K_2")
 
 
@@ -41,7 +43,7 @@ class ImageRegions:
     @property
     def settings(self) -> Mapping[str, Any]:
         """See Layout."""
-        return {"layout": "regions"}
+        return {"layout": "regions", "images": os.path.relpath(self.images, self.root.parent)}
 
     def sources(self) -> list[str]:
         """See Layout."""
@@ -54,6 +56,7 @@ class ImageRegions:
         elif self.root.suffix == ".parquet":
             with open_table(self.root) as table:
                 count = table.metadata.num_rows
+                refuse_columns_twice(self.root, table.schema_arrow.names, _COLUMNS)
         else:
             count = json_rows(self.root).num_rows
         if not count:
@@ -123,23 +126,24 @@ class ImageRegions:
         return RegionRow(image=path, regions=tuple(found), size=(width, height) if is_known else None)
 
     def _of_genome(self, row: Mapping[str, Any]) -> RegionRow:
-        paths = [self.images / folder / f"{row.get('id')}.jpg" for folder in _GENOME_FOLDERS]
-        if not isinstance(row.get("id"), int):
-            raise DataError(f"id {row.get('id')!r:.60} must be a number")
+        number = row.get("id")
+        if type(number) is not int or not 0 <= number < 2**63:  # longer ones are no name of a file
+            raise DataError(f"id {number!r:.60} must be the number of an image")
+        paths = [self.images / folder / f"{number}.jpg" for folder in _GENOME_FOLDERS]
         found = []
-        for number, each in enumerate(_listed(row)):
+        for place, each in enumerate(_listed(row)):
             x, y, width, height, phrase = _of(each, "x", "y", "width", "height", "phrase")
             try:
                 box: Any = [x, y, x + width, y + height]
             except TypeError:
                 box = [x, y, width, height]
-            found.append(region(box, phrase, f"region {_of(each, 'region_id')[0] or number}"))
+            found.append(region(box, phrase, f"region {_of(each, 'region_id')[0] or place}"))
         image = next((path for path in paths if path.is_file()), paths[0])
         return RegionRow(image=image, regions=tuple(found))
 
 
 def _columns(found: list[str]) -> list[str]:
-    return [name for name in found if name in ("image", "id", "regions", "width", "height")]
+    return [name for name in found if name in _COLUMNS]
 
 
 def _listed(row: Mapping[str, Any]) -> list[Any]:

@@ -23,6 +23,27 @@ _LONGEST_TOKEN = 32
 """An error nearer to the end of what was read may be that of an object that was read in part."""
 
 
+def read_json(path: Path) -> Any:
+    """The value of a JSON file that is held as a whole. Raises DataError, also for a key that is there twice:
+    which one counts cannot be known."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_key_once)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+    except RecursionError:
+        raise DataError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # of JSON and of UTF-8
+        raise DataError(f"{path}: not JSON in UTF-8: {error}; fix it, or download it again") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return values
+
+
 @dataclass(frozen=True, kw_only=True)
 class JsonRows:
     """How many rows a file has, and where some of them begin."""
@@ -83,6 +104,7 @@ def _objects(path: Path, place: int) -> Iterator[tuple[int, dict[str, Any]]]:
                 while (value := text.next_object()) is not None:
                     yield value
                 if text.is_done():
+                    text.refuse_more(file)
                     return
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: text is not UTF-8: {error.reason}") from None
@@ -130,6 +152,8 @@ class _Text:
                 return None
             what = f"damaged or cut short behind byte {self.place:,}: {error.msg}"
             raise DataError(f"{self.path}: {what}; download it again") from None
+        except ValueError as error:  # a number of more digits than Python reads
+            raise DataError(f"{self.path}: the object at byte {self.place:,}: {error}") from None
         place = self.place
         self._go_to(end)
         return place, value
@@ -143,6 +167,17 @@ class _Text:
         if self._is_end and self._needs_end and not rest:
             raise DataError(f"{self.path}: cut short at byte {self.place:,}; download it again")
         return rest.startswith("]") or self._is_end
+
+    def refuse_more(self, file: IO[bytes]) -> None:
+        """Raise DataError for anything behind the end of the list: a second list would be lost."""
+        rest = self._text[self._at + 1 :].encode()
+        while rest or (rest := file.read(_READ_BYTES)):
+            if rest.strip():
+                raise DataError(
+                    f"{self.path}: the list ends at byte {self.place:,} and {rest.strip()[:20]!r} follows; a "
+                    "file holds one list, or one object a line"
+                )
+            rest = b""
 
     def _go_to(self, at: int) -> None:
         self.place, self._at = self.place + len(self._text[self._at : at].encode()), at

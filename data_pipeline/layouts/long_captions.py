@@ -74,6 +74,8 @@ def _urban_row(name: str, path: Path) -> tuple[str, Image, list[str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{address}: not a text in UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"{address}: cannot be read: {error.strerror}") from None
     return address, f"image/{path.stem}.jpg", lines[:1]
 
 
@@ -103,3 +105,7 @@ def _first_rows(path: Path, count: int) -> Iterator[Any]:
                         raise DataError(f"{path}: the list is cut behind row {number - 1}; download it again")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text in UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+    except RecursionError:
+        raise DataError(f"{path}: row {number} is nested too deeply; download it again") from None

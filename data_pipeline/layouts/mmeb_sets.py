@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agff.errors import DataError
+from data_pipeline.layouts.json_rows import read_json
 
 # meta-task -> (sets whose training part is in MMEB-train, sets never trained on)
 _MMEB_SETS = {
@@ -101,8 +101,8 @@ def _read_sets_json(root: Path) -> dict[str, SetInfo]:
     path = root / "sets.json"
     if not path.exists():
         return {}
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_key_once)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
         common_note = _typed(content, "note", str, optional=True)
@@ -118,7 +118,7 @@ def _read_sets_json(root: Path) -> dict[str, SetInfo]:
             for name, entry in content.items()
             if name != "note"
         }
-    except ValueError as error:  # of JSON and of UTF-8 too
+    except ValueError as error:
         raise DataError(
             f'{path}: expected {{SET: {{"meta_task": TEXT, "in_distribution": true or false}}}}, '
             f"found {error}"
@@ -140,11 +140,3 @@ def _typed(values: Any, name: str, kind: type, *, optional: bool = False) -> Any
     if not isinstance(values[name], kind):
         raise ValueError(f"{name} = {values[name]!r}")
     return values[name]
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
-    return values

@@ -13,8 +13,8 @@ class or function that it asks for ends the reading.
 from __future__ import annotations
 
 import functools
-import json
 import pickle
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agff.errors import DataError
-from data_pipeline.layouts.json_rows import file_state
+from data_pipeline.layouts.columns import refuse_columns_twice
+from data_pipeline.layouts.json_rows import file_state, read_json
 from data_pipeline.layouts.training_rows import Region, RegionRow, below, region
 
 INSTANCES_FILE = "instances.json"
@@ -84,7 +85,9 @@ def _refcoco_rows(path: Path, images: Path, state: object) -> tuple[RegionRow | 
     for number, ref in enumerate(refs):
         has_fields = isinstance(ref, Mapping) and all(name in ref for name in _FIELDS)
         if not has_fields or not all(isinstance(ref[name], int) for name in ("ann_id", "image_id")):
-            raise DataError(f"{path}: reference {number} must have {', '.join(_FIELDS)}; found {ref!r:.100}")
+            raise DataError(
+                f"{path}: reference {number} must have {', '.join(_FIELDS)}; found {reprlib.repr(ref)}"
+            )
         if ref["split"] == "train":
             regions.setdefault(ref["image_id"], []).extend(_regions_of(ref, number, boxes))
     return tuple(_row(image_id, found, sizes, images) for image_id, found in regions.items())
@@ -93,11 +96,13 @@ def _refcoco_rows(path: Path, images: Path, state: object) -> tuple[RegionRow | 
 def _refs(path: Path) -> Sequence[Any]:
     if path.suffix == ".parquet":
         try:
-            refs = pq.read_table(path).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+            table = pq.read_table(path)
+            refuse_columns_twice(path, table.column_names, table.column_names)
+            refs = table.to_pylist()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot read the parquet file: {error}; download it again") from None
     else:
-        refs = _json(path) if path.suffix == ".json" else _read_pickle(path)
+        refs = read_json(path) if path.suffix == ".json" else _read_pickle(path)
     if not isinstance(refs, list):
         raise DataError(f"{path}: must hold a list of references, found {type(refs).__name__}")
     return refs
@@ -105,7 +110,7 @@ def _refs(path: Path) -> Sequence[Any]:
 
 def _instances(path: Path) -> tuple[dict[int, Mapping[str, Any]], dict[int, tuple[int, list[float]]]]:
     """(image by id, (image id, box) by annotation id)."""
-    values = _json(path)
+    values = read_json(path)
     try:
         images = {image["id"]: image for image in values["images"]}
         boxes = {}
@@ -144,12 +149,3 @@ def _row(
         return f"{INSTANCES_FILE}: image {image_id} has no {error}"
     except DataError as error:
         return str(error)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable JSON: {error}; download it again") from None

@@ -7,8 +7,6 @@ pixels of its image. Paths are looked for in the folder's images/ and in the fol
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +17,10 @@ import pyarrow.parquet as pq
 
 from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
-from data_pipeline.layouts.columns import image_cell
+from data_pipeline.layouts.columns import image_cell, refuse_columns_twice
 from data_pipeline.layouts.eval_items import EmbeddedImage, ItemTable, UniqueItems, refuse_all
+from data_pipeline.layouts.json_rows import read_json
+from data_pipeline.layouts.training_rows import is_number
 
 Box: TypeAlias = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the image."""
@@ -37,6 +37,8 @@ class RegionSet(ItemTable):
     phrases: tuple[tuple[int, int], ...]
     """(text, index of its region), as the tables have them."""
     num_regions_left_out: int = 0
+    num_phrases_left_out: int = 0
+    """Of those that differ, as they are asked."""
     note: str | None = None
 
     @property
@@ -56,12 +58,14 @@ class RegionSet(ItemTable):
         kept = sorted({region for _, region in phrases})
         if len(kept) < 2:
             phrases, kept = [], []
+        num_phrases = len({text for text, _ in self.phrases}) - len({text for text, _ in phrases})
         number = {region: position for position, region in enumerate(kept)}
         return replace(
             self,
             regions=tuple(self.regions[region] for region in kept),
             phrases=tuple((text, number[region]) for text, region in phrases),
             num_regions_left_out=self.num_regions_left_out + len(self.regions) - len(kept),
+            num_phrases_left_out=self.num_phrases_left_out + num_phrases,
         )
 
     def misfit(self, item: int, size: tuple[int, int]) -> str | None:
@@ -137,7 +141,8 @@ def _rows(folder: Path) -> Iterator[tuple[str, str | EmbeddedImage, list[Any]]]:
             address = f"{folder.name}/{path.name}:row {number}"
             try:
                 image, regions = image_cell(row["image"]), row["regions"]
-                if not image or not isinstance(image, str | EmbeddedImage) or not isinstance(regions, list):
+                is_bytes = isinstance(image, EmbeddedImage) and isinstance(image.content, bytes)
+                if not image or not (is_bytes or isinstance(image, str)) or not isinstance(regions, list):
                     raise TypeError("image must be a path or {bytes, path}, regions a list")
             except (KeyError, TypeError) as error:
                 raise DataError(
@@ -151,6 +156,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path) as table:
             if missing := {"image", "regions"} - set(table.schema_arrow.names):
                 raise DataError(f"{path}: missing columns {', '.join(sorted(missing))}; expected {_EXPECTED}")
+            refuse_columns_twice(path, table.schema_arrow.names, ("image", "regions"))
             for batch in table.iter_batches(batch_size=64, columns=["image", "regions"]):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -158,10 +164,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
-        raise DataError(f"{path}: not JSON in UTF-8: {error}") from None
+    content = read_json(path)
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of {{image, regions}}, found {content!r:.60}")
     return iter(content)
@@ -174,8 +177,7 @@ def _region(entry: Any) -> tuple[Box, str]:
     box, phrase = entry["box"], entry["phrase"]
     if not isinstance(phrase, str) or not phrase.strip():
         raise DataError(f"phrase must be a text, found {phrase!r:.80}")
-    is_numbers = isinstance(box, list | tuple) and all(type(value) in (int, float) for value in box)
-    if not is_numbers or len(box) != 4 or not all(map(math.isfinite, box)):
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(is_number, box)):
         raise DataError(f"box must be four numbers x0, y0, x1, y1, found {box!r:.80}")
     x0, y0, x1, y1 = map(float, box)
     if not (x0 < x1 and y0 < y1):

@@ -6,7 +6,6 @@ data/; the keys have gaps. Images are those of COCO's val2017.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
 from data_pipeline.layouts.eval_items import ItemTable, UniqueItems, refuse_all
+from data_pipeline.layouts.json_rows import read_json
 
 SUBSETS = {
     "replace_obj": 1_652,
@@ -60,10 +60,18 @@ class ChoiceSet(ItemTable):
 
     def without(self, gone: Collection[int]) -> ChoiceSet:
         """The set as it is scored when these items cannot be used: a choice is left out with any of its
-        three."""
+        three, and the note says of which subsets nothing remains."""
         hit = [choice for choice in self.choices if any(item in gone for item in choice.items)]
         kept = tuple(choice for choice in self.choices if not any(item in gone for item in choice.items))
-        return replace(self, choices=kept, left_out=(*self.left_out, *hit))
+        empty = {choice.subset for choice in self.choices} - {choice.subset for choice in kept}
+        notes = [] if self.note is None else [self.note]
+        if kept and empty:
+            notes.append(
+                f"{self.name}: nothing remains of {', '.join(sorted(empty))}; a mean without all of its "
+                "subsets is not given."
+            )
+        note = " ".join(notes) or None
+        return replace(self, choices=kept, left_out=(*self.left_out, *hit), note=note)
 
 
 def sugarcrepe_files(folder: Path) -> dict[str, Path]:
@@ -113,10 +121,7 @@ def read_sugarcrepe(folder: Path, *, images_root: Path | None) -> ChoiceSet:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
-        raise DataError(f"{path}: not JSON in UTF-8: {error}; download it again") from None
+    content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise DataError(f"{path}: expected {{key: {{{', '.join(_FIELDS)}}}}}, found {content!r:.60}")
     return iter(content.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -72,7 +72,7 @@ class RegionRow:
 
 def region(box: Any, phrase: Any, name: str) -> Region | str:
     """A region of what a file holds, or why it is none. Whether it is inside the image is not known yet."""
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_number, box)):
         return f"{name}: box {box!r:.60} must be four numbers, x0, y0, x1, y1"
     if not isinstance(phrase, str) or not phrase.strip():
         return f"{name}: phrase {phrase!r:.60} must be a text that is not empty"
@@ -82,5 +82,7 @@ def region(box: Any, phrase: Any, name: str) -> Region | str:
     return Region(box=(x0, y0, x1, y1), phrase=phrase.strip())
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold; JSON's integers have no limit."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max

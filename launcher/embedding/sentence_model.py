@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -105,24 +105,49 @@ def pool(states_BTH: Tensor, is_token_BT: Tensor, mode: PoolingMode) -> Tensor:
 
 
 def read_settings(folder: Path) -> SentenceSettings:
-    """From the folder's JSON files. Raises ConfigError with the name of what is not done here."""
+    """From the folder's JSON files. Raises ConfigError with the name of what is not done here, or of what
+    sentence-transformers would not write."""
+    try:
+        return _settings(folder)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: its JSON files are not those of a sentence-transformers folder: {error!r}; download "
+            "it again"
+        ) from None
+
+
+def _settings(folder: Path) -> SentenceSettings:
+    """Raises what Python does on values of another kind."""
     modules = _read(folder / MODULES_FILE)
     kinds = [_kind(folder, module) for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise _refused(folder, f"the modules {', '.join(kinds) or 'none'}")
-    transformer = folder / modules[0].get("path", "")
+    transformer = _inside(folder, modules[0].get("path", ""))
     own = _read(transformer / _TRANSFORMER_FILE) if (transformer / _TRANSFORMER_FILE).exists() else {}
     if (task := own.get("transformer_task", "feature-extraction")) != "feature-extraction":
         raise _refused(folder, f"transformer_task {task}")
-    pooling = _read(folder / modules[1]["path"] / "config.json")
+    pooling = _read(_inside(folder, modules[1]["path"]) / "config.json")
+    max_tokens = own.get("max_seq_length")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise ValueError(f"max_seq_length {max_tokens!r}")
     return SentenceSettings(
         transformer=transformer,
         pooling=_pooling_mode(folder, pooling),
         normalizes="Normalize" in kinds,
-        max_tokens=own.get("max_seq_length"),
+        max_tokens=max_tokens,
         lowers_case=bool(own.get("do_lower_case")),
         prompt=_prompt(folder, pooling),
     )
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """A module's folder. Raises ConfigError for one elsewhere: its files would not be in the identity."""
+    relative = PurePosixPath(path)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ConfigError(
+            f"{folder / MODULES_FILE}: the path {path!r} leaves the folder; all modules must lie in it"
+        )
+    return folder / relative
 
 
 def _kind(folder: Path, module: Mapping[str, Any]) -> str:
@@ -152,7 +177,10 @@ def _prompt(folder: Path, pooling: Mapping[str, Any]) -> str:
         return ""
     if not pooling.get("include_prompt", True):
         raise _refused(folder, "include_prompt false")
-    return values["prompts"][name]
+    prompt = values["prompts"][name]
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt {name!r} is {prompt!r:.60}")
+    return prompt
 
 
 def _refused(folder: Path, what: str) -> ConfigError:
@@ -165,7 +193,7 @@ def _refused(folder: Path, what: str) -> ConfigError:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}; download the folder again") from None
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Protocol, cast
 
-from PIL import Image
 from tqdm import tqdm
 
 from agff.cider import CiderD
 from agff.embedder import Embedder
-from agff.errors import CheckpointError, ConfigError, DataError
+from agff.errors import ConfigError, DataError
 from data_pipeline.layouts.caption_set import ReferenceSet
 from launcher.evaluation.scores import model_item
 
@@ -36,37 +34,25 @@ class CaptionQuality:
     num_images_left_out: int = 0
 
 
-class CaptionWriter(Protocol):
-    """A model that generates."""
-
-    def caption(self, image: Image.Image, *, max_tokens: int) -> str:
-        """What it says of the image."""
-
-
-def caption_writer(model: Embedder) -> CaptionWriter:
-    """The model, as one that writes captions. Raises ConfigError where it does not."""
-    if not callable(getattr(model, "caption", None)):
+def check_writes_captions(model: Embedder) -> None:
+    """Raise ConfigError for a model that does not generate."""
+    if model.processor.cells is None:
         raise ConfigError(
             "--caption_quality: this model only embeds, it writes no captions; name a model trained with "
             "`objective: mm_gem`"
         )
-    return cast(CaptionWriter, model)
 
 
 def captions_of(model: Embedder, images: ReferenceSet) -> tuple[dict[int, str], dict[int, str]]:
     """({image: what the model says of it}, {image: why it has no caption}). One image is open at a time."""
-    writer = caption_writer(model)
     said, refused = {}, {}
     for item in tqdm(images.used, desc=f"captions of {images.name}", unit="image", file=sys.stderr):
         try:
-            image = cast(Image.Image, model_item(images.items[item]).image)
-            caption = writer.caption(image, max_tokens=MAX_TOKENS)
+            image = model_item(images.items[item]).image
+            assert image is not None, "a reference set is of images"
+            [said[item]] = model.caption(image, max_tokens=MAX_TOKENS)
         except DataError as error:
             refused[item] = str(error)
-            continue
-        if not isinstance(caption, str):
-            raise CheckpointError(f"{images.name}: one caption of an image is a text, found {caption!r:.80}")
-        said[item] = caption
     return said, refused
 
 

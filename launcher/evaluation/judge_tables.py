@@ -3,11 +3,12 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from agff.recall import ChoiceScore, RecallScore, mean_choices
-from launcher.evaluation.caption_quality import CaptionQuality
+from data_pipeline.layouts.sugarcrepe import SUBSETS
+from launcher.evaluation.caption_quality import CONSTANT_CANDIDATES, CaptionQuality
 from launcher.evaluation.judged import Judged, JudgedSet
 from launcher.evaluation.tables import aligned
 
@@ -61,7 +62,7 @@ def _captions_table(sets: Sequence[JudgedSet]) -> str:
             rows += [
                 [entry.name, direction, name, "", "", f"{published[entry.name][place]:.1f}", "", "", ""]
                 for name, published in ANCHORS.items()
-                if entry.name in published and entry.note is None
+                if _is_published(entry, published)
             ]
     return f"{sentence}\n\n{aligned([_RECALL_HEADER, *rows], num_text_columns=3)}"
 
@@ -85,7 +86,7 @@ def _choices_table(sets: Sequence[JudgedSet]) -> str:
             rows += [None, *map(_choice_row, of_view)]
             rows += [_choice_row(mean) for mean in group_means(of_view)]
         for name, published in ANCHORS.items():
-            if entry.name in published and entry.note is None:
+            if _is_published(entry, published):
                 values = zip(GROUPS, published[entry.name], strict=True)
                 rows += [None, *([f"mean {group}", name, "", f"{value:.1f}", ""] for group, value in values)]
     header = ["subset", "by", "pairs", "score %", "chance %"]
@@ -93,15 +94,20 @@ def _choices_table(sets: Sequence[JudgedSet]) -> str:
 
 
 def group_means(scores: Sequence[ChoiceScore]) -> list[ChoiceScore]:
-    """The means of SugarCrepe's groups, of scores by one similarity; a group without a subset is left out."""
-    of_group = {group: [s for s in scores if s.subset.split("_")[0] == group] for group in GROUPS}
-    return [mean_choices(f"mean {group}", subsets) for group, subsets in of_group.items() if subsets]
+    """The means of SugarCrepe's groups, of scores by one similarity; a group that lacks a subset has none."""
+    of_subset = {score.subset: score for score in scores}
+    members = {group: [name for name in SUBSETS if name.split("_")[0] == group] for group in GROUPS}
+    return [
+        mean_choices(f"mean {group}", [of_subset[name] for name in names])
+        for group, names in members.items()
+        if of_subset.keys() >= set(names)
+    ]
 
 
 def _quality_table(sets: Sequence[JudgedSet]) -> str:
     sentence = (
-        "Captions: CIDEr-D, 0 to 10, of what the model writes, and of the best constant caption, which is\n"
-        "what a model gets that looks at no image."
+        "Captions: CIDEr-D, 0 to 10, of what the model writes, and of a constant caption, the best of\n"
+        f"{CONSTANT_CANDIDATES} references, which is what a model gets that looks at no image."
     )
     rows = []
     for entry in sets:
@@ -118,6 +124,11 @@ def _quality_table(sets: Sequence[JudgedSet]) -> str:
             )
     header = ["set", "constant caption", "images", "references", "CIDEr-D", "constant"]
     return f"{sentence}\n\n{aligned([header, None, *rows], num_text_columns=2)}"
+
+
+def _is_published(entry: JudgedSet, published: Mapping[str, object]) -> bool:
+    """Whether these scores are of what the published ones are of: of the same set, and of the whole of it."""
+    return entry.name in published and entry.note is None and entry.left_out is None
 
 
 def _of_type(entry: JudgedSet, score_class: type[_Score]) -> list[_Score]:

@@ -10,10 +10,10 @@ from data_pipeline.layouts.caption_set import CaptionSet, ReferenceSet
 from data_pipeline.layouts.region_set import RegionSet
 from data_pipeline.layouts.sugarcrepe import ChoiceSet
 from launcher.evaluation.benchmarks import Benchmark, JudgedBenchmark
-from launcher.evaluation.caption_quality import caption_writer, captions_of, score_quality
+from launcher.evaluation.caption_quality import captions_of, check_writes_captions, score_quality
 from launcher.evaluation.caption_scores import score_captions, score_choices
 from launcher.evaluation.judged import JudgedScore
-from launcher.evaluation.region_scores import encode_region_set, region_encoder, score_regions
+from launcher.evaluation.region_scores import check_embeds_regions, encode_region_set, score_regions
 from launcher.evaluation.scores import encode_used
 
 
@@ -21,9 +21,9 @@ def check_model(model: Embedder, benchmarks: Sequence[Benchmark]) -> None:
     """Raise ConfigError for a set that asks what this model cannot do."""
     for benchmark in benchmarks:
         if isinstance(benchmark, ReferenceSet):
-            caption_writer(model)
+            check_writes_captions(model)
         elif isinstance(benchmark, RegionSet):
-            region_encoder(model)
+            check_embeds_regions(model)
 
 
 def model_says(model: Embedder, benchmark: Benchmark, *, batch_size: int) -> tuple[Any, dict[int, str]]:

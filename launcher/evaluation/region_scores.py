@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Protocol, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,20 +16,12 @@ from launcher.evaluation.caption_scores import direction_score
 from launcher.evaluation.scores import encode_items, model_item
 
 
-class RegionEncoder(Protocol):
-    """A model that embeds parts of an image."""
-
-    def encode_regions(self, image: Image.Image, boxes: Sequence[Box]) -> Tensor:
-        """(N, 1, D) unit vectors of the N boxes."""
-
-
-def region_encoder(model: Embedder) -> RegionEncoder:
-    """The model, as one that embeds regions. Raises ConfigError where it does not."""
-    if not callable(getattr(model, "encode_regions", None)):
+def check_embeds_regions(model: Embedder) -> None:
+    """Raise ConfigError for a model that embeds no part of an image."""
+    if model.processor.cells is None:
         raise ConfigError(
             "--regions: this model embeds whole images only; name a model trained with `objective: mm_gem`"
         )
-    return cast(RegionEncoder, model)
 
 
 def encode_region_set(
@@ -42,7 +31,6 @@ def encode_region_set(
 
     Each phrase and each region is encoded once, each image opened once.
     """
-    encoder = region_encoder(model)
     texts = list(dict.fromkeys(text for text, _ in regions.phrases))
     texts_NMD, late = encode_items(
         model, [regions.items[text] for text in texts], batch_size=batch_size, label=regions.name
@@ -56,8 +44,9 @@ def encode_region_set(
         boxes_of.items(), desc=f"regions of {regions.name}", unit="image", file=sys.stderr
     ):
         try:
-            opened = cast(Image.Image, model_item(regions.items[image]).image)
-            regions_R1D = encoder.encode_regions(opened, boxes)
+            opened = model_item(regions.items[image]).image
+            assert opened is not None, "its box was compared with its size"
+            regions_R1D = model.encode_regions(opened, boxes)
         except DataError as error:
             refused[image] = str(error)
             continue
@@ -95,10 +84,10 @@ def score_regions(
             own=own,
             direction=direction,
             similarity="global",
-            num_left_out=regions.num_regions_left_out,
+            num_left_out=num_left_out,
         )
-        for queries, candidates, own, direction in (
-            (phrase_rows, region_rows, own_regions, "phrase to region"),
-            (region_rows, phrase_rows, own_phrases, "region to phrase"),
+        for queries, candidates, own, direction, num_left_out in (
+            (phrase_rows, region_rows, own_regions, "phrase to region", regions.num_phrases_left_out),
+            (region_rows, phrase_rows, own_phrases, "region to phrase", regions.num_regions_left_out),
         )
     ]

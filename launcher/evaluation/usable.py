@@ -21,8 +21,8 @@ from launcher.evaluation.benchmarks import Benchmark
 Size: TypeAlias = tuple[int, int]
 
 REMEDY = (
-    "Name the images' folder (--mmeb_images), put these items right, or leave them out and count them "
-    "(--allow_missing)."
+    "Name the images' folder (--mmeb_images, --caption_images), put these items right, or leave "
+    "them out and count them (--allow_missing)."
 )
 
 

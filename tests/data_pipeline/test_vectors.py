@@ -303,6 +303,27 @@ def test_a_vector_that_is_not_finite_ends_the_run_and_is_not_skipped(
     assert "bad samples in a row" not in str(found)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_sample_that_the_teacher_could_not_take_is_passed_over_by_every_rank_alike(
+    shards: tuple[Path, Manifest], tmp_path: Path, side: int
+) -> None:
+    write_vectors(tmp_path / "v", shards[1])
+    for path in (tmp_path / "v").glob("*.npy"):
+        array = np.load(path, mmap_mode="r+")
+        array[::2, side] = 0  # as launcher/embed.py writes one
+        array.flush()
+    found = [
+        list(load_batches(batches, start_step=0, num_steps=3, num_workers=num_workers))
+        for num_workers in (0, 1)
+        for batches in [batches_of(shards, max_bad_in_a_row=50, vectors=opened(tmp_path / "v", shards[1]))]
+    ]
+    assert any(batch.skipped for batch in found[0])
+    for batch, again in zip(*found, strict=True):
+        assert batch.addresses == again.addresses
+        assert all("the teacher has no vector of a side" in skipped.reason for skipped in batch.skipped)
+        assert batch.pair_data[("query_teacher", "target_teacher")[side]].any(dim=1).all()
+
+
 def test_a_source_without_samples_needs_no_vectors(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     manifest = shards[1]
     empty = dataclasses.replace(manifest.sources["Shapes_t2i"], shards=())

@@ -28,7 +28,7 @@ class AnyLength:
     """A processor that refuses nothing but the text `refused`."""
 
     limits = ProcessorConfig()
-    cells = None
+    cells: object = None
 
     def __init__(self, refused: str) -> None:
         self.refused = refused

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 import agff
+from agff.cider import CiderD
 from agff.embedder import Embedder
 from agff.errors import ConfigError
+from launcher.evaluate import main as evaluate
+from launcher.evaluation.caption_quality import MAX_TOKENS
 from launcher.run.config_file import read_recipe
 from launcher.run.data import build_processor
 from launcher.run.trained_model import load_run
@@ -60,3 +66,36 @@ def test_a_run_and_its_release_give_the_same_vectors_and_say_the_same(project: P
     torch.testing.assert_close(released[0], vectors, rtol=0, atol=1e-6)
     torch.testing.assert_close(released[1], regions, rtol=0, atol=1e-6)
     assert released[2] == captions
+    quality, regions = scored(project, agff.load(project / "releases/mm"))
+    assert quality == {"num_images": 2, "num_references": 2}
+    assert regions == [4, 4]
+
+
+def scored(project: Path, model: Embedder) -> tuple[dict[str, int], list[int]]:
+    """What the evaluation says of the release's captions and regions, compared with its own."""
+    folder, captions = project / "mm_regions", project / "mm_captions"
+    for root in (folder, captions):
+        (root / "images").mkdir(parents=True)
+    pictures = [Image.linear_gradient("L").resize((100, 80)).convert("RGB").rotate(90 * n) for n in (0, 2)]
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"images/{number}.png")
+        picture.save(captions / f"images/{number}.png")
+    rows = [
+        {"image": f"{number}.png", "regions": [{"box": box, "phrase": f"{number} {box}"} for box in BOXES]}
+        for number in range(2)
+    ]
+    (folder / "regions.json").write_text(json.dumps(rows))
+    table = pa.table({"image": ["0.png", "1.png"], "text": ["a dark top", "a bright top"]})
+    pq.write_table(table, captions / "test.parquet")
+    release = str(project / "releases/mm")
+    options = ["--caption_quality", str(captions), "--regions", str(folder)]
+    assert evaluate([release, *options, "--out", str(folder / "scores.json")]) == 0
+    found = json.loads((folder / "scores.json").read_text())
+    (quality,), (regions,) = found["caption_quality"], found["regions"]
+    said = [model.caption(picture, max_tokens=MAX_TOKENS)[0] for picture in pictures]
+    score = quality["scores"][0]
+    judge = CiderD([["a dark top"], ["a bright top"]])
+    assert score["cider_d"] == pytest.approx(sum(judge.scores(said)) / 2)
+    return {name: score[name] for name in ("num_images", "num_references")}, [
+        direction["num_queries"] for direction in regions["scores"]
+    ]

@@ -327,7 +327,7 @@ def test_each_layout_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert list(read_manifest(LocalFolder(tmp_path / "other")).sources) == ["NLI"]
     assert main([*layouts["captions"], "--out", str(tmp_path / "out_texts")]) == 2
-    assert "holds a conversion with other layout, subsets; remove it" in capsys.readouterr().err
+    assert "holds a conversion with other images, layout, subsets; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -359,3 +359,39 @@ def test_command_line(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*arguments, "--rows_per_shard", "0"]) == 2
     assert capsys.readouterr().err == "error: --rows_per_shard 0 must be >= 1\n"
     assert main(["--mmeb", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
+
+
+def half_a_pair_in(layout: str, root: Path) -> None:
+    """In the path of an image, or a name, of the layout's first row; a second one is right."""
+    half = "\ud800"
+    if layout == "captions":
+        rows = [{"image": f"{half}.jpg", "caption": "a"}, {"image": "a.jpg", "caption": half}]
+        (root / "cc3m/metadata.json").write_text(json.dumps([*rows, {"image": "a.jpg", "caption": "b"}]))
+        return
+    box = {"x": 0, "y": 0, "width": 4, "height": 4, "phrase": "p"}
+    regions = [{**box, "region_id": half, "phrase": half}, box]
+    (root / "region_descriptions.json").write_text(json.dumps([{"id": 1, "regions": regions}]))
+
+
+@pytest.mark.parametrize("layout", ["captions", "regions"])
+def test_half_a_surrogate_pair_rejects_its_row_alone(tmp_path: Path, layout: str) -> None:
+    arguments = write_layouts(tmp_path)[layout]
+    half_a_pair_in(layout, tmp_path)
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--processes", "1"]) == 0
+    (path,) = (tmp_path / "out").glob("*/rejected.jsonl")
+    assert all("reason" in json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    assert "half a surrogate pair" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", ["captions", "regions"])
+def test_images_of_another_folder_are_no_continuation(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = write_layouts(tmp_path / "first")[layout]
+    command = [*arguments, "--out", str(tmp_path / "out"), "--processes", "1"]
+    assert main(command) == 0
+    assert main([*command, "--images", str(tmp_path / "first")]) == 2
+    assert "holds a conversion with other images; remove it" in capsys.readouterr().err
+    moved = [value.replace(str(tmp_path / "first"), str(tmp_path / "moved")) for value in command]
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert main(moved) == 0

@@ -341,3 +341,54 @@ def test_references_are_the_captions_of_each_image(tmp_path: Path, images: list[
     less = references.without({found.images[0]})
     assert (len(less.references), less.num_images_left_out) == (2, 1)
     assert less.without({found.images[1]}).used == ()
+
+
+def test_a_null_among_captions_is_a_finding_and_not_dropped(tmp_path: Path, images: list[str]) -> None:
+    folder = write_tables(tmp_path / "own", {file: [f"{file} a", f"{file} b"] for file in images})
+    path = folder / "data/test-00000-of-00001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[1]["text"][0] = None
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = read_one(folder)
+    assert list(found.findings.values()) == ["caption_text: it is empty and there is no image"]
+    assert found.without(found.findings).num_captions_left_out == 1
+
+
+def test_a_test_split_in_two_places_is_refused(tmp_path: Path, images: list[str]) -> None:
+    folder = write_tables(tmp_path / "own", {file: ["a"] for file in images})
+    content = (folder / "data/test-00000-of-00001.parquet").read_bytes()
+    (folder / "test.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"the split test is in .*own and in .*own/data, and would be read"):
+        read(folder)
+
+
+def test_an_urban1k_caption_that_is_no_file_is_named(tmp_path: Path, images: list[str]) -> None:
+    folder = write_urban1k(tmp_path / "urban", {file: ["a town"] for file in images})
+    path = next((folder / "caption").glob("*.txt"))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=f"urban/caption/{path.name}: cannot be read: Is a directory"):
+        read(folder)
+
+
+def test_a_sharegpt4v_nested_too_deeply_is_named(tmp_path: Path, images: list[str]) -> None:
+    folder = write_sharegpt4v(tmp_path / "sharegpt", [(file, "a") for file in images])
+    next(folder.glob("*.json")).write_text('[{"image": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="row 0 is nested too deeply"):
+        read(folder)
+
+
+def test_sugarcrepe_says_of_which_subset_nothing_remains(tmp_path: Path, images: list[str]) -> None:
+    folder = write_sugarcrepe(tmp_path / "sugar", [(file, "a", "b") for file in images])
+    path = next(folder.rglob("add_att.json"))
+    path.write_text(path.read_text().replace('"b"', '"only here"'))
+    (found,) = read(folder)
+    assert isinstance(found, ChoiceSet)
+    less = found.without({index for index, item in enumerate(found.items) if item.text == "only here"})
+    assert {choice.subset for choice in less.choices} == SUBSETS.keys() - {"add_att"}
+    assert str(
+        less.note
+    ) == f"{found.note} SugarCrepe: nothing remains of add_att; a mean without all of its " + (
+        "subsets is not given."
+    )
+    assert found.without({choice.image for choice in found.choices}).used == ()

@@ -158,3 +158,32 @@ def test_rows_of_another_kind_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name}: "):
         ImageRegions(root=tmp_path / name, images=tmp_path, name="r").count_rows("r")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), True, None, "1"])
+def test_a_box_of_what_is_no_finite_number_is_left_out(tmp_path: Path, value: Any) -> None:
+    regions = [{"box": [0, 0, value, 1], "phrase": "x"}, {"box": [0, 0, 1, 1], "phrase": "y"}]
+    (row,) = all_rows(write(tmp_path / "r.json", [{"image": "a.png", "regions": regions}]))
+    assert isinstance(row, RegionRow)
+    wrong, right = row.regions
+    assert "must be four numbers" in str(wrong)
+    assert right == Region(box=(0.0, 0.0, 1.0, 1.0), phrase="y")
+
+
+@pytest.mark.parametrize("number", ["../a", True, -1, 10**300, 1.0, None])
+def test_a_number_that_names_no_image_of_visual_genome_rejects_its_row_alone(
+    tmp_path: Path, number: Any
+) -> None:
+    region = {"x": 0, "y": 0, "width": 1, "height": 1, "phrase": "x"}
+    rows = all_rows(write(tmp_path / "r.json", [{"id": n, "regions": [region]} for n in (number, 1)]))
+    assert "must be the number of an image" in str(rows[0])
+    assert isinstance(rows[1], RegionRow)
+
+
+@pytest.mark.parametrize("name", ["image", "regions"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "r.parquet", ROWS)
+    table = pq.read_table(tmp_path / "r.parquet")
+    pq.write_table(table.append_column(name, table.column(name)), tmp_path / "r.parquet")
+    with pytest.raises(DataError, match=f"column {name} is there twice"):
+        all_rows(ImageRegions(root=tmp_path / "r.parquet", images=tmp_path, name="regions"))

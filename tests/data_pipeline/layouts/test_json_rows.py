@@ -7,7 +7,7 @@ import pytest
 
 from agff.errors import DataError
 from data_pipeline.layouts import json_rows as module
-from data_pipeline.layouts.json_rows import json_rows
+from data_pipeline.layouts.json_rows import json_rows, read_json
 
 ROWS = [
     {"id": n, "text": f'größe \U0001f600 {{}}[],"\\ {"x" * (n % 7)}', "more": [n, {"a": None}]}
@@ -68,6 +68,9 @@ DAMAGED = {
     ),
     "a list of numbers": ("[1, 2]", r"byte 1: '1, 2\]?' where an object must begin"),
     "no JSON": ("<html>", "byte 0: '<html>?' where an object must begin"),
+    "a list behind the list": ('[{"a": 1}]\n[{"a": 2}]', "the list ends at byte 9 and .* follows"),
+    "an object behind the list": ('[{"a": 1}] ' + " " * 9 + '{"a": 2}', "the list ends at byte 9 and"),
+    "a number of 5,000 digits": ('[{"a": 1}, {"a": ' + "9" * 5_000 + "}]", "object at byte 11: Exceeds"),
     "nested": ('[{"a": ' + "[" * 100_000, "nested too deeply"),
 }
 
@@ -77,8 +80,10 @@ DAMAGED = {
 def test_what_is_no_list_of_objects_is_refused_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, size_bytes: int
 ) -> None:
-    monkeypatch.setattr(module, "_READ_BYTES", 2**22 if case == "nested" else size_bytes)
-    content, message = DAMAGED[case]
+    monkeypatch.setattr(
+        module, "_READ_BYTES", 2**22 if len(content := DAMAGED[case][0]) > 1_000 else size_bytes
+    )
+    message = DAMAGED[case][1]
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(DataError, match=rf"rows.json: .*{message}"):
         json_rows(tmp_path / "rows.json")
@@ -92,3 +97,33 @@ def test_a_file_that_cannot_be_read_or_is_no_text_is_named(tmp_path: Path) -> No
         json_rows(tmp_path / "bytes.json")
     (tmp_path / "empty.json").write_text("[]")
     assert json_rows(tmp_path / "empty.json").num_rows == 0
+
+
+WHOLE = {
+    "absent": (None, "cannot read it: No such file"),
+    "a folder": ("folder", "cannot read it: Is a directory"),
+    "bytes": (b'"\xff"', "not JSON in UTF-8"),
+    "cut": (b'{"a": ', "not JSON in UTF-8"),
+    "a number of 5,000 digits": (b"9" * 5_000, "not JSON in UTF-8: Exceeds"),
+    "a key twice": (b'{"a": {"b": 1, "b": 2}}', "not JSON in UTF-8: the key 'b' twice"),
+    "nested": (b"[" * 100_000, "is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_file_that_is_read_as_a_whole_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    content, message = WHOLE[case]
+    path = tmp_path / "whole.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    with pytest.raises(DataError, match=f"whole.json: {message}"):
+        read_json(path)
+
+
+def test_no_layout_reads_json_by_a_road_of_its_own() -> None:
+    folder = Path(module.__file__).parent
+    others = [path for path in folder.glob("*.py") if path.name != "json_rows.py"]
+    assert others
+    assert not [path.name for path in others if "json.load" in path.read_text()]

@@ -179,3 +179,10 @@ def test_files_of_another_kind_are_refused(tmp_path: Path, refs: Any, instances:
     if refs is REFS:
         with pytest.raises(DataError, match=r"instances.json: cannot read it: No such file"):
             refcoco_rows(tmp_path / "a/refs.p", tmp_path)
+
+
+def test_a_reference_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = write_refs(tmp_path, [REFS[0]], "refs(unc).p")
+    path.write_bytes(b"\x80\x02]" + b"]" * 100_000 + b"a" * 100_000 + b".")
+    with pytest.raises(DataError, match=r"reference 0 must have ann_id, .*; found \[\["):
+        refcoco_rows(path, tmp_path)

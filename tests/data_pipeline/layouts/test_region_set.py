@@ -135,10 +135,11 @@ def test_regions_without_image_or_phrase_are_left_out_and_counted(tmp_path: Path
         ("the left one", 0),
         ("left", 1),
     ]
-    assert less.num_regions_left_out == 1
-    assert gone_from(found, "the left one").num_regions_left_out == 0
+    assert (less.num_regions_left_out, less.num_phrases_left_out) == (1, 1)
+    less = gone_from(found, "the left one")
+    assert (less.num_regions_left_out, less.num_phrases_left_out) == (0, 1)
     nothing = found.without({found.regions[0][0]})
-    assert (nothing.used, nothing.num_regions_left_out) == ((), 3)
+    assert (nothing.used, nothing.num_regions_left_out, nothing.num_phrases_left_out) == ((), 3, 3)
 
 
 def test_sets_are_found_in_a_folder_or_its_folders(tmp_path: Path) -> None:
@@ -150,3 +151,30 @@ def test_sets_are_found_in_a_folder_or_its_folders(tmp_path: Path) -> None:
         find_region_sets(tmp_path / "A/images")
     with pytest.raises(DataError, match="no such folder"):
         find_region_sets(tmp_path / "C")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [{"bytes": "abc", "path": None}, ["a.png"], {"bytes": None, "path": 3}],
+    ids=["bytes as text", "a list", "a number"],
+)
+def test_images_of_another_kind_are_named(tmp_path: Path, image: Any) -> None:
+    rows = [{"image": image, "regions": ROWS[1]["regions"]}, ROWS[0]]
+    with pytest.raises(DataError, match=r"regions.json:row 0: expected \{image, regions\}"):
+        read_region_set(write_regions(tmp_path / "S", rows))
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), True, "8"])
+def test_a_box_of_what_is_no_finite_number_is_named(tmp_path: Path, value: Any) -> None:
+    rows = [{"image": "a.png", "regions": [{"box": [0, 0, value, 4], "phrase": "x"}]}, ROWS[1]]
+    with pytest.raises(DataError, match="region 0: box must be four numbers"):
+        read_region_set(write_regions(tmp_path / "S", rows))
+
+
+@pytest.mark.parametrize("name", ["image", "regions"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_regions(tmp_path / "S", ROWS, kind="parquet") / "test.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column(name, table.column(name)), path)
+    with pytest.raises(DataError, match=f"column {name} is there twice"):
+        read_region_set(tmp_path / "S")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from agff.batch import Item
 from agff.errors import ConfigError
-from launcher.embedding.sentence_model import PoolingMode, SentenceModel, pool
+from launcher.embedding.sentence_model import PoolingMode, SentenceModel, pool, read_settings
 from tests.launcher.embedding.sentence_folders import write_sentence_model
 
 CPU = torch.device("cpu")
@@ -169,6 +170,47 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Any, message: str) 
     damage(folder)
     with pytest.raises(ConfigError, match=message):
         SentenceModel(folder, CPU)
+
+
+TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
+POOLING = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
+ODD = {
+    "modules that are texts": ("modules.json", ["a", "b"]),
+    "modules by name": ("modules.json", {"a": TRANSFORMER}),
+    "a module without a path": ("modules.json", [TRANSFORMER, {"type": POOLING["type"]}]),
+    "nested modules": ("modules.json", "["),
+    "pooling as a list": ("1_Pooling/config.json", [1]),
+    "two poolings": ("1_Pooling/config.json", {"pooling_mode": ["mean", "max"]}),
+    "settings as a list": ("sentence_bert_config.json", [1]),
+    "a length that is a text": ("sentence_bert_config.json", {"max_seq_length": "12"}),
+    "a length of 0": ("sentence_bert_config.json", {"max_seq_length": 0}),
+    "a prompt that is not there": ("config_sentence_transformers.json", {"default_prompt_name": "q"}),
+    "a prompt that is no text": (
+        "config_sentence_transformers.json",
+        {"default_prompt_name": "q", "prompts": {"q": None}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_files_that_sentence_transformers_would_not_write_are_refused(tmp_path: Path, case: str) -> None:
+    name, values = ODD[case]
+    folder = write_sentence_model(tmp_path / "m")
+    (folder / name).write_text("[" * 100_000 if values == "[" else json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"^{folder}.*; download .*again"):
+        read_settings(folder)
+
+
+@pytest.mark.parametrize("path", ["../m2", "/etc", "1_Pooling/../../m2"])
+@pytest.mark.parametrize("module", [0, 1])
+def test_a_module_outside_of_the_folder_is_refused(tmp_path: Path, path: str, module: int) -> None:
+    folder = write_sentence_model(tmp_path / "m")
+    write_sentence_model(tmp_path / "m2")
+    modules = [dict(TRANSFORMER), dict(POOLING)]
+    modules[module]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ConfigError, match="leaves the folder; all modules must lie in it"):
+        read_settings(folder)
 
 
 def test_the_identity_is_of_the_content(tmp_path: Path) -> None:

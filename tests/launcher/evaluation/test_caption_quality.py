@@ -28,16 +28,17 @@ class Painter(ColourModel):
 
     def __init__(self, words: dict[str, str]) -> None:
         super().__init__()
+        self.processor.cells = "an objective that pools images"
         self.words = words
         self.max_tokens: list[int] = []
 
-    def caption(self, image: Image.Image, boxes: Any = None, *, max_tokens: int, num_beams: int = 1) -> str:
+    def caption(self, image: Image.Image, boxes: Any = None, *, max_tokens: int, **options: Any) -> list[str]:
         self.max_tokens.append(max_tokens)
         colour = image.getpixel((0, 0))
         name = next(name for name, value in COLOURS.items() if value == colour)
         if name not in self.words:
             raise DataError(f"{name}: refused")
-        return self.words[name]
+        return [self.words[name]]
 
 
 @pytest.fixture

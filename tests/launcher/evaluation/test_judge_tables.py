@@ -49,6 +49,30 @@ def test_no_published_score_is_beside_a_set_that_differs_or_is_your_own() -> Non
         assert not any(anchor.split()[0] in row for row in rows for anchor in ANCHORS)
 
 
+def test_no_published_score_is_beside_a_part_of_the_set() -> None:
+    for kind, name, score in (
+        ("captions", "COCO", replace(T2I, num_queries_left_out=1)),
+        ("choices", "SugarCrepe", ChoiceScore(subset="x", similarity="global", num_pairs=9, score=5.0)),
+    ):
+        whole = replace(score, **{field: 0 for field in vars(score) if field.endswith("_left_out")})
+        part = replace(score, **{field: 1 for field in vars(score) if field.endswith("_left_out")})
+        shown = [
+            any(anchor.split()[0] in row for row in tables_of(kind, name, each) for anchor in ANCHORS)
+            for each in (whole, part)
+        ]
+        assert shown == [True, False]
+
+
+def test_a_group_that_lacks_a_subset_has_no_mean() -> None:
+    scores = [
+        ChoiceScore(subset=subset, similarity="global", num_pairs=10, score=50.0)
+        for subset in SUBSETS
+        if subset != "add_att"
+    ]
+    rows = tables_of("choices", "SugarCrepe", *scores, note="nothing remains of add_att")
+    assert [row[:2] for row in rows if row[:1] == ["mean"]] == [["mean", "replace"], ["mean", "swap"]]
+
+
 def test_sugarcrepe_shows_subsets_means_of_groups_and_published_means() -> None:
     scores = [
         ChoiceScore(subset=subset, similarity=similarity, num_pairs=10 * place, score=10.0 * place + extra)

@@ -190,6 +190,16 @@ def test_file_of_something_else_is_refused_and_stays(tmp_path: Path, content: st
     assert path.read_bytes() == before
 
 
+def test_file_from_before_truncations_were_scored_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    values = json.loads(_file_with())
+    del values["truncations"]
+    path.write_text(json.dumps(values))
+    scores_file(path).add_mmvp(mmvp(True))
+    results, num_others = scores_file(path).results()
+    assert (list(results.names), num_others) == (["A", "MMVP"], 0)
+
+
 def test_file_of_our_own_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     path.write_text(_file_with())

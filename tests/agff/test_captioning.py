@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -147,10 +149,25 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
 
 @pytest.mark.parametrize("method", ["encode_regions", "caption"])
 def test_all_bad_boxes_are_named(qwen: Embedder, method: str) -> None:
-    boxes = [(0, 0, 5, 5), (0, 0, 201, 5), (9, 0, 3, 5), (3, 3, 3, 5), (0, 0, 5)]
+    boxes = [(0, 0, 5, 5), (0, 0, 201, 5), (9, 0, 3, 5), (3, 3, 3, 5), (0, 0, 5), 7, None, "abcd"]
     with pytest.raises(DataError) as caught:
         getattr(qwen, method)(PICTURE, boxes)
-    assert [line[:9] for line in str(caught.value).splitlines()] == [f"boxes[{i}]:" for i in (1, 2, 3, 4)]
+    assert [line[:9] for line in str(caught.value).splitlines()] == [f"boxes[{i}]:" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize("method", ["encode_regions", "caption"])
+@pytest.mark.parametrize("box", [[1, 2, 30, 40], np.array([1, 2, 30, 40]), torch.tensor([1, 2, 30, 40])])
+def test_one_box_in_place_of_a_list_is_named(qwen: Embedder, method: str, box: Any) -> None:
+    with pytest.raises(DataError, match=r"boxes\[0\]: box 1 must be four finite numbers x0, y0, x1, y1"):
+        getattr(qwen, method)(PICTURE, box)
+
+
+@pytest.mark.parametrize("number", [int, float, np.int64, np.float32, np.float64])
+def test_boxes_are_numbers_of_any_kind_in_a_list_or_an_array(qwen: Embedder, number: Any) -> None:
+    box = [number(value) for value in (1, 2, 30, 40)]
+    expected = qwen.encode_regions(PICTURE, [(1.0, 2.0, 30.0, 40.0)])
+    for boxes in ([box], [tuple(box)], np.array([box]), torch.tensor([[float(x) for x in box]])):
+        assert torch.equal(qwen.encode_regions(PICTURE, boxes), expected)
 
 
 @pytest.mark.parametrize("method", ["encode_regions", "caption"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import agff
+from agff import contract
+from agff.backbone_folder import HEAD_FILE
 from agff.captioning import generate
 from agff.embedder import Embedder, as_item
-from agff.errors import ConfigError, DataError
+from agff.errors import CheckpointError, ConfigError, DataError
 from agff.joined import join_chunks
 from agff.release import save_release
 from agff.similarity import FusionConfig
@@ -138,6 +142,20 @@ def test_a_release_reproduces_vectors_regions_and_captions(folder: Path, tmp_pat
 
 
 # ------------------------------------------------------------------ what cannot be
+
+
+@pytest.mark.parametrize("part", ["lm_head.weight", "h2.inner.weight", "h1.weight"])
+def test_a_head_of_the_same_size_with_other_numbers_is_refused(
+    qwen: Embedder, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large: no golden vector depends on what only captions need."""
+    save_release(copy.deepcopy(qwen), tmp_path, origin={})
+    monkeypatch.setattr(contract, "MAX_HASHED_BYTES", 0)
+    agff.load(tmp_path)
+    weights = load_file(tmp_path / HEAD_FILE)
+    save_file({**weights, part: torch.randn(weights[part].shape)}, tmp_path / HEAD_FILE)
+    with pytest.raises(CheckpointError, match=r"head.safetensors: found \d+ bytes, sha256"):
+        agff.load(tmp_path)
 
 
 @pytest.fixture(scope="module")

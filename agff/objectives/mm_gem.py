@@ -66,7 +66,8 @@ class MmGem(Nested):
         return ImageCells(side=self.grid, region_side=self.region_grid)
 
     def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
-        """An image, or region, beside a text learns to say it, without the part that is instruction. Raises
+        """An image, or region, beside a text learns to say it, without the part that is instruction where the
+        source keeps that apart; of MMEB's own queries without an image the instruction is said too. Raises
         DataError where nothing is left to say."""
         return _with_caption(query, target), _with_caption(target, query)
 

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 import agff
 from agff.batch import ModelInputs
 from agff.errors import ConfigError
-from agff.grad_cache import as_leaves, sides_as_leaves
+from agff.grad_cache import sides_as_leaves
 from agff.objectives.mac import Mac, TokenMean
 from agff.similarity import FusionConfig
 from tests.agff.objectives import mac_case
@@ -212,8 +212,8 @@ def test_the_objective_without_negatives_is_the_public_function() -> None:
         for index, row in enumerate(global_rows(5, 0, rows_without_image=range(3, 5)))
     ]
     engine, batch = PlainEngine(tiny_model(0, head=TokenMean(IMAGE_TOKEN))), batch_of(rows, 10, 0)
-    leaves = as_leaves([engine.encode(part) for part in batch.chunks])
-    query, target, negative = batch.split(leaves)
+    sides = sides_as_leaves(batch, [engine.encode(part) for part in batch.chunks])
+    (query, target, negative), leaves = sides, [tensor for side in sides[:2] for tensor in side.values()]
     for both in (False, True):
         result = Mac(temperature=TAU, both_directions=both)(query, target, negative, batch, FusionConfig())
         expected = agff.mac_loss(
@@ -225,6 +225,6 @@ def test_the_objective_without_negatives_is_the_public_function() -> None:
             both_directions=both,
         )
         torch.testing.assert_close(result.pair_loss_B, expected, rtol=0, atol=1e-12)
-        found = torch.autograd.grad(result.loss, list(leaves[0].values()), retain_graph=True)
-        gradients = torch.autograd.grad(expected.mean(), list(leaves[0].values()), retain_graph=True)
+        found = torch.autograd.grad(result.loss, leaves, retain_graph=True)
+        gradients = torch.autograd.grad(expected.mean(), leaves, retain_graph=True)
         torch.testing.assert_close(found, gradients, rtol=0, atol=1e-12)

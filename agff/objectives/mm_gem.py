@@ -56,6 +56,8 @@ class MmGem(Nested):
         for name in ("embedding_weight", "generation_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be >= 0")
+        if not (self.embedding_weight or self.generation_weight):
+            raise ConfigError("loss.embedding_weight and loss.generation_weight must not both be 0")
         for name in ("grid", "region_grid"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be >= 1")

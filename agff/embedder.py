@@ -214,8 +214,9 @@ def as_item(value: AnyItem, texts: TextRule = MMEB_TEXTS, *, address: str = "") 
 
 
 def _plain_box(box: Any) -> Any:
-    """Numbers of Python, also from an array."""
-    return tuple(box.tolist() if hasattr(box, "tolist") else box)
+    """Numbers of Python, also from an array; what is no list of them stays, to be named as what it is."""
+    values = box.tolist() if hasattr(box, "tolist") else box
+    return tuple(values) if isinstance(values, Sequence) else values
 
 
 def _items(items: Any) -> Iterator[Any]:

@@ -121,4 +121,4 @@ def _kind(item: Item) -> RowKind:
 def _share_of_image(item: Item) -> tuple[float, ...]:
     if item.box is None or item.image is None:
         return WHOLE_IMAGE
-    return tuple(at / side for at, side in zip(item.box, item.image.size * 2, strict=True))
+    return tuple(float(at) / side for at, side in zip(item.box, item.image.size * 2, strict=True))

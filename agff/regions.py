@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ class ImageCells:
         return self.region_side, self.region_side
 
 
-def box_problem(box: Sequence[float], *, width: int, height: int) -> str | None:
+def box_problem(box: object, *, width: int, height: int) -> str | None:
     """Why this cannot be a region of an image of that size in pixels; None when it can.
 
     It must be four finite numbers x0, y0, x1, y1 with x0 < x1 and y0 < y1, inside the image."""
-    numbers = list(box)
-    if len(numbers) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+    numbers = list(box) if isinstance(box, Sequence) else []
+    if len(numbers) != 4 or not all(isinstance(x, Real) and math.isfinite(x) for x in numbers):
         return f"box {box!r:.80} must be four finite numbers x0, y0, x1, y1"
     x0, y0, x1, y1 = numbers
     shown = f"box ({x0:g}, {y0:g}, {x1:g}, {y1:g})"

@@ -86,7 +86,7 @@ def save_release(
         origin=dict(origin),
         files=fingerprints(folder),
     )
-    (folder / CARD_FILE).write_text(_model_card(contract), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(contract), encoding="utf-8")
     write_contract(folder, contract)
     return backbone
 
@@ -236,25 +236,43 @@ def _named_errors(folder: Path, contract: Contract) -> Iterator[None]:
         ) from error
 
 
-def _model_card(contract: Contract) -> str:
+def model_card(contract: Contract) -> str:
+    """README.md of a release, in Markdown."""
     facts = "\n".join(f"| {name} | {value} |" for name, value in contract.origin.items())
-    num_fine = contract.prompts.num_fine
     return f"""# A multimodal embedding model
 
-Trained with AGFF-Embed and EGA: one global and {num_fine} fine-grained vectors per item, compared by a
-log-sum-exp of four global/fine similarities (beta {contract.fusion.beta}).
+{_vectors(contract)}
 
     import agff
     model = agff.load("this folder")
     a = model.encode(["a red heart"])
     b = model.encode([{{"image": "picture.jpg", "text": "Represent the given image."}}])
     model.similarity(a, b)
-
+{_regions_and_captions(contract)}
 | origin | |
 |---|---|
 {facts}
 
 {_shorter(contract)}Scores are in scores.json once launcher/evaluate.py has been run on this folder.
+"""
+
+
+def _vectors(contract: Contract) -> str:
+    if not contract.prompts.num_fine:
+        return "One vector an item, compared by the cosine."
+    return (
+        f"One global and {contract.prompts.num_fine} fine-grained vectors an item, compared by a log-sum-exp "
+        f"of four global/fine similarities (beta {contract.fusion.beta})."
+    )
+
+
+def _regions_and_captions(contract: Contract) -> str:
+    """Further lines of the example, where the head makes both."""
+    objective = released_objective(contract)
+    if objective is None or objective.image_cells is None:
+        return ""
+    return """    model.encode_regions({"image": "picture.jpg"}, [(0, 0, 50, 40)])
+    model.caption({"image": "picture.jpg"})
 """
 
 

@@ -42,6 +42,7 @@ def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
         config = read_run_config(run)
         origin = {
             "run": config.name,
+            "objective": config.objective,
             "step": step,
             "seed": config.seed,
             "backbone": Path(config.backbone.path).name,  # not where it is on this machine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agff.batch import NO_CONTENT, Batch, Encoded, ModelInputs
 from agff.collectives import all_gather_rows, rank
@@ -22,6 +22,9 @@ from agff.losses import info_nce
 from agff.negatives import negative_mask
 from agff.objectives.objective import Head, Objective, ObjectiveResult
 from agff.similarity import FusionConfig, fused_similarity
+
+SHORTEST = 1e-12
+"""Length that a token is divided by at least, as torch's normalize does."""
 
 
 def mac_loss(
@@ -84,10 +87,12 @@ class TokenMean(Head):
         last_BTH = states[-1]
         is_content_BT = self._content(inputs)
         dtype = torch.promote_types(last_BTH.dtype, torch.float32)
-        unit_BTH = nn.functional.normalize(last_BTH.to(dtype), dim=-1)
         # not by a product with zeros: what is in the padding is nobody's business
-        sum_BH = unit_BTH.masked_fill(~is_content_BT[..., None], 0).sum(dim=1)
-        return {"tokens": sum_BH / is_content_BT.sum(dim=1, keepdim=True).clamp(min=1)}
+        content_BTH = last_BTH.to(dtype).masked_fill(~is_content_BT[..., None], 0)
+        # a weighted sum keeps one (B, T, H) for the backward pass, the mean of unit tokens three
+        length_BT = torch.linalg.vector_norm(content_BTH, dim=-1).clamp(min=SHORTEST)
+        weight_BT = 1 / (length_BT * is_content_BT.sum(dim=1, keepdim=True).clamp(min=1))
+        return {"tokens": torch.einsum("bt,bth->bh", weight_BT, content_BTH)}
 
     def _content(self, inputs: ModelInputs) -> Tensor:
         """(B, T) True at an item's content."""

@@ -56,6 +56,8 @@ class MmGem(Nested):
         for name in ("embedding_weight", "generation_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be >= 0")
+        if not (self.embedding_weight or self.generation_weight):
+            raise ConfigError("loss.embedding_weight and loss.generation_weight must not both be 0")
         for name in ("grid", "region_grid"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be >= 1")
@@ -66,7 +68,8 @@ class MmGem(Nested):
         return ImageCells(side=self.grid, region_side=self.region_grid)
 
     def items_of_pair(self, source: str, query: Item, target: Item) -> tuple[Item, Item]:
-        """An image, or region, beside a text learns to say it, without the part that is instruction. Raises
+        """An image, or region, beside a text learns to say it, without the part that is instruction where the
+        source keeps that apart; of MMEB's own queries without an image the instruction is said too. Raises
         DataError where nothing is left to say."""
         return _with_caption(query, target), _with_caption(target, query)
 

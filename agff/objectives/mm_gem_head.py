@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agff.backbone_folder import language_model_head
 from agff.batch import Encoded, ModelInputs
+from agff.errors import ConfigError
 from agff.objectives.objective import Head
 from agff.pooled_rows import BOX, CAPTION_LENGTH, CAPTION_START, ROW_KIND, RowKind, places_of_images
 from agff.regions import ImageCells, mean_cells, roi_align
@@ -115,7 +116,14 @@ class MmGemHead(Head):
 
     def load_from(self, backbone: Path, backbone_config: Any) -> None:
         """The language model's head of that folder. Raises ConfigError where there is none that fits."""
-        self.lm_head.load_state_dict({"weight": language_model_head(backbone, backbone_config)})
+        found = language_model_head(backbone, backbone_config)
+        if found.shape != self.lm_head.weight.shape:
+            raise ConfigError(
+                f"{backbone}: its language-model head (lm_head.weight) is {list(found.shape)}, must be "
+                f"{list(self.lm_head.weight.shape)}, vocabulary and width of its config.json: they are of "
+                "another model; download the folder again"
+            )
+        self.lm_head.load_state_dict({"weight": found})
 
     def with_image_tokens(self, inputs: ModelInputs, maps: Sequence[Tensor]) -> ModelInputs:
         """See Head. A region is aligned on its image's cells, by as many samples as it has cells, so that the

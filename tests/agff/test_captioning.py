@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import agff
+from agff import contract
+from agff.backbone_folder import HEAD_FILE
 from agff.captioning import generate
 from agff.embedder import Embedder, as_item
-from agff.errors import ConfigError, DataError
+from agff.errors import CheckpointError, ConfigError, DataError
 from agff.joined import join_chunks
 from agff.release import save_release
 from agff.similarity import FusionConfig
@@ -138,6 +144,20 @@ def test_a_release_reproduces_vectors_regions_and_captions(folder: Path, tmp_pat
 # ------------------------------------------------------------------ what cannot be
 
 
+@pytest.mark.parametrize("part", ["lm_head.weight", "h2.inner.weight", "h1.weight"])
+def test_a_head_of_the_same_size_with_other_numbers_is_refused(
+    qwen: Embedder, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large: no golden vector depends on what only captions need."""
+    save_release(copy.deepcopy(qwen), tmp_path, origin={})
+    monkeypatch.setattr(contract, "MAX_HASHED_BYTES", 0)
+    agff.load(tmp_path)
+    weights = load_file(tmp_path / HEAD_FILE)
+    save_file({**weights, part: torch.randn(weights[part].shape)}, tmp_path / HEAD_FILE)
+    with pytest.raises(CheckpointError, match=r"head.safetensors: found \d+ bytes, sha256"):
+        agff.load(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
     path = tmp_path_factory.mktemp("qwen2_vl")
@@ -147,10 +167,25 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
 
 @pytest.mark.parametrize("method", ["encode_regions", "caption"])
 def test_all_bad_boxes_are_named(qwen: Embedder, method: str) -> None:
-    boxes = [(0, 0, 5, 5), (0, 0, 201, 5), (9, 0, 3, 5), (3, 3, 3, 5), (0, 0, 5)]
+    boxes = [(0, 0, 5, 5), (0, 0, 201, 5), (9, 0, 3, 5), (3, 3, 3, 5), (0, 0, 5), 7, None, "abcd"]
     with pytest.raises(DataError) as caught:
         getattr(qwen, method)(PICTURE, boxes)
-    assert [line[:9] for line in str(caught.value).splitlines()] == [f"boxes[{i}]:" for i in (1, 2, 3, 4)]
+    assert [line[:9] for line in str(caught.value).splitlines()] == [f"boxes[{i}]:" for i in range(1, 8)]
+
+
+@pytest.mark.parametrize("method", ["encode_regions", "caption"])
+@pytest.mark.parametrize("box", [[1, 2, 30, 40], np.array([1, 2, 30, 40]), torch.tensor([1, 2, 30, 40])])
+def test_one_box_in_place_of_a_list_is_named(qwen: Embedder, method: str, box: Any) -> None:
+    with pytest.raises(DataError, match=r"boxes\[0\]: box 1 must be four finite numbers x0, y0, x1, y1"):
+        getattr(qwen, method)(PICTURE, box)
+
+
+@pytest.mark.parametrize("number", [int, float, np.int64, np.float32, np.float64])
+def test_boxes_are_numbers_of_any_kind_in_a_list_or_an_array(qwen: Embedder, number: Any) -> None:
+    box = [number(value) for value in (1, 2, 30, 40)]
+    expected = qwen.encode_regions(PICTURE, [(1.0, 2.0, 30.0, 40.0)])
+    for boxes in ([box], [tuple(box)], np.array([box]), torch.tensor([[float(x) for x in box]])):
+        assert torch.equal(qwen.encode_regions(PICTURE, boxes), expected)
 
 
 @pytest.mark.parametrize("method", ["encode_regions", "caption"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Head, Objective
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import MIN_COSINE, check_golden, golden_items, load, save_release
+from agff.release import MIN_COSINE, check_golden, golden_items, load, model_card, save_release
 from agff.similarity import FusionConfig
 from tests.drawings import tiny_backbone
 
@@ -152,6 +153,36 @@ def test_a_head_that_makes_the_embeddings_is_part_of_the_release(
     monkeypatch.delitem(OBJECTIVES, "projected")
     with pytest.raises(CheckpointError, match="objective=projected is not one of contrastive"):
         load(tmp_path / "release", check=False)
+
+
+@pytest.mark.parametrize(
+    ("num_fine", "objective", "says"),
+    [
+        (
+            2,
+            None,
+            ["One global and 2 fine-grained vectors an item, compared by a log-sum-exp", "(beta 0.05)"],
+        ),
+        (0, None, ["One vector an item, compared by the cosine."]),
+        (0, "mm_gem", ["One vector an item", "model.encode_regions(", "model.caption("]),
+    ],
+)
+def test_the_card_describes_the_model_that_was_trained(
+    release: Path, num_fine: int, objective: str | None, says: list[str]
+) -> None:
+    """Whatever it was trained with, the origin says."""
+    contract = dataclasses.replace(
+        read_contract(release),
+        prompts=PromptConfig(num_fine=num_fine),
+        objective=objective,
+        objective_settings=dataclasses.asdict(OBJECTIVES[objective]()) if objective else {},
+        origin={"objective": "mac"},
+    )
+    card = model_card(contract)
+    assert all(text in card for text in says)
+    assert "| objective | mac |" in card
+    assert ("caption" in card) == (objective == "mm_gem")
+    assert "EGA" not in card
 
 
 PARTS = {"decoder layer": "backbone.language_model.layers.1.", "vision block": "backbone.visual.blocks.0."}

@@ -81,7 +81,7 @@ def test_a_release_equals_the_checkpoint_weight_by_weight(
     contract = json.loads((release / CONTRACT_FILE).read_text())
     assert contract["nested"] == {"dims": [8] * (kind == "lora"), "fine": [0] * (kind == "lora")}
     origin = contract["origin"]
-    assert origin["step"] == 4
+    assert (origin["step"], origin["objective"]) == (4, "contrastive")
     assert origin["backbone_sha256"] == backbone_sha256(project / BACKBONE)
 
 

@@ -40,6 +40,13 @@ def test_it_does_not_train_on_texts_alone(project: Path) -> None:
         build_processor(config)
 
 
+def test_the_first_stage_learns_from_bare_captions_alone() -> None:
+    """MMEB's text queries (`_t2i`) hold their instruction in one text with the caption."""
+    weights = read_recipe(Path("launcher/recipes/mm_gem_stage1.yaml")).data.weights
+    assert weights
+    assert all(name.endswith("_i2t") for name in weights)
+
+
 def everything(model: Embedder) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     picture = Image.linear_gradient("L").resize((100, 80)).convert("RGB")
     captions = [

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "make test-full": "this test is part of it",
     "make bench": "tests/benchmarks/test_bench.py tries its parts; its figures are in the READMEs",
     "make family": "tests/benchmarks/family tries its parts; its figures are in the READMEs",
+    "make ablation": "tests/benchmarks/ablation tries its parts",
     "make test-gpu": "needs a GPU; tests/gpu runs its code on CPU ranks",
     "make install": "the environment these tests run in",
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",

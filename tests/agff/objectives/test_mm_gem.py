@@ -306,6 +306,7 @@ def test_a_text_without_words_is_a_bad_sample() -> None:
         ({"temperature": 1.0}, r"loss.temperature=1.0 must be above 0.01 and below 1"),
         ({"embedding_weight": -1.0}, "loss.embedding_weight=-1.0 must be >= 0"),
         ({"generation_weight": -0.5}, "loss.generation_weight=-0.5 must be >= 0"),
+        ({"embedding_weight": 0.0, "generation_weight": 0.0}, "generation_weight must not both be 0"),
         ({"grid": 0}, "loss.grid=0 must be >= 1"),
         ({"region_grid": 0}, "loss.region_grid=0 must be >= 1"),
         ({"nested_fine": [0]}, r"loss.nested_fine=\[0\]: an item has one vector with mm_gem"),

@@ -275,3 +275,10 @@ def test_a_backbone_without_one_is_refused_unless_it_is_part_of_a_release_that_h
     weight = torch.randn(512, 32)
     save_file({"lm_head.weight": weight, "h1.bias": torch.zeros(32)}, tmp_path / HEAD_FILE)
     torch.testing.assert_close(weight_of(tmp_path / "backbone"), weight)
+
+
+def test_a_head_of_another_shape_is_named(tmp_path: Path) -> None:
+    BUILDERS["qwen2_5_vl"](tmp_path / "backbone")
+    save_file({"lm_head.weight": torch.randn(500, 32)}, tmp_path / HEAD_FILE)
+    with pytest.raises(ConfigError, match=r"\(lm_head.weight\) is \[500, 32\], must be \[512, 32\]"):
+        weight_of(tmp_path / "backbone")

@@ -312,6 +312,10 @@ def test_the_region_that_a_step_draws_is_framed(backbone: Path, tmp_path: Path) 
     layout = ImageRegions(root=tmp_path / "r.json", images=tmp_path, name="Parts")
     convert(layout, tmp_path / "shards", subsets=None, rows_per_shard=9, max_rows=None, executor=None)
     run = open_run(tmp_path / "shards", backbone)
+    values = yaml.safe_load(run.recipe.read_text())
+    # the others have no use for a region
+    values |= {"objective": "mm_gem", "loss": {}, "prompts": {"num_fine": 0}}
+    run.recipe.write_text(yaml.safe_dump(values))
     page = preview(run, tmp_path / "page.html", "--batch.global_batch_size", "4", "--steps", "3")
     shown = [
         (pair.one("td", "query").all("img")[0], pair.one("td", "target").one("p", "text").text)

@@ -1,4 +1,4 @@
-"""Distillation, for the tests that every objective passes."""
+"""Distillation for the checks that every objective passes (tests/agff/test_every_objective.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from agff.batch import Batch
 from agff.objectives.distillation import Distillation
 
 OBJECTIVE = Distillation(temperature=0.2)
+AT_DEFAULT = {
+    name: "what is trained; the other value takes the same collectives (test_distillation.py)"
+    for name in ("direction", "diagonal")
+}
 
 TEACHER_DIM = 6
 

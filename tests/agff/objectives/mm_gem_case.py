@@ -13,8 +13,19 @@ from agff.pooled_rows import BOX, CAPTION_LENGTH, CAPTION_START, ROW_IMAGE_IDS, 
 from agff.shared_images import IMAGE_IDS
 from tests.agff.tiny import IMAGE_TOKEN, VOCABULARY
 
-OBJECTIVE = MmGem(temperature=0.5, grid=2, region_grid=1)
+OBJECTIVE = MmGem(
+    temperature=0.5,
+    embedding_weight=0.7,
+    generation_weight=1.3,
+    grid=2,
+    region_grid=1,
+    nested_dims=[5],
+    nested_weights=[0.5],
+)
 """An image of tests/agff/tiny.py is one token, so each prefix is too."""
+AT_DEFAULT = {"nested_fine": "refused: an item has one vector"}
+NUM_FINE = 0
+OF_ELIGIBLE = "loss/generation"
 END = 29
 
 

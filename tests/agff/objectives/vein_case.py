@@ -41,9 +41,6 @@ class FixedVein(Vein):
             head = super().build_head(backbone_config)
         assert isinstance(head, MaskedReconstruction)
         head.__class__ = SeveralTokens
-        for attention in (head.decoder.self_attn, head.decoder.multihead_attn):
-            # softmax does not see the bias of the keys: its gradient is noise, of which Adam makes full steps
-            attention.in_proj_bias.requires_grad_(False)
         return head
 
 
@@ -52,9 +49,22 @@ OBJECTIVE = FixedVein(
     amplification=2.0,
     reconstruction_weight=3.0,
     layers=2,
+    mask_ratio=0.4,
     decoder_dropout=0.0,
     visual_sources=VisualSources(queries=["rows"]),
 )
+RANDOM = Vein(
+    **{each.name: getattr(OBJECTIVE, each.name) for each in dataclasses.fields(OBJECTIVE)}
+    | {"decoder_dropout": 0.3}
+)
+"""As it trains: masks and dropout are drawn."""
+OF_ELIGIBLE = "vein/reconstruction"
+WITHOUT_EFFECT = {
+    f"head.decoder.{attention}.in_proj_bias": slice(16, 32) for attention in ("self_attn", "multihead_attn")
+}
+"""The bias of the keys (hidden size 16) shifts all logits of a query alike, which softmax does not see. Its
+gradient is rounding noise, of which Adam makes full steps, so it ends anywhere; those of queries and values
+do not."""
 
 
 def prepared(batch: Batch) -> Batch:

@@ -13,7 +13,7 @@ from agff.pooled_rows import BOX, CAPTION_LENGTH, CAPTION_START, ROW_IMAGE_IDS, 
 from agff.shared_images import IMAGE_IDS
 from tests.agff.tiny import IMAGE_TOKEN, VOCABULARY
 
-OBJECTIVE = MmGem(temperature=0.5, grid=2, region_grid=1)
+OBJECTIVE = MmGem(temperature=0.5, grid=2, region_grid=1, nested_dims=[8])
 """An image of tests/agff/tiny.py is one token, so each prefix is too."""
 END = 29
 

@@ -1,8 +1,9 @@
 """Floating-point operations of a step by formula: from the sizes of its chunks and the model's configuration.
 
 Counted are matrix products and attention, a multiplication and an addition as two, as
-`torch.utils.flop_counter` counts them. Not counted are element-wise work, look-ups, the rotary tables and the
-loss (its three products are about 1e-5 of a step at Qwen2-VL-2B's widths and 1,024 pairs).
+`torch.utils.flop_counter` counts them. Not counted are element-wise work, look-ups, the rotary tables, the
+loss (its three products are about 1e-5 of a step at Qwen2-VL-2B's widths and 1,024 pairs) and an objective's
+head (at most 5 % of a step of our recipes; tests/benchmarks/recipe_heads.py).
 """
 
 from __future__ import annotations

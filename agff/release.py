@@ -38,6 +38,7 @@ from agff.contract import (
 from agff.embedder import AnyItem, Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError, ConfigError
+from agff.model_card import model_card
 from agff.objectives import name_of
 from agff.objectives.objective import Head
 from agff.processor import ItemProcessor
@@ -234,56 +235,3 @@ def _named_errors(folder: Path, contract: Contract) -> Iterator[None]:
             f"{contract.versions.get('transformers')}, here is {transformers.__version__}: install that "
             f"version, or {CONVERT_AGAIN}"
         ) from error
-
-
-def model_card(contract: Contract) -> str:
-    """README.md of a release, in Markdown."""
-    facts = "\n".join(f"| {name} | {value} |" for name, value in contract.origin.items())
-    return f"""# A multimodal embedding model
-
-{_vectors(contract)}
-
-    import agff
-    model = agff.load("this folder")
-    a = model.encode(["a red heart"])
-    b = model.encode([{{"image": "picture.jpg", "text": "Represent the given image."}}])
-    model.similarity(a, b)
-{_regions_and_captions(contract)}
-| origin | |
-|---|---|
-{facts}
-
-{_shorter(contract)}Scores are in scores.json once launcher/evaluate.py has been run on this folder.
-"""
-
-
-def _vectors(contract: Contract) -> str:
-    if not contract.prompts.num_fine:
-        return "One vector an item, compared by the cosine."
-    return (
-        f"One global and {contract.prompts.num_fine} fine-grained vectors an item, compared by a log-sum-exp "
-        f"of four global/fine similarities (beta {contract.fusion.beta})."
-    )
-
-
-def _regions_and_captions(contract: Contract) -> str:
-    """Further lines of the example, where the head makes both."""
-    objective = released_objective(contract)
-    if objective is None or objective.image_cells is None:
-        return ""
-    return """    model.encode_regions({"image": "picture.jpg"}, [(0, 0, 50, 40)])
-    model.caption({"image": "picture.jpg"})
-"""
-
-
-def _shorter(contract: Contract) -> str:
-    """The truncations, where there are any."""
-    choices = [
-        f"`{name}` of {', '.join(map(str, values))}"
-        for name, values in (("dim", contract.nested.dims), ("num_fine", contract.nested.fine))
-        if values
-    ]
-    return (
-        f"Shorter embeddings, trained to serve alone: `encode(items, ...)` takes {' and '.join(choices)}.\n\n"
-        * bool(choices)
-    )

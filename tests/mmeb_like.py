@@ -1,5 +1,5 @@
-"""Lengths like those of MMEB-train: kinds of pairs and sizes of images as its subsets have them, chosen by
-us, not measured."""
+"""Lengths like those of MMEB-train and of the other data that recipes name: kinds of pairs and sizes of
+images as the sets have them, chosen by us, not measured."""
 
 from __future__ import annotations
 
@@ -66,3 +66,16 @@ SUBSETS: dict[str, tuple[Side, Side]] = {
     **{f"composed{n}": (Side(PHOTO, (15, 40)), Side(PHOTO, (8, 20))) for n in range(2)},
 }
 """Name -> queries, targets."""
+
+REGIONS = "regions"
+_NLI = {"nli": (Side(None, (8, 30)), Side(None, (5, 20)))}
+_CAPTIONED = {name: sides for name, sides in SUBSETS.items() if name.startswith("image_to_caption")}
+SUBSETS_OF: dict[str, dict[str, tuple[Side, Side]]] = {
+    **dict.fromkeys(("mmeb_qwen2vl_2b", "mmeb_llava_ov_7b", "unime_stage2", "fam_adapt"), SUBSETS),
+    "unime_stage2_llava_ov_7b": SUBSETS,
+    **dict.fromkeys(("unime_stage1", "unime_stage1_llava_ov_7b"), _NLI),
+    "fam_align": {"cc3m": (Side(PHOTO, (5, 8)), Side(None, (8, 25)))},
+    "mm_gem_stage1": _CAPTIONED,
+    "mm_gem_stage2": {REGIONS: (Side(PHOTO, (5, 8)), Side(None, (3, 10)))},
+}
+"""Of each recipe's data."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from agff.errors import ConfigError
 from agff.fused_loss import RowMeasures, fused_loss
 from agff.losses import info_nce
 from agff.negatives import negative_mask
-from agff.objectives.objective import Head, Objective, ObjectiveResult
+from agff.objectives.nested import Nested
+from agff.objectives.objective import Head, ObjectiveResult
 from agff.similarity import FusionConfig, fused_similarity
 
 SHORTEST = 1e-12
@@ -107,9 +108,17 @@ def tokens_before_prompts(inputs: ModelInputs) -> Tensor:
     return places_T < inputs["prompt_start_B"][:, None]
 
 
+_Part: TypeAlias = Literal["embeddings", "tokens"]
+"""The first term of MAC, or its three terms with tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Mac(Objective):
-    """FAM's alignment of images and captions by embeddings and tokens (MAC)."""
+class Mac(Nested):
+    """FAM's alignment of images and captions by embeddings and tokens (MAC).
+
+    Truncations (ours) are of the embeddings in the first term alone: the mean of unit tokens has no prefix
+    that is the mean of unit prefixes, so the terms with tokens are computed once, with whole vectors.
+    """
 
     temperature: float = 0.02
     """Divides the similarities; FAM's value."""
@@ -121,6 +130,7 @@ class Mac(Objective):
     """Also score each target against all queries, and average the two losses."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.temperature <= 0:
             raise ConfigError(f"loss.temperature={self.temperature} must be > 0")
         for name in ("coarse_to_fine", "fine"):
@@ -139,8 +149,28 @@ class Mac(Objective):
         Candidates as in Contrastive. With fine vectors beside the global one the first term is InfoNCE on the
         fused similarity (ours; FAM has one vector); those with tokens take the global one.
         """
+        first = self.nested_result(
+            lambda q, t, n: self._part("embeddings", q, t, n, batch, fusion), query, target, negative
+        )
+        others = self._part("tokens", query, target, negative, batch, fusion)
+        return ObjectiveResult(
+            loss=first.loss + others.loss,
+            metrics={**first.metrics, **others.metrics},
+            pair_loss_B=first.pair_loss_B + others.pair_loss_B,
+        )
+
+    def _part(
+        self,
+        part: _Part,
+        query: Encoded,
+        target: Encoded,
+        negative: Encoded,
+        batch: Batch,
+        fusion: FusionConfig,
+    ) -> ObjectiveResult:
         no_partner_N = torch.full_like(batch.negative_ids_N, NO_CONTENT)
         loss, pair_loss_B, terms = _one_direction(
+            part,
             query,
             {name: torch.cat([target[name], negative[name]]) for name in ("embedding", "tokens")},
             batch.query_ids_B,
@@ -151,6 +181,7 @@ class Mac(Objective):
         )
         if self.both_directions:
             backward_loss, backward_B, _ = _one_direction(
+                part,
                 target,
                 query,
                 batch.target_ids_B,
@@ -160,19 +191,25 @@ class Mac(Objective):
                 fusion=fusion,
             )
             loss, pair_loss_B = (loss + backward_loss) / 2, (pair_loss_B + backward_B) / 2
-        coarse = terms["coarse"]
-        has_negatives_B = (coarse.num_negatives_B > 0).to(coarse.positive_B.dtype)
-        num_compared = has_negatives_B.sum().clamp(min=1)
-        metrics = {
-            "similarity/positive": coarse.positive_B.mean(),
-            "similarity/hardest_negative": (coarse.hardest_B * has_negatives_B).sum() / num_compared,
-            "batch_accuracy": ((coarse.positive_B > coarse.hardest_B) * has_negatives_B).sum() / num_compared,
-            **{f"mac/{name}": rows.loss_B.mean() for name, rows in terms.items()},
-        }
+        metrics = {f"mac/{name}": rows.loss_B.mean() for name, rows in terms.items()}
+        if part == "embeddings":
+            metrics |= _similarities(terms["coarse"])
         return ObjectiveResult(loss=loss, metrics=metrics, pair_loss_B=pair_loss_B)
 
 
+def _similarities(coarse: RowMeasures) -> dict[str, Tensor]:
+    """Of embeddings, for the log."""
+    has_negatives_B = (coarse.num_negatives_B > 0).to(coarse.positive_B.dtype)
+    num_compared = has_negatives_B.sum().clamp(min=1)
+    return {
+        "similarity/positive": coarse.positive_B.mean(),
+        "similarity/hardest_negative": (coarse.hardest_B * has_negatives_B).sum() / num_compared,
+        "batch_accuracy": ((coarse.positive_B > coarse.hardest_B) * has_negatives_B).sum() / num_compared,
+    }
+
+
 def _one_direction(
+    part: _Part,
     row: Encoded,
     candidate: Encoded,
     row_ids_B: Tensor,
@@ -186,17 +223,8 @@ def _one_direction(
     first B are the rows' positives, in order."""
     num_rows, device = len(row["tokens"]), row["tokens"].device
     ids_C, partner_ids_C = all_gather_rows(torch.stack([candidate_ids, partner_ids], dim=1)).unbind(dim=1)
-    row_BMD, row_tokens_B1D = row["embedding"], row["tokens"][:, None]
-    candidate_CMD = all_gather_rows(candidate["embedding"])
-    candidate_tokens_C1D = all_gather_rows(candidate["tokens"])[:, None]
-    between = config.coarse_to_fine / 2
-    terms = {
-        "coarse": (1.0, row_BMD, candidate_CMD),
-        "to_tokens": (between, row_BMD[:, :1], candidate_tokens_C1D),
-        "from_tokens": (between, row_tokens_B1D, candidate_CMD[:, :1]),
-        "fine": (config.fine, row_tokens_B1D, candidate_tokens_C1D),
-    }
     loss, measures = torch.zeros((), device=device), {}
+    terms = _terms(part, row, candidate, config)
     for name, (weight, row_vectors, candidate_vectors) in terms.items():
         term, measures[name] = fused_loss(
             row_vectors,
@@ -215,3 +243,19 @@ def _one_direction(
         loss = loss + term
     row_loss_B = torch.stack([weight * measures[name].loss_B for name, (weight, *_) in terms.items()])
     return loss, row_loss_B.sum(dim=0), measures
+
+
+def _terms(
+    part: _Part, row: Encoded, candidate: Encoded, config: Mac
+) -> dict[str, tuple[float, Tensor, Tensor]]:
+    """{name: (weight, this rank's rows, candidates of all ranks)} of the part's terms."""
+    if part == "embeddings":
+        return {"coarse": (1.0, row["embedding"], all_gather_rows(candidate["embedding"]))}
+    row_tokens_B1D, between = row["tokens"][:, None], config.coarse_to_fine / 2
+    candidate_C1D = all_gather_rows(candidate["embedding"][:, :1])
+    candidate_tokens_C1D = all_gather_rows(candidate["tokens"])[:, None]
+    return {
+        "to_tokens": (between, row["embedding"][:, :1], candidate_tokens_C1D),
+        "from_tokens": (between, row_tokens_B1D, candidate_C1D),
+        "fine": (config.fine, row_tokens_B1D, candidate_tokens_C1D),
+    }

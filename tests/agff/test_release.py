@@ -27,13 +27,14 @@ from agff.contract import CONTRACT_FILE, FORMAT, Contract, fingerprints, read_co
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
+from agff.model_card import TRAINED_BY, model_card
 from agff.nested import Truncations
 from agff.objectives import OBJECTIVES
 from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Head, Objective
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import MIN_COSINE, check_golden, golden_items, load, model_card, save_release
+from agff.release import MIN_COSINE, check_golden, golden_items, load, save_release
 from agff.similarity import FusionConfig
 from tests.drawings import tiny_backbone
 
@@ -181,8 +182,16 @@ def test_the_card_describes_the_model_that_was_trained(
     card = model_card(contract)
     assert all(text in card for text in says)
     assert "| objective | mac |" in card
-    assert ("caption" in card) == (objective == "mm_gem")
+    assert ("model.caption(" in card) == (objective == "mm_gem")
     assert "EGA" not in card
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_card_says_what_each_objective_trains(release: Path, name: str) -> None:
+    """Also of those whose head is not released, so that the origin alone knows them."""
+    assert TRAINED_BY.keys() == OBJECTIVES.keys()
+    card = model_card(dataclasses.replace(read_contract(release), origin={"objective": name}))
+    assert [each for each, sentence in TRAINED_BY.items() if sentence in card] == [name]
 
 
 PARTS = {"decoder layer": "backbone.language_model.layers.1.", "vision block": "backbone.visual.blocks.0."}

@@ -2,8 +2,8 @@
 
 step: ours beside a bare torch loop. peers: ours beside the public two-pass step. before: the quickstart's
 step beside that of an earlier commit. loss: beside its three matrix products. flops: executed beside needed
-ones of each recipe at real widths. memory: growth with the batch. loader: beside a loop that only decodes.
-conversion: beside a copy.
+ones of each recipe at real widths, and a rank's memory by formula. memory: growth with the batch. loader:
+beside a loop that only decodes. conversion: beside a copy.
 
 The machine should have nothing else to do. `python -m tests.benchmarks.report .cache/bench/measured.json`
 puts the table into the READMEs.
@@ -69,8 +69,9 @@ def _loss(arguments: argparse.Namespace, folder: Path) -> list[Row]:
 
 def _flops(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     from tests.benchmarks.recipe_flops import flops_rows
+    from tests.benchmarks.recipe_memory import memory_rows
 
-    return flops_rows()
+    return flops_rows() + memory_rows()
 
 
 def _memory(arguments: argparse.Namespace, folder: Path) -> list[Row]:

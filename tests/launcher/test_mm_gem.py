@@ -16,6 +16,7 @@ import agff
 from agff.cider import CiderD
 from agff.embedder import Embedder
 from agff.errors import ConfigError
+from agff.nested import Truncations
 from launcher.evaluate import main as evaluate
 from launcher.evaluation.caption_quality import MAX_TOKENS
 from launcher.run.config_file import read_recipe
@@ -57,8 +58,8 @@ def everything(model: Embedder) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
 
 
 def test_a_run_and_its_release_give_the_same_vectors_and_say_the_same(project: Path) -> None:
-    recipe = {**SMALL_RECIPE, "name": "mm", "objective": "mm_gem", "prompts": {"num_fine": 0}, "loss": {}}
-    recipe |= {"num_steps": 2, "precision": "fp32"}
+    recipe = {**SMALL_RECIPE, "name": "mm", "objective": "mm_gem", "prompts": {"num_fine": 0}}
+    recipe |= {"num_steps": 2, "precision": "fp32", "loss": {"nested_dims": [8]}}
     (project / "mm.yaml").write_text(yaml.safe_dump(recipe))
     for command in (
         "deepspeed launcher/train.py --recipe mm.yaml --run_dir runs/mm",
@@ -73,9 +74,23 @@ def test_a_run_and_its_release_give_the_same_vectors_and_say_the_same(project: P
     torch.testing.assert_close(released[0], vectors, rtol=0, atol=1e-6)
     torch.testing.assert_close(released[1], regions, rtol=0, atol=1e-6)
     assert released[2] == captions
+    check_truncations(project / "releases/mm", vectors)
     quality, regions = scored(project, agff.load(project / "releases/mm"))
     assert quality == {"num_images": 2, "num_references": 2}
     assert regions == [4, 4]
+
+
+def check_truncations(release: Path, whole_NMD: torch.Tensor) -> None:
+    """The release says which it was trained for, and gives them."""
+    assert "`dim` of 8." in (release / "README.md").read_text()
+    model = agff.load(release)
+    assert model.truncations == Truncations(dims=[8])
+    short = model.encode(["a heart"], dim=8)
+    torch.testing.assert_close(
+        short, torch.nn.functional.normalize(whole_NMD[:1, :, :8], dim=-1), rtol=0, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="dim=9 was not trained; this model was trained for 8, "):
+        model.encode(["a heart"], dim=9)
 
 
 def scored(project: Path, model: Embedder) -> tuple[dict[str, int], list[int]]:

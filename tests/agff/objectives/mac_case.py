@@ -5,7 +5,9 @@ from __future__ import annotations
 from agff.batch import Batch
 from agff.objectives.mac import Mac
 
-OBJECTIVE = Mac(temperature=0.5, coarse_to_fine=0.7, fine=1.3, both_directions=True)
+OBJECTIVE = Mac(
+    temperature=0.5, coarse_to_fine=0.7, fine=1.3, both_directions=True, nested_dims=[8], nested_fine=[0]
+)
 
 
 def prepared(batch: Batch) -> Batch:

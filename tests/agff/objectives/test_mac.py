@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import AutoConfig
 
 import agff
 from agff.batch import ModelInputs
@@ -16,7 +17,7 @@ from agff.objectives.mac import Mac, TokenMean
 from agff.similarity import FusionConfig
 from tests.agff.objectives import mac_case
 from tests.agff.test_step import PlainEngine, slow_losses
-from tests.agff.tiny import IMAGE_TOKEN, batch_of, chunk, global_rows, tiny_model
+from tests.agff.tiny import IMAGE_TOKEN, batch_of, chunk, global_rows, tiny_folder, tiny_model
 from tests.ranks import run_ranks
 
 TAU, D = 0.3, 5
@@ -245,3 +246,45 @@ def test_the_objective_without_negatives_is_the_public_function() -> None:
         found = torch.autograd.grad(result.loss, leaves, retain_graph=True)
         gradients = torch.autograd.grad(expected.mean(), leaves, retain_graph=True)
         torch.testing.assert_close(found, gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("both_directions", [False, True])
+def test_truncations_are_of_the_embeddings_in_the_first_term_alone(both_directions: bool) -> None:
+    """The mean, by weight, of first terms of truncated embeddings, and the terms with tokens once."""
+    num_fine, rows = 2, global_rows(6, 2, rows_without_image=range(4, 6))
+    engine, batch = (
+        PlainEngine(tiny_model(num_fine, head=TokenMean(IMAGE_TOKEN))),
+        batch_of(rows, 15, num_fine),
+    )
+    sides = sides_as_leaves(batch, [engine.encode(part) for part in batch.chunks])
+    fusion, width = FusionConfig(beta=0.1), sides[0]["embedding"].shape[-1]
+    settings = {"temperature": TAU, "both_directions": both_directions}
+
+    def first_term(dim: int, count: int) -> Tensor:
+        cut = [{**side, "embedding": side["embedding"][:, : 1 + count, :dim]} for side in sides]
+        if dim < width:  # whole vectors come as unit vectors, with the gradient of that
+            for side in cut:
+                side["embedding"] = side["embedding"] / side["embedding"].norm(dim=-1, keepdim=True)
+        cut = [{**side, "tokens": side["tokens"][:, :dim]} for side in cut]  # weigh 0 here
+        return Mac(**settings, coarse_to_fine=0, fine=0)(*cut, batch, fusion).pair_loss_B
+
+    whole = Mac(**settings, **WEIGHTS)(*sides, batch, fusion)
+    weights = {(width, 2): 1.0, (width, 0): 3.0, (8, 2): 0.5, (8, 0): 1.5, (3, 2): 2.0, (3, 0): 6.0}
+    firsts = sum(weight * first_term(*size) for size, weight in weights.items()) / sum(weights.values())
+    expected_B = firsts + whole.pair_loss_B - first_term(width, 2)
+    nested = Mac(**settings, **WEIGHTS, nested_dims=[3, 8], nested_fine=[0], nested_weights=[2.0, 0.5, 3.0])
+    result = nested(*sides, batch, fusion)
+    torch.testing.assert_close(result.pair_loss_B, expected_B.detach(), rtol=0, atol=1e-12)
+    assert result.loss.item() == pytest.approx(expected_B.mean().item(), abs=1e-12)
+    assert result.metrics == whole.metrics, "of whole items"
+    assert result.loss.item() != pytest.approx(whole.loss.item(), abs=1e-3)
+
+
+def test_truncations_that_do_not_fit_are_named() -> None:
+    config = AutoConfig.from_pretrained(tiny_folder().name)
+    with pytest.raises(ConfigError, match=r"loss.nested_dims=\[8, 17\] must be <= 16"):
+        Mac(nested_dims=[8, 17]).check_backbone(config)
+    with pytest.raises(ConfigError, match=r"loss.nested_fine=\[3\] must be <= prompts.num_fine=2"):
+        Mac(nested_fine=[3]).check_sizes(global_batch_size=64, num_fine=2)
+    with pytest.raises(ConfigError, match=r"loss.nested_dims=\[4, 2\] must increase"):
+        Mac(nested_dims=[4, 2])

@@ -56,7 +56,7 @@ def decode(
     """Raises DataError for whatever is wrong with the sample; its text starts with the address.
 
     with_negatives: False leaves explicit negatives out. seen_pixels: what the model sees of one image at
-    most. draw: which of so many regions is taken, of an image that has regions.
+    most. draw: the number of an image's regions -> the one that is taken.
     """
     try:
         sides = sides_of(raw.record, draw)

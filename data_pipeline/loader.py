@@ -34,7 +34,7 @@ WARN_AFTER_S = 30
 
 log = logging.getLogger(__name__)
 _Decode = Callable[[RawSample, str, Callable[[int], int]], Example]
-"""A sample, its source, which of so many regions."""
+"""A sample, its source, and what chooses one of that many regions."""
 
 
 @dataclass(kw_only=True)

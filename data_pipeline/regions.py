@@ -86,7 +86,7 @@ def _cut(box: Box, size: tuple[int, int]) -> Box:
 def sides_of(record: Mapping[str, Any], draw: Callable[[int], int]) -> dict[str, Mapping[str, Any]]:
     """The sides of a sample by role, as a pair has them.
 
-    draw: which of so many regions is taken, of a sample that has regions.
+    draw: the number of a sample's regions -> the one that is taken.
     """
     if "regions" not in record:
         return {role: record[role] for role in roles_of(record)}

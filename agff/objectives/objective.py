@@ -52,9 +52,8 @@ class Head(nn.Module):
 
         states: the last `num_states` hidden states (B, T, H), the last layer's at the end, which alone is
         behind the final norm, in the number format of the weights. embedding_BMD is float32 or better, and
-        outputs become so: normalise in float32. A learned
-        temperature, or whatever a row does not decide, is expanded to (B,): parameters used outside of a
-        forward get no gradient under ZeRO.
+        outputs become so: normalise in float32. A learned temperature, or whatever a row does not decide, is
+        expanded to (B,): parameters used outside of a forward get no gradient under ZeRO.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.benchmarks.table import Measured
@@ -38,12 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.json:
         shutil.copyfile(arguments.json, MEASURED)
-    for readme, text in texts(Measured.read(MEASURED)).items():
+    return write_parts(texts(Measured.read(MEASURED)), PART)
+
+
+def write_parts(texts: Mapping[Path, str], part: re.Pattern[str]) -> int:
+    """Put each text where its file has that part; returns the exit code."""
+    for readme, text in texts.items():
         before = readme.read_text(encoding="utf-8")
-        if len(PART.findall(before)) != 1:
-            sys.stderr.write(f"{readme}: one part between <!-- measured --> and <!-- end --> is expected\n")
+        if len(part.findall(before)) != 1:
+            sys.stderr.write(f"{readme}: one part like {part.pattern} is expected\n")
             return 2
-        readme.write_text(PART.sub(lambda _, text=text: text, before), encoding="utf-8")
+        readme.write_text(part.sub(lambda _, text=text: text, before), encoding="utf-8")
     return 0
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.family.table import FamilyTable
+from tests.benchmarks.report import write_parts
 
 MEASURED = Path(__file__).with_name("measured.json")
 ROOT = Path(__file__).parents[3]
@@ -34,13 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.json:
         shutil.copyfile(arguments.json, MEASURED)
-    for readme, part in texts(FamilyTable.read(MEASURED)).items():
-        text = readme.read_text(encoding="utf-8")
-        if len(PART.findall(text)) != 1:
-            sys.stderr.write(f"{readme}: one part between <!-- family --> and its end is expected\n")
-            return 2
-        readme.write_text(PART.sub(lambda _, part=part: part, text), encoding="utf-8")
-    return 0
+    return write_parts(texts(FamilyTable.read(MEASURED)), PART)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,18 @@ from tests.drawings import write_drawings
 from tests.ranks import run_ranks
 
 
-def found_in_copies(cases: list[list[Path]]) -> list[str]:
-    """What each case raises on rank r, which sees its `folders[r]`; "" when nothing is wrong."""
+def found_in_copies(cases: list[list[tuple[Path, Path | None]]]) -> list[str]:
+    """What check_shards_together raises on this rank in each case, of (shards, vectors) a rank; "" when nothing
+    is wrong."""
     found = []
     for folders in cases:
-        folder = LocalFolder(folders[dist.get_rank()])
+        shards, vectors = folders[dist.get_rank()]
+        folder = LocalFolder(shards)
         manifest = read_manifest(folder)
         plan = Plan(manifest, Mixture(sub_batch_size=4), seed=0, global_batch_size=8)
-        data = RunData(folder=folder, manifest=manifest, plan=plan)
+        opened = open_vectors(vectors, manifest, sources=plan.source_names) if vectors else None
         try:
+            data = RunData(folder=folder, manifest=manifest, plan=plan, vectors=opened)
             check_shards_together(data, hashes=True)
             found.append("")
         except DataError as error:
@@ -55,31 +58,14 @@ def test_every_copy_of_the_shards_is_read_whole_by_the_ranks_that_see_it(tmp_pat
         shard.write_bytes(content)
     assert len(shards) > 9
     cases = [[whole, whole, copy], [whole, whole, damaged], [whole, other, other]]
-    for rank, found in enumerate(run_ranks(found_in_copies, cases, world_size=3)):
+    without_vectors = [[(folder, None) for folder in case] for case in cases]
+    for rank, found in enumerate(run_ranks(found_in_copies, without_vectors, world_size=3)):
         assert found[0] == ""
         first, *lines = found[1].splitlines()
         assert first == f"{cases[1][rank]}: {len(shards)} files are not those of the manifest:"
         for line, shard in zip(lines, shards, strict=True):
             assert line.startswith(f"  {os.uname().nodename}: {shard}: SHA-256 of the shard is")
         assert "2 ranks see other shards there than rank 0: 1, 2; copy the same" in found[2]
-
-
-def found_with_vectors(cases: list[list[tuple[Path, Path]]]) -> list[str]:
-    """The same of (shards, vectors) a rank."""
-    found = []
-    for folders in cases:
-        shards, vectors = folders[dist.get_rank()]
-        folder = LocalFolder(shards)
-        manifest = read_manifest(folder)
-        plan = Plan(manifest, Mixture(sub_batch_size=4), seed=0, global_batch_size=8)
-        opened = open_vectors(vectors, manifest, sources=plan.source_names)
-        try:
-            data = RunData(folder=folder, manifest=manifest, plan=plan, vectors=opened)
-            check_shards_together(data, hashes=True)
-            found.append("")
-        except DataError as error:
-            found.append(str(error))
-    return found
 
 
 @pytest.mark.timeout(300)
@@ -101,7 +87,7 @@ def test_all_ranks_have_the_same_vectors_and_they_are_as_they_were_written(tmp_p
         [(shards, good), (shards, other)],
     ]
     names = sorted(manifest.sources)
-    for found in run_ranks(found_with_vectors, cases, world_size=2):
+    for found in run_ranks(found_in_copies, cases, world_size=2):
         assert found[0] == ""
         for text, node in ((found[1], f"{os.uname().nodename}: "), (found[2], "")):
             lines = sorted(text.splitlines())

@@ -26,8 +26,8 @@ from tests.ranks import run_ranks
 
 
 def found_in_copies(cases: list[list[tuple[Path, Path | None]]]) -> list[str]:
-    """What check_shards_together raises on this rank in each case, of (shards, vectors) a rank; "" when nothing
-    is wrong."""
+    """What check_shards_together raises on this rank in each case, of (shards, vectors) a rank; "" for
+    nothing."""
     found = []
     for folders in cases:
         shards, vectors = folders[dist.get_rank()]

@@ -1,4 +1,4 @@
-"""Captions that a model writes, judged by CIDEr-D beside the best constant caption."""
+"""Captions that a model writes, judged by CIDEr-D beside the best of some constant captions."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def facts_of(values: Mapping[str, Any]) -> dict[str, float | str]:
     for entry in values.get("caption_quality", ()):
         for score in entry["scores"]:
             found["CIDEr-D of captions of unseen drawings"] = score["cider_d"]
-            found["of the best constant caption"] = score["constant_cider_d"]
+            found["of the best of 50 constant captions"] = score["constant_cider_d"]
     for entry in values.get("regions", ()):
         for score in entry["scores"]:
             at_1, chance = score["recall_at_1"], score["chance_at_1"]

@@ -231,8 +231,8 @@ def test_the_table_has_scores_factors_and_what_only_one_method_has(tmp_path: Pat
     assert lines[2] == f"| One stage | 10 | {cells}4.0 % (4 x) | 22.2 % |"
     assert lines[3].startswith("| Two stages | 20 | ")
     assert lines[5] == (
-        "Two stages: CIDEr-D of captions of unseen drawings 0.50; of the best constant caption 0.12; regions "
-        "of unseen sheets, text to region, R@1 10.0 % (20 x chance)."
+        "Two stages: CIDEr-D of captions of unseen drawings 0.50; of the best of 50 constant captions "
+        "0.12; regions of unseen sheets, text to region, R@1 10.0 % (20 x chance)."
     )
     assert lines[-1].startswith("640 pairs a method, one seed, ")
     assert PAIRS in lines[0]

@@ -6,7 +6,13 @@ from agff.batch import Batch
 from agff.objectives.mac import Mac
 
 OBJECTIVE = Mac(
-    temperature=0.5, coarse_to_fine=0.7, fine=1.3, both_directions=True, nested_dims=[8], nested_fine=[0]
+    temperature=0.5,
+    coarse_to_fine=0.7,
+    fine=1.3,
+    both_directions=True,
+    nested_dims=[8],
+    nested_fine=[0],
+    nested_weights=[0.5, 2.0],
 )
 
 

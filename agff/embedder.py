@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.batch import MMEB_TEXTS, Item, TextRule, text_problem, to_device
+from agff.batch import MMEB_TEXTS, Item, ModelInputs, TextRule, text_problem, to_device
 from agff.embedding_model import EmbeddingModel
 from agff.errors import ConfigError, DataError, all_or_errors
 from agff.images import open_image
@@ -110,10 +110,13 @@ class Embedder:
             number, value = numbered
             return as_item(value, self.texts, address=f"items[{number}]")
 
-        inputs = self.processor(all_or_errors(item, batch))
+        return self.encode_inputs(self.processor(all_or_errors(item, batch))).cpu()
+
+    def encode_inputs(self, inputs: ModelInputs) -> Tensor:
+        """(B, 1 + K, D) float32 unit embeddings, on the model's device, of what `self.processor` made of
+        items."""
         with torch.inference_mode():
-            encoded = self.model(to_device(inputs, self.device))
-        return encoded["embedding"].cpu()
+            return self.model(to_device(inputs, self.device))["embedding"]
 
     def encode_regions(self, image: AnyItem, boxes: Sequence[Box], *, batch_size: int = 32) -> Tensor:
         """(N, 1, D) float32 unit embeddings of regions of an image, on the CPU; that of the whole image is

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import mmap
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from agff.batch import Batch
 from agff.errors import DataError
 
 _SLOT_BYTES = 2**36
@@ -25,6 +25,16 @@ _SMALLEST_SLOT_BYTES = 2**28
 _ALIGNMENT = 64
 _NO_RESERVE = 0x4000
 """MAP_NORESERVE of Linux; the mmap module has no name for it before Python 3.13."""
+
+
+class HasTensors(Protocol):
+    """What can be handed over: `agff.batch.Batch` and its like."""
+
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `move(tensor)` for each tensor, always in the same order."""
+
+
+AnyBatch = TypeVar("AnyBatch", bound=HasTensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +47,16 @@ class _Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HandedBatch:
+class HandedBatch(Generic[AnyBatch]):
     """A batch whose tensors lie in a slot; what travels between the processes."""
 
-    batch: Batch
+    batch: AnyBatch
     """With a _Place for each tensor."""
     slots: int
     worker: int
     slot: int
 
-    def open(self) -> Batch:
+    def open(self) -> AnyBatch:
         """The batch, its tensors in the slot. Only in the process that made the slots."""
         memory = _slots_of_this_process[self.slots].memory[self.worker][self.slot]
 
@@ -55,9 +65,9 @@ class HandedBatch:
 
         return self.batch.map_tensors(view)
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> AnyBatch:
         """A copy in page-locked memory; called by torch's DataLoader."""
-        return self.open().pin_memory()
+        return self.open().map_tensors(Tensor.pin_memory)
 
 
 class Slots:
@@ -73,7 +83,7 @@ class Slots:
         self._num_handed = 0
         _slots_of_this_process[id(self)] = self
 
-    def hand(self, batch: Batch, worker: int) -> HandedBatch:
+    def hand(self, batch: AnyBatch, worker: int) -> HandedBatch[AnyBatch]:
         """Copy the tensors into the worker's next slot. Called in the worker."""
         slot = self._num_handed % len(self.memory[worker])
         self._num_handed += 1

@@ -38,7 +38,7 @@ _Decode = Callable[[RawSample, str, Callable[[int], int]], Example]
 
 
 @dataclass(kw_only=True)
-class StepBatches(Dataset[Batch | HandedBatch | DataError]):
+class StepBatches(Dataset[Batch | HandedBatch[Batch] | DataError]):
     """Batch of this rank at any step, by index, whatever the number of workers and the steps before."""
 
     plan: Plan
@@ -68,7 +68,7 @@ class StepBatches(Dataset[Batch | HandedBatch | DataError]):
     def __post_init__(self) -> None:
         self._next_to_announce = 0
 
-    def __getitem__(self, step: int) -> Batch | HandedBatch | DataError:
+    def __getitem__(self, step: int) -> Batch | HandedBatch[Batch] | DataError:
         """The batch, or the error that prevents it: as a value, it passes from the worker unchanged."""
         worker = get_worker_info()
         try:
@@ -253,12 +253,12 @@ def _outlive_requests_to_stop(worker: int) -> None:
 
 
 def _next_batch(
-    steps: Iterator[Batch | HandedBatch | DataError],
+    steps: Iterator[Batch | HandedBatch[Batch] | DataError],
     step: int,
     batches: StepBatches,
     watch: Watch,
     stalled_after_s: float,
-) -> Batch | HandedBatch | DataError:
+) -> Batch | HandedBatch[Batch] | DataError:
     started = time.monotonic()
     while True:
         try:

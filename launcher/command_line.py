@@ -7,7 +7,8 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -102,6 +103,35 @@ def report(error: AgffError) -> int:
         # below the progress bar
         sys.stderr.write(f"\nerror on rank {rank} ({socket.gethostname()}): {error}\n")
     return 2
+
+
+def exit_code_of(work: Callable[[], int]) -> int:
+    """What it returns, or that of its error, which is printed: 2 for one that the user can fix, else 1."""
+    try:
+        return work()
+    except AgffError as error:
+        return _leave(report(error), with_others=error.on_all_ranks)
+    except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
+        words = (
+            f"error on rank {os.environ.get('RANK', '0')} ({socket.gethostname()}):\n{traceback.format_exc()}"
+        )
+        sys.stderr.write(f"\n{words}")  # below the progress bar
+        return _leave(1, with_others=False)
+
+
+def _leave(code: int, *, with_others: bool) -> int:
+    """The exit code; or the end of this process, when the others still wait for it.
+
+    Leaving the process group in good order may wait for them, as long as `collective_timeout_s`; the launcher
+    ends them when this process ends.
+    """
+    if dist.is_initialized() and not with_others:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def _print_help(parser: RecipeParser, objective: str) -> NoReturn:

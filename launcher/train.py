@@ -6,19 +6,17 @@ import logging
 import os
 import socket
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from agff.backbone import check_attention
 from agff.checkpoint_folder import latest_step
-from agff.errors import AgffError, ConfigError
+from agff.errors import ConfigError
 from agff.processor import ItemProcessor
-from launcher.command_line import parse_train_arguments, report
+from launcher.command_line import exit_code_of, parse_train_arguments
 from launcher.quickstart.first_use import prepare_quickstart_if_named
 from launcher.run.backbone_identity import backbone_of_run
 from launcher.run.config import ResolvedRun, resolve
@@ -45,36 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     # DeepSpeed calls collectives by names torch 2.13 renamed
     warnings.filterwarnings("ignore", category=FutureWarning)
-    return _exit_code_of(partial(_start, argv))
-
-
-def _exit_code_of(work: Callable[[], int]) -> int:
-    """What it returns, or that of its error, which is printed."""
-    try:
-        return work()
-    except AgffError as error:
-        return _leave(report(error), with_others=error.on_all_ranks)
-    except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
-        words = (
-            f"error on rank {os.environ.get('RANK', '0')} ({socket.gethostname()}):\n{traceback.format_exc()}"
-        )
-        sys.stderr.write(f"\n{words}")  # below the progress bar
-        return _leave(1, with_others=False)
-
-
-def _leave(code: int, *, with_others: bool) -> int:
-    """The exit code; or the end of this process, when the others still wait for it.
-
-    Leaving the process group in good order may wait for them, as long as `collective_timeout_s`; the launcher
-    ends them when this process ends.
-    """
-    if dist.is_initialized() and not with_others:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    return exit_code_of(partial(_start, argv))
 
 
 def _start(argv: Sequence[str]) -> int:
@@ -119,7 +88,7 @@ def _start(argv: Sequence[str]) -> int:
         return 0
     if starts_ranks:
         return run_cpu_ranks(
-            run.world_size, lambda forked: _exit_code_of(partial(_train, run, data, processor, forked))
+            run.world_size, lambda forked: exit_code_of(partial(_train, run, data, processor, forked))
         )
     return _train(run, data, processor, rank)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from agff.batch import MMEB_TEXTS, instructed_text, text_problem, without_placeholder
+from PIL import Image
+
+from agff.batch import MMEB_TEXTS, Item, instructed_text, text_problem, without_placeholder
 from agff.errors import DataError
+from agff.images import FORMATS, decode_image, open_image, read_header, read_image_file
 
 MOST_LINES = 100
 """Findings that are printed; a wrong folder makes hundreds of thousands of them."""
@@ -27,6 +32,41 @@ class EvalItem:
 
     text: str
     image: Path | EmbeddedImage | None = None
+    box: tuple[float, float, float, float] | None = None
+    """The region of the image that is meant: x0, y0, x1, y1 in its pixels. None: the whole image."""
+
+    def load(self, opened: MutableMapping[Any, Image.Image]) -> Item:
+        """The item with its image decoded, and its name as the address of errors. Raises DataError.
+
+        opened: images that were decoded before; this one is added.
+        """
+        if self.image is not None and self.image not in opened:
+            opened[self.image] = (
+                decode_image(self.image.content, self.name, formats=FORMATS)
+                if isinstance(self.image, EmbeddedImage)
+                else open_image(self.image, self.name)
+            )
+        image = opened[self.image] if self.image is not None else None
+        return Item(text=self.text, image=image, address=self.name, box=self.box)
+
+    def outline(self) -> Item:
+        """The item with a blank image of its size. Raises DataError, and OSError when the file system
+        fails."""
+        image = self.image.content if isinstance(self.image, EmbeddedImage) else self.image
+        size = read_header(image, self.name, formats=FORMATS).size if image is not None else None
+        return Item(
+            text=self.text, image=Image.new("1", size) if size else None, address=self.name, box=self.box
+        )
+
+    def digest(self) -> bytes:
+        """Hash of the item's content: equal ones mean equal text, image bytes and region. Raises DataError,
+        and OSError when the file system fails."""
+        content = self.image.content if isinstance(self.image, EmbeddedImage) else None
+        if isinstance(self.image, Path):
+            content = read_image_file(self.image, self.name)
+        parts = (self.text.encode(), content, repr(self.box).encode())
+        digests = [hashlib.sha256(part).digest() if part is not None else b"" for part in parts]
+        return hashlib.sha256(b"|".join(digests)).digest()
 
     @property
     def name(self) -> str:

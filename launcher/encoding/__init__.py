@@ -1,0 +1,1 @@
+"""Items -> vectors, shared out over ranks, loaded by worker processes, kept in a cache."""

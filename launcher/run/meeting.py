@@ -1,0 +1,53 @@
+"""Ranks of a command that needs no DeepSpeed engine: how they meet, and how they stop together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from agff.collectives import raise_together, rank, world_size
+from agff.errors import AgffError, StorageError
+from launcher.run.ranks import RankInfo, export
+
+MEETING_S = 7 * 24 * 3600
+"""A rank that is done waits this long for the others."""
+
+Value = TypeVar("Value")
+
+
+def meet(info: RankInfo) -> torch.device:
+    """This rank's device; a process group of all ranks where there are several. Collective. Raises
+    ConfigError when they cannot meet."""
+    if info.world_size == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from agff.engine import start_process_group  # with DeepSpeed, which one process does without
+
+    export(info, os.environ)
+    return start_process_group(info.local_rank, timeout_s=MEETING_S)
+
+
+def together(work: Callable[[], Value]) -> Value:
+    """What `work` returns on this rank; the error of any rank is raised by all, an OSError as StorageError.
+    Collective."""
+    error: AgffError | None = None
+    try:
+        value = work()
+    except AgffError as caught:
+        error = caught
+    except OSError as caught:
+        error = StorageError(f"{caught.filename or 'input or output'}: {caught.strerror or caught}")
+    raise_together(error)
+    return value
+
+
+def from_first_rank(work: Callable[[], Value]) -> Value:
+    """What `work`, which runs on rank 0 alone, returns, on every rank; its error is raised by all. A small
+    value that can be pickled. Collective."""
+    values: list[Any] = [together(lambda: work() if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,228 @@
+"""Items -> vectors: the same bits on 1, 2 and 4 ranks, with and without worker processes and a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from agff.batch import Item
+from agff.collectives import rank
+from agff.errors import CheckpointError, DataError, StorageError
+from data_pipeline.layouts.eval_items import EvalItem
+from launcher.encoding.items import ItemVectors, batches_by_length, encode_items
+from launcher.encoding.vector_cache import VectorCache, model_key
+from tests.launcher.encoding.models import IMAGE, load_tiny, tiny_items, write_tiny
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("encoding"))
+
+
+def damaged(folder: Path) -> EvalItem:
+    """Its header is whole, so that it shows only when it is decoded."""
+    content = (folder / "1.png").read_bytes()
+    (folder / "damaged.png").write_bytes(content[:60] + bytes(20) + content[80:])
+    return EvalItem(IMAGE, folder / "damaged.png")
+
+
+def cases(folder: Path) -> dict[str, Any]:
+    """What every number of ranks must agree on."""
+    model, items = load_tiny(folder), tiny_items(folder)
+    found: dict[str, ItemVectors] = {}
+    found["all"] = encode_items(model, items, batch_size=4, title="items")
+    bad = [*items[:5], damaged(folder), EvalItem(IMAGE, folder / "gone.png")]
+    found["refused"] = encode_items(model, bad, batch_size=4, title="bad")
+    found["few"] = encode_items(model, items[:1], batch_size=4, title="few")
+    found["none"] = encode_items(model, [], batch_size=4, title="none")
+    return {name: (each.vectors.numpy(), dict(each.refused)) for name, each in found.items()}
+
+
+def cached_twice(folder: Path, cache_folder: Path) -> tuple[Any, Any, int]:
+    """Vectors of half of the items and then of all, from a cache; how many parts it has."""
+    model, items = load_tiny(folder), tiny_items(folder)
+    cache = VectorCache(cache_folder, model)
+    first = encode_items(model, items[::2], batch_size=4, title="half", cache=cache)
+    second = encode_items(model, items, batch_size=4, title="all", cache=cache)
+    return first.vectors.numpy(), second.vectors.numpy(), len(list(cache_folder.rglob("*.safetensors")))
+
+
+def fails_on_rank_1(folder: Path) -> str:
+    model = load_tiny(folder)
+    if rank() == 1:
+        with torch.no_grad():
+            model.model.prompted_embedding.vectors.fill_(torch.nan)
+    try:
+        encode_items(model, tiny_items(folder), batch_size=4, title="Shapes")
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def everything(folder: Path, cache_folder: Path) -> tuple[Any, Any, str]:
+    return cases(folder), cached_twice(folder, cache_folder), fails_on_rank_1(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    return cases(folder)
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_every_number_of_ranks_gives_the_same_bits(
+    folder: Path, alone: dict[str, Any], tmp_path: Path, world_size: int
+) -> None:
+    for found, (half, whole, num_parts), error in run_ranks(
+        everything, folder, tmp_path, world_size=world_size
+    ):
+        assert found.keys() == alone.keys()
+        for name, (vectors, refused) in found.items():
+            assert vectors.tobytes() == alone[name][0].tobytes(), name
+            assert refused == alone[name][1], name
+        assert (half == whole[::2]).all()
+        torch.testing.assert_close(torch.tensor(whole), torch.tensor(alone["all"][0]))
+        assert num_parts == 2
+        assert (
+            error == "Shapes: the model gives embeddings that are not finite; its scores would mean nothing"
+        )
+
+
+def test_vectors_are_those_of_each_item_alone(folder: Path, alone: dict[str, Any]) -> None:
+    model, items = load_tiny(folder), tiny_items(folder)
+    expected_NMD = model.encode([item.load({}) for item in items], batch_size=1)
+    vectors_NMD: Tensor = torch.tensor(alone["all"][0])
+    torch.testing.assert_close(vectors_NMD, expected_NMD)
+    assert alone["none"][0].shape[0] == 0
+    by_workers = encode_items(model, items, batch_size=4, title="items", num_workers=2)
+    assert torch.equal(by_workers.vectors, vectors_NMD)
+
+
+def test_refused_items_are_named_and_have_zeros(folder: Path, alone: dict[str, Any]) -> None:
+    vectors, refused = alone["refused"]
+    assert sorted(refused) == [5, 6]
+    assert "damaged.png: is a damaged PNG" in refused[5]
+    assert "gone.png: is missing" in refused[6]
+    assert not vectors[[5, 6]].any()
+    assert (vectors[:5] ** 2).sum(-1) == pytest.approx(1, abs=1e-5)
+
+
+def test_longest_items_come_first_and_share_batches(folder: Path) -> None:
+    model, items = load_tiny(folder), tiny_items(folder)
+    batches = batches_by_length(model, items, range(len(items)), batch_size=4)
+    lengths = [model.processor.num_tokens(items[place].outline()) for batch in batches for place in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(items)))
+    assert {len(batch) for batch in batches[:-1]} == {4}
+
+
+def test_decoded_items_are_taken_too(folder: Path) -> None:
+    model, items = load_tiny(folder), tiny_items(folder)
+    decoded: list[Item] = [item.load({}) for item in items]
+    found, expected = (encode_items(model, each, batch_size=4, title="x") for each in (decoded, items))
+    assert torch.equal(found.vectors, expected.vectors)
+
+
+def test_an_image_is_decoded_once_in_a_batch(folder: Path) -> None:
+    opened: dict[Any, Image.Image] = {}
+    items = [EvalItem(IMAGE, folder / "1.png"), EvalItem(f"{IMAGE}Or not?\n", folder / "1.png")]
+    first, second = (item.load(opened).image for item in items)
+    assert first is second
+
+
+def test_random_state_is_left_as_it_is(folder: Path) -> None:
+    before = torch.get_rng_state()
+    model = load_tiny(folder)
+    torch.set_rng_state(before)
+    encode_items(model, tiny_items(folder), batch_size=4, title="x", num_workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_worker_that_dies_is_named(folder: Path) -> None:
+    class Deadly(EvalItem):
+        def load(self, opened: Any) -> Item:
+            raise SystemExit(9)
+
+    with pytest.raises(DataError, match=r"a process that loads items died .* lower --num_workers"):
+        encode_items(load_tiny(folder), [Deadly("a")], batch_size=4, title="x", num_workers=1)
+
+
+class TestCache:
+    """What is kept, and for whom."""
+
+    def encode(self, folder: Path, cache: Path, *, seed: int = 0, max_tokens: int = 64) -> tuple[Tensor, int]:
+        """(vectors, how many items the model encoded)."""
+        model, count = load_tiny(folder, seed=seed, max_tokens=max_tokens), 0
+        encode_inputs = model.encode_inputs
+
+        def counted(inputs: Any) -> Tensor:
+            nonlocal count
+            count += len(inputs["input_ids"])
+            return encode_inputs(inputs)
+
+        model.encode_inputs = counted  # type: ignore[method-assign]
+        found = encode_items(
+            model, tiny_items(folder), batch_size=4, title="x", cache=VectorCache(cache, model)
+        )
+        return found.vectors, count
+
+    def test_the_same_model_encodes_an_item_once(self, folder: Path, tmp_path: Path) -> None:
+        first, count = self.encode(folder, tmp_path)
+        assert count == len(tiny_items(folder))
+        second, count = self.encode(folder, tmp_path)
+        assert count == 0
+        assert torch.equal(first, second)
+        assert not list(tmp_path.rglob("*.partial"))
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"max_tokens": 60}], ids=["weights", "limits"])
+    def test_another_model_finds_nothing(self, folder: Path, tmp_path: Path, change: dict[str, int]) -> None:
+        self.encode(folder, tmp_path)
+        found, count = self.encode(folder, tmp_path, **change)
+        assert count == len(found)
+
+    def test_another_image_under_the_same_name_is_encoded(self, folder: Path, tmp_path: Path) -> None:
+        model, image = load_tiny(folder), tmp_path / "a.png"
+        cache = VectorCache(tmp_path / "cache", model)
+        vectors = []
+        for colour in ("red", "blue"):
+            Image.new("RGB", (56, 56), colour).save(image)
+            found = encode_items(model, [EvalItem(IMAGE, image)], batch_size=1, title="x", cache=cache)
+            vectors.append(found.vectors)
+        assert not torch.allclose(vectors[0], vectors[1])
+
+    def test_refused_items_are_not_kept(self, folder: Path, tmp_path: Path) -> None:
+        model, items = load_tiny(folder), [EvalItem("a"), EvalItem(IMAGE, tmp_path / "late.png")]
+        cache = VectorCache(tmp_path / "cache", model)
+        assert set(encode_items(model, items, batch_size=2, title="x", cache=cache).refused) == {1}
+        Image.new("RGB", (56, 56)).save(tmp_path / "late.png")
+        found = encode_items(model, items, batch_size=2, title="x", cache=cache)
+        assert not found.refused
+        assert bool(found.vectors[1].any())
+
+    @pytest.mark.parametrize("content", [b"", b"x" * 100], ids=["empty", "other bytes"])
+    def test_a_damaged_part_is_named(self, folder: Path, tmp_path: Path, content: bytes) -> None:
+        self.encode(folder, tmp_path)
+        [part] = tmp_path.rglob("*.safetensors")
+        part.write_bytes(content)
+        with pytest.raises(StorageError, match=f"{part.name}: not a part of a cache .*; remove this file"):
+            self.encode(folder, tmp_path)
+
+    def test_a_place_that_cannot_be_written_is_named(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(StorageError, match="vectors cannot be kept: Not a directory"):
+            self.encode(folder, tmp_path / "file")
+
+    def test_key_is_of_everything_that_makes_a_vector(self, folder: Path) -> None:
+        changed = [load_tiny(folder), load_tiny(folder, seed=1), load_tiny(folder, max_tokens=32)]
+        tokenizer = load_tiny(folder)
+        tokenizer.processor.tokenizer.add_tokens(["qqq"])
+        images = load_tiny(folder)
+        images.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+        keys = {model_key(model) for model in (*changed, tokenizer, images)}
+        assert len(keys) == 5
+        assert model_key(load_tiny(folder)) in keys

@@ -23,7 +23,7 @@ from agff.nested import WHOLE_ONLY, Truncations
 from agff.objectives.objective import Objective
 from agff.processor import ItemProcessor
 from agff.regions import Box, box_problem
-from agff.similarity import FusionConfig, fused_similarity
+from agff.similarity import FusionConfig, fused_similarity, fused_similarity_to_own
 
 AnyItem = Item | str | Image.Image | Path | Mapping[str, Any]
 """A text, an image (PIL or path), or {"text": ..., "image": PIL or path} with either or both."""
@@ -56,6 +56,17 @@ class Embedder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.prompted_embedding.vectors.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.prompted_embedding.vectors.dtype
+
+    def read_in_bfloat16(self) -> None:
+        """Round the weights to bfloat16, as a release in bfloat16 has them. Buffers stay: positions would
+        lose their last digits."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
     @property
     def weights_sha256(self) -> str:
@@ -182,6 +193,10 @@ class Embedder:
         """(N, C) fused similarity of two sets of embeddings, in [-1, 1], with the beta of the training
         run."""
         return fused_similarity(a_NMD, b_CMD, beta=self.fusion.beta)
+
+    def similarity_to_own(self, query_BMD: Tensor, own_BCMD: Tensor) -> Tensor:
+        """(B, C) the same of each query and candidates of its own."""
+        return fused_similarity_to_own(query_BMD, own_BCMD, beta=self.fusion.beta)
 
 
 def as_item(value: AnyItem, texts: TextRule = MMEB_TEXTS, *, address: str = "") -> Item:

@@ -61,6 +61,26 @@ def fused_similarity(query_BMD: Tensor, target_CMD: Tensor, *, beta: float) -> T
         return fused_BC
 
 
+def fused_similarity_to_own(query_BMD: Tensor, own_BCMD: Tensor, *, beta: float) -> Tensor:
+    """(B, C) fused similarity of each query to candidates of its own, from one batched product; otherwise as
+    `fused_similarity`."""
+    if beta <= 0:
+        raise ValueError(f"beta={beta} must be > 0")
+    if own_BCMD.ndim != 4 or query_BMD.shape != own_BCMD[:, 0].shape:
+        raise ValueError(
+            f"expected (B, M, D) and (B, C, M, D), got {tuple(query_BMD.shape)} and {tuple(own_BCMD.shape)}"
+        )
+    batch, num_own, num_vectors, _ = own_BCMD.shape
+    dtype = torch.promote_types(torch.promote_types(query_BMD.dtype, own_BCMD.dtype), torch.float32)
+    with torch.autocast(query_BMD.device.type, enabled=False):
+        pairs = torch.bmm(query_BMD.to(dtype), own_BCMD.to(dtype).flatten(1, 2).transpose(1, 2))
+        pairs_BMCM = pairs.view(batch, num_vectors, num_own, num_vectors)
+        if num_vectors == 1:
+            return pairs_BMCM[:, 0, :, 0]
+        pairs_BMCM = _weighted(pairs_BMCM, beta)
+        return beta * pairs_BMCM.logsumexp(dim=(1, 3))
+
+
 def same_float_dtype(query_BMD: Tensor, target_CMD: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the wider of their dtypes, float32 at least; ValueError where their shapes do not fit."""
     if query_BMD.ndim != 3 or target_CMD.ndim != 3 or query_BMD.shape[1:] != target_CMD.shape[1:]:
@@ -119,4 +139,10 @@ def _scaled_pairs(query_BMD: Tensor, target_CMD: Tensor, beta: float) -> Tensor:
     pairs = (query_BMD.flatten(0, 1) @ target_CMD.flatten(0, 1).T).view(
         num_queries, num_vectors, -1, num_vectors
     )
-    return pairs.div_(beta).add_(_log_weights(num_vectors, like=pairs)[:, None, :])
+    return _weighted(pairs, beta)
+
+
+def _weighted(pairs_BMCM: Tensor, beta: float) -> Tensor:
+    """pairs / beta + log w_mn, in the memory of the pairs."""
+    log_weights_MM = _log_weights(pairs_BMCM.shape[1], like=pairs_BMCM)
+    return pairs_BMCM.div_(beta).add_(log_weights_MM[:, None, :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -20,6 +21,8 @@ from data_pipeline.handover import HandedBatch, Slots
 
 PREFETCH = 2
 """Batches that each worker prepares ahead."""
+MOST_WORKERS = 8
+"""Of a rank, unless it is asked for more."""
 
 
 class Loadable(Protocol):
@@ -84,6 +87,16 @@ class _Batches(Dataset[LoadedBatch | HandedBatch[LoadedBatch]]):
         batch = load_batch(self.process, self.items, self.batches[number])
         worker = get_worker_info()
         return self.slots.hand(batch, worker.id) if worker else batch
+
+
+def workers_beside(device: torch.device) -> int:
+    """How many processes of this rank may load: its share of the cores, at most MOST_WORKERS, beside a GPU.
+    On a CPU the model computes on those cores: none."""
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or 1)
+    return max(1, min(MOST_WORKERS, cores // ranks_here - 1))
 
 
 def load_batch(process: ProcessItems, items: Sequence[AnyItem], positions: Sequence[int]) -> LoadedBatch:

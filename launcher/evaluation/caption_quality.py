@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from agff.cider import CiderD
+from agff.collectives import gather_objects, rank, world_size
 from agff.embedder import Embedder
 from agff.errors import ConfigError, DataError
 from data_pipeline.layouts.caption_set import ReferenceSet
-from launcher.evaluation.scores import model_item
+from launcher.run.meeting import together
 
 MAX_TOKENS = 64
 """Of a caption; greedy decoding."""
@@ -44,16 +46,32 @@ def check_writes_captions(model: Embedder) -> None:
 
 
 def captions_of(model: Embedder, images: ReferenceSet) -> tuple[dict[int, str], dict[int, str]]:
-    """({image: what the model says of it}, {image: why it has no caption}). One image is open at a time."""
+    """({image: what the model says of it}, {image: why it has no caption}), shared out over the ranks.
+    Collective. One image is open at a time."""
+    own = images.used[rank() :: world_size()]
+    said, refused = together(lambda: _own_captions(model, images, own))
+    every_said, every_refused = zip(*gather_objects((said, refused)), strict=True)
+    return _joined(every_said), _joined(every_refused)
+
+
+def _own_captions(
+    model: Embedder, images: ReferenceSet, own: Sequence[int]
+) -> tuple[dict[int, str], dict[int, str]]:
     said, refused = {}, {}
-    for item in tqdm(images.used, desc=f"captions of {images.name}", unit="image", file=sys.stderr):
+    for item in tqdm(
+        own, desc=f"captions of {images.name}", unit="image", file=sys.stderr, disable=rank() > 0
+    ):
         try:
-            image = model_item(images.items[item]).image
+            image = images.items[item].load({}).image
             assert image is not None, "a reference set is of images"
             [said[item]] = model.caption(image, max_tokens=MAX_TOKENS)
         except DataError as error:
             refused[item] = str(error)
     return said, refused
+
+
+def _joined(parts: Sequence[dict[int, str]]) -> dict[int, str]:
+    return dict(sorted(entry for part in parts for entry in part.items()))
 
 
 def score_quality(images: ReferenceSet, said: dict[int, str]) -> CaptionQuality:

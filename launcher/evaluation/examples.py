@@ -13,7 +13,7 @@ from data_pipeline.layouts.caption_set import CaptionSet
 from data_pipeline.layouts.eval_items import EvalItem
 from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmeb_sets import SetInfo
-from launcher.evaluation.scores import encode_items
+from launcher.evaluation.scores import Encodes
 
 
 def shown_set(benchmark: EvalSet | CaptionSet, count: int) -> EvalSet:
@@ -45,16 +45,18 @@ def retrieval_example(model: Embedder, eval_set: EvalSet, items_NMD: Tensor, row
     return f'{eval_set.name}: "{text}": truth at rank {rank} of {len(candidates)}\n{best}'
 
 
-def free_text_example(model: Embedder, eval_set: EvalSet, text: str, *, batch_size: int) -> str:
-    """The five best images of a text-to-image set for your own text, phrased like the set's queries."""
+def free_text_example(model: Embedder, eval_set: EvalSet, text: str, encode: Encodes) -> str:
+    """The five best images of a text-to-image set for your own text, phrased like the set's queries.
+    Collective."""
     candidates = list(dict.fromkeys(item for row in eval_set.candidates for item in row))
     before, after = phrasing([eval_set.items[query].text for query in eval_set.queries])
     query = EvalItem(before + text + after)
     items = [query, *(eval_set.items[item] for item in candidates)]
-    items_NMD, refused = encode_items(model, items, batch_size=batch_size, label=eval_set.name)
-    if refused:
-        raise DataError("\n  ".join([f"{eval_set.name}: items that cannot be used", *refused.values()]))
-    scores = model.similarity(items_NMD[:1], items_NMD[1:])[0]
+    found = encode(items, title=eval_set.name)
+    if found.refused:
+        lines = [f"{eval_set.name}: items that cannot be used", *found.refused.values()]
+        raise DataError("\n  ".join(lines)).shared()
+    scores = model.similarity(found.vectors[:1], found.vectors[1:])[0]
     best = _top_lines(eval_set, candidates, scores, truth=None)
     return f'{eval_set.name}, {len(candidates)} candidates: "{query.text.strip()}"\n{best}'
 

@@ -14,7 +14,7 @@ from launcher.evaluation.caption_quality import captions_of, check_writes_captio
 from launcher.evaluation.caption_scores import score_captions, score_choices
 from launcher.evaluation.judged import JudgedScore
 from launcher.evaluation.region_scores import check_embeds_regions, encode_region_set, score_regions
-from launcher.evaluation.scores import encode_used
+from launcher.evaluation.scores import Encodes, encode_used
 
 
 def check_model(model: Embedder, benchmarks: Sequence[Benchmark]) -> None:
@@ -26,14 +26,14 @@ def check_model(model: Embedder, benchmarks: Sequence[Benchmark]) -> None:
             check_embeds_regions(model)
 
 
-def model_says(model: Embedder, benchmark: Benchmark, *, batch_size: int) -> tuple[Any, dict[int, str]]:
+def model_says(model: Embedder, benchmark: Benchmark, encode: Encodes) -> tuple[Any, dict[int, str]]:
     """(captions, vectors of regions, or (N, M, D) embeddings, as the score of such a set takes them;
-    {item: why it has none})."""
+    {item: why it has none}); the same on every rank. Collective."""
     if isinstance(benchmark, ReferenceSet):
         return captions_of(model, benchmark)
     if isinstance(benchmark, RegionSet):
-        return encode_region_set(model, benchmark, batch_size=batch_size)
-    return encode_used(model, benchmark, batch_size=batch_size)
+        return encode_region_set(model, benchmark, encode)
+    return encode_used(encode, benchmark)
 
 
 def score_judged(model: Embedder, benchmark: JudgedBenchmark, said: Any) -> tuple[str, Sequence[JudgedScore]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agff.embedder import Embedder
-from agff.errors import CheckpointError, ConfigError, DataError
+from agff.errors import ConfigError
 from agff.recall import RecallScore
 from data_pipeline.layouts.region_set import Box, RegionSet
 from launcher.evaluation.caption_scores import direction_score
-from launcher.evaluation.scores import encode_items, model_item
+from launcher.evaluation.scores import Encodes
 
 
 def check_embeds_regions(model: Embedder) -> None:
@@ -25,34 +24,26 @@ def check_embeds_regions(model: Embedder) -> None:
 
 
 def encode_region_set(
-    model: Embedder, regions: RegionSet, *, batch_size: int
+    model: Embedder, regions: RegionSet, encode: Encodes
 ) -> tuple[dict[int | tuple[int, Box], Tensor], dict[int, str]]:
-    """({phrase's item or (image, box): its (1, D) vector}, {item: why it has none}).
+    """({phrase's item or (image, box): its (1, D) vector}, {item: why it has none}). Collective.
 
-    Each phrase and each region is encoded once, each image opened once.
+    Each phrase and each region is encoded once.
     """
     texts = list(dict.fromkeys(text for text, _ in regions.phrases))
-    texts_NMD, late = encode_items(
-        model, [regions.items[text] for text in texts], batch_size=batch_size, label=regions.name
+    found = encode([regions.items[text] for text in texts], title=f"phrases of {regions.name}")
+    parts = encode(
+        [
+            replace(regions.items[image], text=model.texts.image_alone, box=box)
+            for image, box in regions.regions
+        ],
+        title=f"regions of {regions.name}",
     )
-    refused = {texts[position]: reason for position, reason in late.items()}
-    vectors: dict[int | tuple[int, Box], Tensor] = dict(zip(texts, texts_NMD[:, :1], strict=True))
-    boxes_of: dict[int, list[Box]] = {}
-    for image, box in regions.regions:
-        boxes_of.setdefault(image, []).append(box)
-    for image, boxes in tqdm(
-        boxes_of.items(), desc=f"regions of {regions.name}", unit="image", file=sys.stderr
-    ):
-        try:
-            opened = model_item(regions.items[image]).image
-            assert opened is not None, "its box was compared with its size"
-            regions_R1D = model.encode_regions(opened, boxes)
-        except DataError as error:
-            refused[image] = str(error)
-            continue
-        if not bool(regions_R1D.isfinite().all()):
-            raise CheckpointError(f"{regions.name}: the model gives vectors of regions that are not finite")
-        vectors.update(zip([(image, box) for box in boxes], regions_R1D.to(model.device), strict=True))
+    refused = {texts[position]: reason for position, reason in found.refused.items()}
+    refused |= {regions.regions[position][0]: reason for position, reason in parts.refused.items()}
+    vectors: dict[int | tuple[int, Box], Tensor] = {}
+    vectors.update(zip(texts, found.vectors[:, :1], strict=True))
+    vectors.update(zip(regions.regions, parts.vectors[:, :1], strict=True))
     return vectors, refused
 
 

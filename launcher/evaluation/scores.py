@@ -2,83 +2,62 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from agff.batch import Item
 from agff.embedder import Embedder
-from agff.errors import CheckpointError, DataError
-from agff.images import FORMATS, decode_image, open_image
 from agff.scoring import MmvpReport, SetScore, mmvp_pair_hits, mmvp_report, precision_at_1_hits, set_score
-from data_pipeline.layouts.eval_items import EmbeddedImage, EvalItem, ItemTable
+from data_pipeline.layouts.eval_items import ItemTable
 from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmvp import MmvpSet
+from launcher.encoding.items import ItemVectors
+from launcher.encoding.loading import AnyItem
 
 QUERY_BLOCK_SIZE = 64
 """Most queries compared at once; the result does not depend on it."""
+MOST_WASTE = 8
+"""Queries are compared with all candidates of their block while these are at most this many times a query's
+own: one large product is that much faster than one for each query."""
+OWN_BLOCK_BYTES = 2**27
+"""Of candidates that are gathered at once for queries whose candidates are their own."""
 
 
-def encode_used(model: Embedder, table: ItemTable, *, batch_size: int) -> tuple[Tensor, dict[int, str]]:
-    """((N, M, D) embeddings of a set's items, {item: why it has none}).
+class Encodes(Protocol):
+    """`launcher.encoding.items.encode_items` with the model and the options of a command. Collective."""
+
+    def __call__(self, items: Sequence[AnyItem], *, title: str) -> ItemVectors:
+        """The vectors of the items, on every rank."""
+
+
+def encode_used(encode: Encodes, table: ItemTable) -> tuple[Tensor, dict[int, str]]:
+    """((N, M, D) embeddings of a set's items, {item: why it has none}). Collective.
 
     The row of an item that is not used or has none is zero.
     """
     used = table.used
-    vectors_UMD, refused = encode_items(
-        model, [table.items[index] for index in used], batch_size=batch_size, label=table.name
-    )
+    found = encode([table.items[index] for index in used], title=table.name)
+    refused = {used[position]: reason for position, reason in found.refused.items()}
     if len(used) == len(table.items):  # as usual; a second copy would be gigabytes of a large set
-        return vectors_UMD, refused
-    items_NMD = vectors_UMD.new_zeros(len(table.items), *vectors_UMD.shape[1:])
-    items_NMD[list(used)] = vectors_UMD
-    return items_NMD, {used[position]: reason for position, reason in refused.items()}
-
-
-def encode_items(
-    model: Embedder, items: Sequence[EvalItem], *, batch_size: int, label: str
-) -> tuple[Tensor, dict[int, str]]:
-    """((N, M, D) embeddings in order, {position: why an item has none}); the row of such an item is zero.
-
-    At most `batch_size` images are open at a time. Raises CheckpointError for embeddings that are not finite.
-    """
-    rows: list[Tensor | None] = []
-    refused: dict[int, str] = {}
-    with tqdm(total=len(items), desc=label, unit="item", file=sys.stderr) as bar:
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            try:
-                rows += model.encode([model_item(item) for item in batch], batch_size=batch_size)
-            except DataError:
-                for position, item in enumerate(batch, start=start):
-                    try:
-                        rows += model.encode([model_item(item)], batch_size=1)
-                    except DataError as error:
-                        rows.append(None)
-                        refused[position] = str(error)
-            bar.update(len(batch))
-    blank_MD = torch.zeros_like(next((row for row in rows if row is not None), torch.zeros(1, 1)))
-    items_NMD = torch.stack([blank_MD if row is None else row for row in rows])
-    if not bool(items_NMD.isfinite().all()):
-        raise CheckpointError(
-            f"{label}: the model gives embeddings that are not finite; its scores would mean nothing"
-        )
-    return items_NMD.to(model.device), refused
+        return found.vectors, refused
+    items_NMD = found.vectors.new_zeros(len(table.items), *found.vectors.shape[1:])
+    items_NMD[list(used)] = found.vectors
+    return items_NMD, refused
 
 
 def score_set(model: Embedder, eval_set: EvalSet, items_NMD: Tensor) -> SetScore:
     """Precision@1 of one set from the embeddings of its items."""
     hits: list[bool] = []
-    for rows, columns in query_blocks(eval_set.candidates, max_rows=QUERY_BLOCK_SIZE):
-        similarity_BC = model.similarity(items_NMD[list(eval_set.queries[rows])], items_NMD[columns])
-        position = {item: column for column, item in enumerate(columns)}
-        hits += precision_at_1_hits(
-            similarity_BC,
-            [[position[item] for item in candidates] for candidates in eval_set.candidates[rows]],
-        )
+    for rows, together in query_blocks(eval_set.candidates):
+        queries, candidates = eval_set.queries[rows], eval_set.candidates[rows]
+        if together is None:
+            hits += _hits_among_own(model, items_NMD, queries, candidates)
+            continue
+        similarity_BC = model.similarity(items_NMD[list(queries)], items_NMD[together])
+        position = {item: column for column, item in enumerate(together)}
+        hits += precision_at_1_hits(similarity_BC, [[position[item] for item in row] for row in candidates])
     return set_score(
         eval_set.name,
         meta_task=eval_set.info.meta_task,
@@ -90,21 +69,35 @@ def score_set(model: Embedder, eval_set: EvalSet, items_NMD: Tensor) -> SetScore
     )
 
 
-def query_blocks(candidates: Sequence[Sequence[int]], *, max_rows: int) -> Iterator[tuple[slice, list[int]]]:
-    """(rows, their candidates together) such that at most twice the needed similarities are computed.
+def query_blocks(candidates: Sequence[Sequence[int]]) -> Iterator[tuple[slice, list[int] | None]]:
+    """(rows, their candidates together; None where these are more than MOST_WASTE times the rows' own)."""
+    for start in range(0, len(candidates), QUERY_BLOCK_SIZE):
+        block = candidates[start : start + QUERY_BLOCK_SIZE]
+        together = list(dict.fromkeys(item for row in block for item in row))
+        is_shared = len(together) * len(block) <= MOST_WASTE * sum(map(len, block))
+        yield slice(start, start + len(block)), together if is_shared else None
 
-    Queries that share their candidates form large blocks; queries whose thousand candidates are their own
-    stay alone.
-    """
-    start, together = 0, dict.fromkeys(candidates[0]) if candidates else {}
-    for row in range(1, len(candidates)):
-        joined = {**together, **dict.fromkeys(candidates[row])}
-        if row - start == max_rows or len(joined) > 2 * len(candidates[row]):
-            yield slice(start, row), list(together)
-            start, joined = row, dict.fromkeys(candidates[row])
-        together = joined
-    if candidates:
-        yield slice(start, len(candidates)), list(together)
+
+def _hits_among_own(
+    model: Embedder, items_NMD: Tensor, queries: Sequence[int], candidates: Sequence[Sequence[int]]
+) -> list[bool]:
+    """Of queries whose candidates are their own: gathered into one piece of memory, which is used again, and
+    compared by one batched product."""
+    longest = max(map(len, candidates))
+    size = max(1, OWN_BLOCK_BYTES // (longest * items_NMD[0].nbytes))
+    own_NMD = items_NMD.new_empty(min(size, len(queries)) * longest, *items_NMD.shape[1:])
+    hits: list[bool] = []
+    for start in range(0, len(queries), size):
+        rows = candidates[start : start + size]
+        # the filling is no candidate of any row below
+        index = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+        gathered = own_NMD[: index.numel()]
+        torch.index_select(items_NMD, 0, index.flatten().to(items_NMD.device), out=gathered)
+        similarity_BC = model.similarity_to_own(
+            items_NMD[list(queries[start : start + size])], gathered.view(*index.shape, *items_NMD.shape[1:])
+        )
+        hits += precision_at_1_hits(similarity_BC, [range(len(row)) for row in rows])
+    return hits
 
 
 def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:
@@ -117,13 +110,3 @@ def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:
         mmvp_pair_hits(similarity_P22).tolist(),
         left_out=[pair.pattern for pair in mmvp.left_out],
     )
-
-
-def model_item(item: EvalItem) -> Item:
-    """The item with its image decoded, and its name as the address of errors."""
-    image = None
-    if isinstance(item.image, EmbeddedImage):
-        image = decode_image(item.image.content, item.name, formats=FORMATS)
-    elif item.image is not None:
-        image = open_image(item.image, item.name)
-    return Item(text=item.text, image=image, address=item.name)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_type_hints
 
 from agff.embedder import Embedder
 from agff.errors import ConfigError, StorageError
@@ -26,6 +26,9 @@ from agff.files import locked, partial_path, write_text
 from agff.scoring import MmebReport, MmvpReport, PatternScore, SetScore, mmeb_report
 from launcher.evaluation.judged import Judged, JudgedScore, JudgedSet, judged_values, read_judged
 from launcher.evaluation.truncated import Truncated, merged, read_truncated, truncated_values
+
+Similarity: TypeAlias = Literal["fused", "global"]
+"""What the scores of whole items are by: all vectors, or the global ones alone."""
 
 _Score = TypeVar("_Score")
 _REASON = "because items are missing, unreadable or refused (--allow_missing)"
@@ -68,6 +71,8 @@ class Results:
     def notes(self) -> list[str]:
         """Sentences that must appear beside the scores."""
         notes = [scored.note for scored in self.sets.values() if scored.note]
+        if self.settings.get("similarity") == "global":
+            notes.append("scored by the global vectors alone (--similarity global).")
         if self.sets and (max_queries := self.settings.get("max_queries")) is not None:
             notes.append(f"only the first {max_queries} queries of each MMEB set were read.")
         if left_out := [*filter(None, map(_left_out, self.sets.values()))]:
@@ -81,10 +86,16 @@ class Results:
         return list(dict.fromkeys(notes))
 
 
-def settings_of(model: Embedder, *, max_queries: int | None) -> dict[str, Any]:
-    """What changes a score beside the weights: the queries asked, the processor's limits, the fusion."""
-    limits = asdict(model.processor.limits)
-    return {"max_queries": max_queries, "processor": limits, "fusion": asdict(model.fusion)}
+def settings_of(model: Embedder, *, max_queries: int | None, similarity: Similarity) -> dict[str, Any]:
+    """What changes a score beside the weights: the queries asked, the vectors compared, the dtype computed
+    in, the processor's limits, the fusion."""
+    return {
+        "max_queries": max_queries,
+        "similarity": similarity,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "processor": asdict(model.processor.limits),
+        "fusion": asdict(model.fusion),
+    }
 
 
 def check_place(path: Path) -> None:

@@ -54,8 +54,8 @@ def truncations_tables(truncated: Truncated, *, mmeb_sets: Sequence[str]) -> lis
     columns = {"mean of MMEB": inside} if inside else {}
     columns |= {name: [name] for name in names if name not in inside}
     sentence = (
-        "Shorter embeddings: the first numbers of each vector, re-normalised, and the first fine vectors.\n"
-        "Scores in percent; those of each of MMEB's sets are in the file."
+        "Shorter embeddings: the first numbers of each vector, re-normalised, and the first fine ones (0 is\n"
+        "the global one alone). Scores in percent; those of each of MMEB's sets are in the file."
     )
     tables = []
     for start in range(0, len(columns), 4):

@@ -1,13 +1,14 @@
-"""What a set scores with shorter embeddings: those that the model was trained for, cut from one encoding.
+"""What a set scores with shorter embeddings, cut from one encoding: those that the model was trained for, and
+the global vector alone, which shows what the fine ones bring.
 
-In scores.json [{dim, num_fine, scores: {name: score}}], whole items first; [] of a model that was trained for
-whole items only.
+In scores.json [{dim, num_fine, scores: {name: score}}], whole items first; [] of a model of one vector that
+was trained for whole items only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -27,13 +28,21 @@ Truncated: TypeAlias = Mapping[Truncation, Mapping[str, float]]
 
 
 def truncated_scores(model: Embedder, benchmark: Benchmark, said: Any) -> Truncated:
-    """One set's scores with each truncation, whole items first. Empty where the model was trained for whole
-    items only, and for a set that asks for regions or captions."""
+    """One set's scores with each truncation, whole items first. Empty where there is but one, and for a set
+    that asks for regions or captions."""
     if not isinstance(benchmark, EvalSet | MmvpSet | CaptionSet | ChoiceSet):
         return {}
-    _, num_vectors, width = said.shape
-    truncations = model.truncations.all(width=width, num_fine=num_vectors - 1)
-    return {cut: _numbers(model, benchmark, cut(said)) for cut in truncations}
+    return {cut: _numbers(model, benchmark, cut(said)) for cut in _truncations(model, said)}
+
+
+def _truncations(model: Embedder, items_NMD: Tensor) -> list[Truncation]:
+    """Whole items first; none where there are no others."""
+    _, num_vectors, width = items_NMD.shape
+    whole = Truncation(dim=width, num_fine=num_vectors - 1)
+    trained = model.truncations.all(width=width, num_fine=num_vectors - 1)
+    there = [cut for cut in trained if cut.num_fine < num_vectors]  # the fine vectors may be left out before
+    found = {whole, *there, replace(whole, num_fine=0)}
+    return sorted(found, key=lambda cut: (-cut.dim, -cut.num_fine)) if len(found) > 1 else []
 
 
 def _numbers(

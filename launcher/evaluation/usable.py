@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from agff.batch import Item
+from agff.collectives import gather_objects, rank, world_size
 from agff.embedder import Embedder
 from agff.errors import DataError
 from agff.images import FORMATS, read_header
@@ -27,7 +28,8 @@ REMEDY = (
 
 
 def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage, Size | str]:
-    """{image: its size, or why it cannot be read} of all images that are not missing."""
+    """{image: its size, or why it cannot be read} of all images that are not missing, shared out over the
+    ranks. Collective."""
     images = list(
         dict.fromkeys(
             image
@@ -36,9 +38,12 @@ def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage
             if index not in benchmark.findings and (image := benchmark.items[index].image) is not None
         )
     )
-    return {
-        image: _look(image) for image in tqdm(images, desc="look at images", unit="image", file=sys.stderr)
-    }
+    own = images[rank() :: world_size()]
+    bar = tqdm(own, desc="look at images", unit="image", file=sys.stderr, disable=rank() > 0)
+    looks: list[Size | str] = [(0, 0)] * len(images)
+    for source, part in enumerate(gather_objects([_look(image) for image in bar])):
+        looks[source :: world_size()] = part
+    return dict(zip(images, looks, strict=True))
 
 
 def unreadable(benchmark: Benchmark, looks: Mapping[Path | EmbeddedImage, Size | str]) -> dict[int, str]:
@@ -57,21 +62,23 @@ def unreadable(benchmark: Benchmark, looks: Mapping[Path | EmbeddedImage, Size |
 def refused(
     model: Embedder, benchmarks: Sequence[Benchmark], looks: Mapping[Path | EmbeddedImage, Size | str]
 ) -> list[dict[int, str]]:
-    """Per set {item: why the model's processor refuses it}, asked with the image's size alone."""
-    findings: list[dict[int, str]] = []
-    num_items = sum(len(benchmark.used) for benchmark in benchmarks)
-    with tqdm(total=num_items, desc="check items", unit="item", file=sys.stderr) as bar:
-        for benchmark in benchmarks:
-            findings.append({})
-            for index in benchmark.used:
-                item = benchmark.items[index]
-                size = looks[item.image] if item.image is not None else None
-                blank = Image.new("1", size) if isinstance(size, tuple) else None
-                try:
-                    model.processor.num_tokens(Item(text=item.text, image=blank, address=item.name))
-                except DataError as error:
-                    findings[-1][index] = str(error)
-                bar.update()
+    """Per set {item: why the model's processor refuses it}, asked with the image's size alone, shared out
+    over the ranks. Collective."""
+    asked = [(number, index) for number, benchmark in enumerate(benchmarks) for index in benchmark.used]
+    own: list[tuple[int, int, str]] = []
+    for number, index in tqdm(
+        asked[rank() :: world_size()], desc="check items", unit="item", file=sys.stderr, disable=rank() > 0
+    ):
+        item = benchmarks[number].items[index]
+        size = looks[item.image] if item.image is not None else None
+        blank = Image.new("1", size) if isinstance(size, tuple) else None
+        try:
+            model.processor.num_tokens(Item(text=item.text, image=blank, address=item.name))
+        except DataError as error:
+            own.append((number, index, str(error)))
+    findings: list[dict[int, str]] = [{} for _ in benchmarks]
+    for number, index, reason in sorted(each for part in gather_objects(own) for each in part):
+        findings[number][index] = reason
     return findings
 
 
@@ -98,7 +105,9 @@ def keep_usable(
 
 
 def report_left_out(lines: Sequence[str]) -> None:
-    """Print the findings that --allow_missing passes over."""
+    """Print the findings that --allow_missing passes over, once."""
+    if rank() > 0:
+        return
     for line in lines[:MOST_LINES]:
         sys.stderr.write(f"left out: {line}\n")
     if len(lines) > MOST_LINES:

@@ -30,6 +30,13 @@ def meet(info: RankInfo) -> torch.device:
     return start_process_group(info.local_rank, timeout_s=MEETING_S)
 
 
+def leave() -> None:
+    """Leave the process group in good order, all ranks together, where there is one. Collective."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def together(work: Callable[[], Value]) -> Value:
     """What `work` returns on this rank; the error of any rank is raised by all, an OSError as StorageError.
     Collective."""

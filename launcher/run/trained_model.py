@@ -21,12 +21,15 @@ from launcher.run.model import untrained_model
 
 
 def load_model(path: Path) -> Embedder:
-    """The model of a release folder, or of the newest checkpoint of a run folder, on the GPU where there is
-    one."""
+    """The model of a release folder, or of the newest checkpoint of a run folder: on this rank's GPU where
+    there is one, in bfloat16 where that GPU computes in it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (path / CONTRACT_FILE).exists():
-        return load(path, device=device)
-    embedder, _ = load_run(path)
+        embedder = load(path, device=device)
+    else:
+        embedder, _ = load_run(path)
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        embedder.read_in_bfloat16()
     embedder.model.to(device)
     return embedder
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agff.batch import Item
+from agff.batch import Item, TextRule
 from agff.embedder import Embedder
 from agff.errors import DataError
 from agff.nested import Truncations
@@ -33,6 +33,9 @@ class AnyLength:
     def __init__(self, refused: str) -> None:
         self.refused = refused
 
+    def __call__(self, items: Sequence[Item]) -> Any:
+        return {"items": [item for item in items if self.num_tokens(item)]}
+
     def num_tokens(self, item: Item) -> int:
         if self.refused and self.refused in item.text:
             raise DataError(f"refused: {item.text}")
@@ -44,6 +47,7 @@ class ColourModel(Embedder):
     another, the processor refuses a text with `refused`."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
     weights_sha256 = "colours"
 
     def __init__(self, confused: Mapping[str, str] | None = None, *, refused: str = "") -> None:
@@ -51,10 +55,12 @@ class ColourModel(Embedder):
         self.processor: Any = AnyLength(refused)
         self.fusion = FusionConfig(beta=0.1)
         self.truncations = Truncations()
+        self.texts = TextRule()
         self.encoded: list[tuple[str, str]] = []
         self.batch_sizes: list[int] = []
 
-    def encode(self, items: Sequence[Item], *, batch_size: int = 32, progress: bool = False) -> Tensor:
+    def encode_inputs(self, inputs: Any) -> Tensor:
+        items = inputs["items"]
         self.batch_sizes.append(len(items))
         self.encoded += [(item.text, item.address if item.image else "") for item in items]
         return torch.stack([self._vector(item) for item in items])[:, None, :]

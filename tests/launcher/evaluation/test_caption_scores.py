@@ -3,8 +3,8 @@ slow loops."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from agff.similarity import FusionConfig
 from data_pipeline.layouts.caption_folders import find_caption_sets
 from data_pipeline.layouts.caption_set import CaptionSet
 from data_pipeline.layouts.sugarcrepe import SUBSETS
+from launcher.encoding.items import encode_items
 from launcher.evaluate import main
 from launcher.evaluation.caption_scores import score_captions
 from launcher.evaluation.scores import encode_used
@@ -38,8 +39,9 @@ class FineColourModel(ColourModel):
     def _vectors(self, vector_3: Tensor, *, is_image: bool) -> Tensor:
         return torch.stack([vector_3 if is_image else torch.ones(3), vector_3])
 
-    def encode(self, items: Sequence[Any], *, batch_size: int = 32, progress: bool = False) -> Tensor:
-        vectors_N3 = super().encode(items)[:, 0]
+    def encode_inputs(self, inputs: Any) -> Tensor:
+        items = inputs["items"]
+        vectors_N3 = super().encode_inputs(inputs)[:, 0]
         return torch.stack(
             [
                 self._vectors(vector, is_image=item.image is not None)
@@ -255,7 +257,7 @@ def test_scores_of_a_real_model_equal_slow_loops(tmp_path: Path, images: dict[st
     (reader,) = find_caption_sets(write_tables(tmp_path / "own", captions), images_root=None, option="")
     found = reader()
     assert isinstance(found, CaptionSet)
-    items_NMD, late = encode_used(model, found, batch_size=4)
+    items_NMD, late = encode_used(functools.partial(encode_items, model, batch_size=4), found)
     assert items_NMD.shape[1:] == (3, 32)
     assert not late
     scored = {(s.direction, s.similarity): s for s in score_captions(model, found, items_NMD)}

@@ -27,7 +27,7 @@ def score_of(kind: str) -> JudgedScore:
 
 
 def scores_file(path: Path) -> ScoresFile:
-    settings = settings_of(ColourModel(), max_queries=None)
+    settings = settings_of(ColourModel(), max_queries=None, similarity="fused")
     return ScoresFile(path, model="m", weights_sha256="w", settings=settings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from agff.batch import Item
 from launcher.evaluate import main
 from tests.launcher.colours import COLOURS, ColourModel
 
@@ -24,13 +24,14 @@ class RegionModel(ColourModel):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.processor.cells = "an objective that pools images"
-        self.regions: list[list[Box]] = []
+        self.regions: list[Box] = []
 
-    def encode_regions(self, image: Image.Image, boxes: Sequence[Box], **options: Any) -> Tensor:
-        self.regions.append(list(boxes))
-        return torch.stack([torch.tensor(image.getpixel((int(x), int(y)))) / 255 for x, y, _, _ in boxes])[
-            :, None
-        ]
+    def _vector(self, item: Item) -> Tensor:
+        if item.image is None or item.box is None:
+            return super()._vector(item)
+        self.regions.append(item.box)
+        x, y, _, _ = item.box
+        return torch.tensor(item.image.getpixel((int(x), int(y)))) / 255
 
 
 @pytest.fixture
@@ -74,8 +75,8 @@ def test_perfect_model_scores_a_hundred_and_sees_each_thing_once(
     assert (to_region["recall_at_1"], to_region["num_queries"], to_region["num_candidates"]) == (100, 3, 4)
     assert (to_phrase["recall_at_1"], to_phrase["num_queries"], to_phrase["num_candidates"]) == (100, 4, 3)
     assert to_region["chance_at_1"] == pytest.approx(100 * (2 + 1 + 1) / 4 / 3)
-    assert model.regions == [[(0, 0, 4, 4), (4, 0, 8, 4)]] * 2
-    assert len(model.encoded) == 3
+    assert model.regions == [(0, 0, 4, 4), (4, 0, 8, 4)] * 2
+    assert len(model.encoded) == 3 + 4
     assert "Region retrieval" in capsys.readouterr().out
 
 
@@ -112,8 +113,8 @@ def test_model_without_regions_is_refused(folder: Path, capsys: pytest.CaptureFi
 
 def test_vectors_that_are_not_finite_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(RegionModel):
-        def encode_regions(self, image: Image.Image, boxes: Sequence[Box], **options: Any) -> Tensor:
-            return super().encode_regions(image, boxes) * torch.nan
+        def _vector(self, item: Item) -> Tensor:
+            return super()._vector(item) * (torch.nan if item.box else 1)
 
     assert evaluate(folder, model=Broken()) == 2
-    assert "halves: the model gives vectors of regions that are not finite" in capsys.readouterr().err
+    assert "regions of halves: the model gives embeddings that are not finite" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from agff.similarity import FusionConfig
 from launcher.evaluation.scores_file import ScoresFile, check_place, settings_of
 from tests.launcher.colours import ColourModel
 
-SETTINGS = settings_of(ColourModel(), max_queries=None)
+SETTINGS = settings_of(ColourModel(), max_queries=None, similarity="fused")
 
 
 def score_of(name: str, *, hits: int, meta_task: str = "vqa") -> SetScore:
@@ -80,15 +80,18 @@ def test_scores_of_truncations_are_kept_set_by_set(tmp_path: Path) -> None:
 
 def all_settings() -> dict[str, dict[str, Any]]:
     """Each setting that a score depends on -> the settings with another value of it."""
-    changed = {"max_queries": settings_of(ColourModel(), max_queries=10)}
+    changed = {
+        "max_queries": settings_of(ColourModel(), max_queries=10, similarity="fused"),
+        "similarity": settings_of(ColourModel(), max_queries=None, similarity="global"),
+    }
     for field in dataclasses.fields(ProcessorConfig):
         model = ColourModel()
         model.processor.limits = dataclasses.replace(ProcessorConfig(), **{field.name: 1000})
-        changed[f"processor.{field.name}"] = settings_of(model, max_queries=None)
+        changed[f"processor.{field.name}"] = settings_of(model, max_queries=None, similarity="fused")
     for field in dataclasses.fields(FusionConfig):
         model = ColourModel()
         model.fusion = dataclasses.replace(model.fusion, **{field.name: 0.3})
-        changed[f"fusion.{field.name}"] = settings_of(model, max_queries=None)
+        changed[f"fusion.{field.name}"] = settings_of(model, max_queries=None, similarity="fused")
     return changed
 
 

@@ -150,7 +150,7 @@ def test_item_that_the_processor_refuses_is_named_before_anything_is_encoded(
     reason: str,
 ) -> None:
     model = ColourModel()
-    model.processor = processor
+    model.processor.num_tokens = processor.num_tokens
     spoil(benchmarks)
     assert evaluate(benchmarks, load=lambda path: model) == 2
     assert model.encoded == []
@@ -251,10 +251,10 @@ def test_damage_found_late_costs_its_own_set_only(
 
 def test_killed_evaluation_keeps_its_finished_sets(benchmarks: Path) -> None:
     class Killed(ColourModel):
-        def encode(self, items: Sequence[Any], **options: Any) -> Tensor:
-            if any("Find" in item.text for item in items):
+        def encode_inputs(self, inputs: Any) -> Tensor:
+            if any("Find" in item.text for item in inputs["items"]):
                 raise KeyboardInterrupt
-            return super().encode(items, **options)
+            return super().encode_inputs(inputs)
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(benchmarks, load=lambda path: Killed())

@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeGuard
 
 from tqdm import tqdm
 
+from agff.collectives import rank
 from agff.errors import ConfigError, DataError
 from data_pipeline.layouts.caption_folders import find_caption_sets
 from data_pipeline.layouts.caption_set import CaptionSet, ReferenceSet, reference_set
@@ -62,7 +63,7 @@ def read_benchmarks(
         found = find_caption_sets(caption_quality, images_root=caption_images, option="--caption_quality")
         readers += [functools.partial(_references, read) for read in found]
     benchmarks, findings = [], []
-    for read in tqdm(readers, desc="read tables", unit="set", file=sys.stderr):
+    for read in tqdm(readers, desc="read tables", unit="set", file=sys.stderr, disable=rank() > 0):
         try:
             benchmarks.append(read())
         except DataError as error:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 import agff
 from agff import similarity
-from agff.similarity import fused_similarity, pattern_shares
+from agff.similarity import fused_similarity, fused_similarity_to_own, pattern_shares
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -55,6 +55,20 @@ def test_fused_similarity_equals_slow_oracle(num_fine: int, beta: float) -> None
     torch.testing.assert_close(
         fused_similarity(query, target, beta=beta), oracle(query, target, beta), rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("num_fine", [0, 1, 4])
+def test_similarity_to_own_candidates_equals_slow_oracle(num_fine: int) -> None:
+    query_BMD, own_BCMD = unit(3, 1 + num_fine, 6), unit(3, 5, 1 + num_fine, 6, seed=1)
+    expected = torch.cat([oracle(query_BMD[[row]], own_BCMD[row], 0.05) for row in range(3)])
+    torch.testing.assert_close(fused_similarity_to_own(query_BMD, own_BCMD, beta=0.05), expected)
+
+
+def test_shapes_and_beta_of_own_candidates_are_named() -> None:
+    with pytest.raises(ValueError, match=r"expected \(B, M, D\) and \(B, C, M, D\), got \(2, 1, 4\)"):
+        fused_similarity_to_own(unit(2, 1, 4), unit(2, 3, 2, 4), beta=0.05)
+    with pytest.raises(ValueError, match="beta=0 must be > 0"):
+        fused_similarity_to_own(unit(2, 1, 4), unit(2, 3, 1, 4), beta=0)
 
 
 def test_result_and_gradient_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:

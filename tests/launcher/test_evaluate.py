@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,38 @@ def test_each_trained_truncation_is_scored_from_one_encoding(
     out = capsys.readouterr().out
     assert "Shorter embeddings" in out
     assert re.search(r"\n2 +0 +2 +66.7 +50.0\n", out)
+
+
+class TwoVectors(ColourModel):
+    """The global vector of a text is blind: all images are alike to it. The fine one sees."""
+
+    def encode_inputs(self, inputs: Any) -> Tensor:
+        fine_N1D = super().encode_inputs(inputs)
+        global_N1D = fine_N1D.clone()
+        texts = [number for number, item in enumerate(inputs["items"]) if item.image is None]
+        global_N1D[texts] = 3**-0.5
+        return torch.cat([global_N1D, fine_N1D], dim=1)
+
+    similarity = Embedder.similarity
+
+
+def test_the_table_says_what_fine_vectors_bring(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without any truncation that was trained; and --similarity global makes it the score of whole items."""
+    assert evaluate(benchmarks, model=TwoVectors()) == 0
+    whole = json.loads((benchmarks / "run/scores.json").read_text())
+    assert [(entry["dim"], entry["num_fine"], entry["scores"]["T2I"]) for entry in whole["truncations"]] == [
+        (3, 1, 100),
+        (3, 0, 0),
+    ]
+    assert whole["settings"]["similarity"] == "fused"
+    assert "Shorter embeddings" in capsys.readouterr().out
+    assert evaluate(benchmarks, "--similarity", "global", model=TwoVectors()) == 0
+    scores = json.loads((benchmarks / "run/scores.json").read_text())
+    by_name = {score["name"]: score["score"] for score in scores["mmeb"]["sets"]}
+    assert by_name["T2I"] == 0
+    assert (scores["settings"]["similarity"], scores["truncations"]) == ("global", [])
+    assert [other["settings"]["similarity"] for other in scores["other"]] == ["fused"]
+    assert "scored by the global vectors alone (--similarity global)." in capsys.readouterr().out
 
 
 def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
-"""Items -> vectors: the same bits on 1, 2 and 4 ranks, with and without worker processes and a cache."""
+"""Items -> vectors in one process, with and without worker processes and a cache; ranks are in
+tests/launcher/test_evaluate_on_ranks.py."""
 
 from __future__ import annotations
 
@@ -11,13 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from agff.batch import Item
-from agff.collectives import rank
-from agff.errors import CheckpointError, DataError, StorageError
+from agff.errors import DataError, StorageError
 from data_pipeline.layouts.eval_items import EvalItem
-from launcher.encoding.items import ItemVectors, batches_by_length, encode_items
+from launcher.encoding.items import batches_by_length, encode_items
 from launcher.encoding.vector_cache import VectorCache, model_key
+from tests.launcher.encoding.cases import cases
 from tests.launcher.encoding.models import IMAGE, load_tiny, tiny_items, write_tiny
-from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -25,72 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("encoding"))
 
 
-def damaged(folder: Path) -> EvalItem:
-    """Its header is whole, so that it shows only when it is decoded."""
-    content = (folder / "1.png").read_bytes()
-    (folder / "damaged.png").write_bytes(content[:60] + bytes(20) + content[80:])
-    return EvalItem(IMAGE, folder / "damaged.png")
-
-
-def cases(folder: Path) -> dict[str, Any]:
-    """What every number of ranks must agree on."""
-    model, items = load_tiny(folder), tiny_items(folder)
-    found: dict[str, ItemVectors] = {}
-    found["all"] = encode_items(model, items, batch_size=4, title="items")
-    bad = [*items[:5], damaged(folder), EvalItem(IMAGE, folder / "gone.png")]
-    found["refused"] = encode_items(model, bad, batch_size=4, title="bad")
-    found["few"] = encode_items(model, items[:1], batch_size=4, title="few")
-    found["none"] = encode_items(model, [], batch_size=4, title="none")
-    return {name: (each.vectors.numpy(), dict(each.refused)) for name, each in found.items()}
-
-
-def cached_twice(folder: Path, cache_folder: Path) -> tuple[Any, Any, int]:
-    """Vectors of half of the items and then of all, from a cache; how many parts it has."""
-    model, items = load_tiny(folder), tiny_items(folder)
-    cache = VectorCache(cache_folder, model)
-    first = encode_items(model, items[::2], batch_size=4, title="half", cache=cache)
-    second = encode_items(model, items, batch_size=4, title="all", cache=cache)
-    return first.vectors.numpy(), second.vectors.numpy(), len(list(cache_folder.rglob("*.safetensors")))
-
-
-def fails_on_rank_1(folder: Path) -> str:
-    model = load_tiny(folder)
-    if rank() == 1:
-        with torch.no_grad():
-            model.model.prompted_embedding.vectors.fill_(torch.nan)
-    try:
-        encode_items(model, tiny_items(folder), batch_size=4, title="Shapes")
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
-
-
-def everything(folder: Path, cache_folder: Path) -> tuple[Any, Any, str]:
-    return cases(folder), cached_twice(folder, cache_folder), fails_on_rank_1(folder)
-
-
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     return cases(folder)
-
-
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_every_number_of_ranks_gives_the_same_bits(
-    folder: Path, alone: dict[str, Any], tmp_path: Path, world_size: int
-) -> None:
-    for found, (half, whole, num_parts), error in run_ranks(
-        everything, folder, tmp_path, world_size=world_size
-    ):
-        assert found.keys() == alone.keys()
-        for name, (vectors, refused) in found.items():
-            assert vectors.tobytes() == alone[name][0].tobytes(), name
-            assert refused == alone[name][1], name
-        assert (half == whole[::2]).all()
-        torch.testing.assert_close(torch.tensor(whole), torch.tensor(alone["all"][0]))
-        assert num_parts == 2
-        assert (
-            error == "Shapes: the model gives embeddings that are not finite; its scores would mean nothing"
-        )
 
 
 def test_vectors_are_those_of_each_item_alone(folder: Path, alone: dict[str, Any]) -> None:

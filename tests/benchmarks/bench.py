@@ -3,7 +3,8 @@
 step: ours beside a bare torch loop. peers: ours beside the public two-pass step. before: the quickstart's
 step beside that of an earlier commit. loss: beside its three matrix products. flops: executed beside needed
 ones of each recipe at real widths, and a rank's memory by formula. memory: growth with the batch. loader:
-beside a loop that only decodes. conversion: beside a copy.
+beside a loop that only decodes. evaluation: beside the bare model on prepared inputs. conversion: beside a
+copy.
 
 The machine should have nothing else to do. `python -m tests.benchmarks.report .cache/bench/measured.json`
 puts the table into the READMEs.
@@ -86,6 +87,12 @@ def _loader(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     return loader_rows(quick=arguments.quick)
 
 
+def _evaluation(arguments: argparse.Namespace, folder: Path) -> list[Row]:
+    from tests.benchmarks.evaluation import evaluation_rows
+
+    return evaluation_rows(folder, quick=arguments.quick)
+
+
 def _conversion(arguments: argparse.Namespace, folder: Path) -> list[Row]:
     from tests.benchmarks.conversion import conversion_rows
 
@@ -100,6 +107,7 @@ GROUPS: dict[str, Group] = {
     "flops": _flops,
     "memory": _memory,
     "loader": _loader,
+    "evaluation": _evaluation,
     "conversion": _conversion,
 }
 

@@ -3,6 +3,7 @@ power."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -212,7 +213,7 @@ def finish(cluster: Cluster, number: str) -> dict[str, str]:
 
 
 def test_slurm_accepts_every_script(cluster: Cluster) -> None:
-    for script in ("train_1node.sh", "train_8node.sh", "convert.sh"):
+    for script in ("train_1node.sh", "train_8node.sh", "convert.sh", "evaluate.sh"):
         assert "to start at" in cluster.call("exec", "sbatch", "--test-only", f"slurm/{script}")
 
 
@@ -357,7 +358,7 @@ def trained_on(tmp_path: Path, project: Path) -> Iterator[Cluster]:
         yield running
 
 
-def test_a_chain_of_jobs_trains_on_two_nodes_then_finds_everything_done_and_is_converted(
+def test_a_chain_of_jobs_trains_on_two_nodes_then_finds_everything_done_and_is_converted_and_scored(
     trained_on: Cluster,
 ) -> None:
     size = ("--nodes=2", RANK_PER_NODE)
@@ -375,6 +376,11 @@ def test_a_chain_of_jobs_trains_on_two_nodes_then_finds_everything_done_and_is_c
     third = trained_on.submit("slurm/convert.sh", "runs/chain", "releases/chain")
     assert trained_on.wait_end(third, within_s=100)["JobState"] == "COMPLETED"
     assert (trained_on.project / "releases/chain/agff_config.json").exists()
+    sets = ("--mmeb_eval", ".cache/quickstart/data/mmeb_eval", "--max_queries", "4")
+    fourth = trained_on.submit(*size, "slurm/evaluate.sh", "releases/chain", *sets)
+    assert trained_on.wait_end(fourth, within_s=100)["JobState"] == "COMPLETED"
+    scores = json.loads((trained_on.project / "releases/chain/scores.json").read_text())
+    assert {entry["num_queries"] for entry in scores["mmeb"]["sets"]} == {4}
 
 
 def newest_step(run: Path) -> int:

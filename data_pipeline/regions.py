@@ -15,12 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from agff.errors import DataError
+from data_pipeline.boxes import Box, box_problem, cut_box
 from data_pipeline.layouts.training_rows import RegionRow
 from data_pipeline.reader import roles_of
-
-Box = tuple[float, float, float, float]
-_ROUNDING_PIXELS = 0.5
-"""A box may end so much outside of its image: annotations are rounded. It is cut there."""
 
 
 def content_id(text: str, image: bytes | None, box: Box | None = None) -> int:
@@ -44,43 +41,24 @@ def region_fields(
     """
     if row.size is not None and row.size != size:
         raise DataError(
-            f"image {row.image}: has {size[0]} x {size[1]} pixels, its boxes are of one of {row.size[0]} x "
-            f"{row.size[1]}; they must be in pixels of the upright image"
+            f"image {row.image_name}: has {size[0]} x {size[1]} pixels, its boxes are of one of "
+            f"{row.size[0]} x {row.size[1]}; they must be in pixels of the upright image"
         )
     used, left_out = [], []
     for region in row.regions:
         if isinstance(region, str):
             left_out.append(region)
-        elif problem := _box_problem(region.box, size):
+        elif problem := box_problem(region.box, size):
             left_out.append(f"{problem} ({region.phrase[:60]!r})")
         else:
-            box = _cut(region.box, size)
+            box = cut_box(region.box, size)
             ids = {"id": id_of_digest(text, image_digest, box), "text_id": id_of_digest(region.phrase, None)}
             used.append({"box": list(box), "text": region.phrase, **ids})
     if not used:
-        raise DataError(f"image {row.image}: no region can be used: {'; '.join(left_out) or 'there is none'}")
+        raise DataError(
+            f"image {row.image_name}: no region can be used: {'; '.join(left_out) or 'there is none'}"
+        )
     return {"size": list(size), "regions": used}, left_out
-
-
-def _box_problem(box: Box, size: tuple[int, int]) -> str | None:
-    """Why this is no part of an image of that size; None when it is."""
-    (x0, y0, x1, y1), (width, height) = box, size
-    written = ", ".join(f"{value:g}" for value in box)
-    if x1 < x0 or y1 < y0:
-        return f"box ({written}) ends before it begins; it must be x0, y0, x1, y1"
-    inside = _cut(box, size)
-    if max(abs(given - cut) for given, cut in zip(box, inside, strict=True)) > _ROUNDING_PIXELS:
-        return f"box ({written}) is outside of its image of {width} x {height} pixels"
-    if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        return f"box ({written}) has no area"
-    return None
-
-
-def _cut(box: Box, size: tuple[int, int]) -> Box:
-    x0, y0, x1, y1 = (
-        min(max(value, 0.0), float(most)) for value, most in zip(box, (*size, *size), strict=True)
-    )
-    return x0, y0, x1, y1
 
 
 def sides_of(record: Mapping[str, Any], draw: Callable[[int], int]) -> dict[str, Mapping[str, Any]]:
@@ -115,7 +93,7 @@ def scaled_box(side: Mapping[str, Any], image_size: tuple[int, int]) -> Box | No
     if "box" not in side:
         return None
     (x0, y0, x1, y1), (width, height) = map(float, side["box"]), map(int, side["size"])
-    if problem := _box_problem((x0, y0, x1, y1), (width, height)):
+    if problem := box_problem((x0, y0, x1, y1), (width, height)):
         raise ValueError(problem)
     x, y = image_size[0] / width, image_size[1] / height
     return x0 * x, y0 * y, x1 * x, y1 * y

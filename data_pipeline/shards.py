@@ -27,6 +27,7 @@ from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
 from agff.files import partial_path, publish, sha256_of
 from agff.images import SHARD_FORMATS, read_header, read_image_file
+from data_pipeline.layouts.eval_items import EmbeddedImage
 from data_pipeline.layouts.training_rows import IMAGE_ALONE, Pair, RegionRow, Side
 from data_pipeline.reader import negative_role
 from data_pipeline.regions import id_of_digest, region_fields
@@ -153,7 +154,7 @@ def _sample(row: Pair | RegionRow | str, number: int, stored: Mapping[bytes, _St
     side = Side(text=MMEB_TEXTS.image_alone, image=row.image, instruction=IMAGE_ALONE)
     added = sample.add("query", side)
     assert added is not None, "it has an image"
-    size = read_header(added[0], f"query: image {row.image}", formats=SHARD_FORMATS).size
+    size = read_header(added[0], f"query: image {row.image_name}", formats=SHARD_FORMATS).size
     fields, sample.left_out = region_fields(row, side.text, added[1], size)
     sample.record |= fields
     return sample
@@ -167,6 +168,9 @@ def _read_image(side: Side, role: str) -> tuple[bytes | None, str]:
     """
     if side.image is None:
         return None, ""
-    address = f"{role}: image {side.image}"
-    content = read_image_file(side.image, address)
+    if isinstance(side.image, EmbeddedImage):
+        address, content = f"{role}: image {side.image.name}", side.image.content
+    else:
+        address = f"{role}: image {side.image}"
+        content = read_image_file(side.image, address)
     return content, SUFFIX[read_header(content, address, formats=SHARD_FORMATS).format]

@@ -33,7 +33,9 @@ def _check_subset(root: Path, subset: str, *, split: str, num_rows: int, deep: b
     try:
         for number, pair in enumerate(read_pairs(root, subset, split=split, start=0, stop=num_rows)):
             if isinstance(pair, Pair):
-                named = {str(side.image.relative_to(root)) for side in pair.sides if side.image}
+                named = {
+                    str(side.image.relative_to(root)) for side in pair.sides if isinstance(side.image, Path)
+                }
                 rows_of_image.update(named)
             else:
                 problems.append(f"{subset}: row {number}: {pair}")

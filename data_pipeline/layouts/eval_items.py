@@ -13,6 +13,7 @@ from PIL import Image
 from agff.batch import MMEB_TEXTS, Item, instructed_text, text_problem, without_placeholder
 from agff.errors import DataError
 from agff.images import FORMATS, decode_image, open_image, read_header, read_image_file
+from data_pipeline.boxes import Box, cut_box
 
 MOST_LINES = 100
 """Findings that are printed; a wrong folder makes hundreds of thousands of them."""
@@ -32,8 +33,8 @@ class EvalItem:
 
     text: str
     image: Path | EmbeddedImage | None = None
-    box: tuple[float, float, float, float] | None = None
-    """The region of the image that is meant: x0, y0, x1, y1 in its pixels. None: the whole image."""
+    box: Box | None = None
+    """The region of the image that is meant; None: the whole image. It is cut at the image's sides."""
 
     def load(self, opened: MutableMapping[Any, Image.Image]) -> Item:
         """The item with its image decoded, and its name as the address of errors. Raises DataError.
@@ -46,17 +47,18 @@ class EvalItem:
                 if isinstance(self.image, EmbeddedImage)
                 else open_image(self.image, self.name)
             )
-        image = opened[self.image] if self.image is not None else None
-        return Item(text=self.text, image=image, address=self.name, box=self.box)
+        return self._with(opened[self.image] if self.image is not None else None)
 
     def outline(self) -> Item:
         """The item with a blank image of its size. Raises DataError, and OSError when the file system
         fails."""
         image = self.image.content if isinstance(self.image, EmbeddedImage) else self.image
         size = read_header(image, self.name, formats=FORMATS).size if image is not None else None
-        return Item(
-            text=self.text, image=Image.new("1", size) if size else None, address=self.name, box=self.box
-        )
+        return self._with(Image.new("1", size) if size else None)
+
+    def _with(self, image: Image.Image | None) -> Item:
+        box = cut_box(self.box, image.size) if self.box is not None and image is not None else None
+        return Item(text=self.text, image=image, address=self.name, box=box)
 
     def digest(self) -> bytes:
         """Hash of the item's content: equal ones mean equal text, image bytes and region. Raises DataError,

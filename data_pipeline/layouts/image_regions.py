@@ -1,7 +1,8 @@
 """Images with regions and what is said of each, in four layouts.
 
 FILE.json, .jsonl, .parquet   rows {"image": path, "regions": [{"box": [x0, y0, x1, y1], "phrase"}, ...]} and,
-                              where it is known, "width", "height": of the image that the boxes are of
+                              where it is known, "width", "height": of the image that the boxes are of; a
+                              table's image may be Hugging Face's struct {bytes, path}
 region_descriptions.json      Visual Genome: [{"id", "regions": [{"x", "y", "width", "height", "phrase"},
                               ...]}, ...]; images <id>.jpg, also below VG_100K and VG_100K_2
 refs(unc).p, .json, .parquet  RefCOCO (data_pipeline/layouts/refcoco.py), with instances.json beside it
@@ -20,12 +21,14 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from agff.errors import DataError
-from data_pipeline.layouts.columns import open_table, refuse_columns_twice, rows_between
+from data_pipeline.layouts.columns import image_cell, open_table, refuse_columns_twice, rows_between
+from data_pipeline.layouts.eval_items import EmbeddedImage
 from data_pipeline.layouts.json_rows import json_rows
 from data_pipeline.layouts.refcoco import INSTANCES_FILE, refcoco_rows
 from data_pipeline.layouts.training_rows import RegionRow, below, region
 
 Kind = Literal["regions", "visual_genome", "refcoco"]
+_IMAGE_FIELDS = {"bytes", "path"}
 _COLUMNS = ("image", "id", "regions", "width", "height")
 _GENOME_FOLDERS = ("", "VG_100K", "VG_100K_2")
 
@@ -39,6 +42,8 @@ class ImageRegions:
     images: Path
     """Folder of the images."""
     name: str
+    split: str = "train"
+    """Of RefCOCO's references those that are read."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -51,8 +56,8 @@ class ImageRegions:
 
     def count_rows(self, source: str) -> int:
         """See Layout."""
-        if self._kind == "refcoco":
-            count = len(refcoco_rows(self.root, self.images))
+        if self.kind == "refcoco":
+            count = len(refcoco_rows(self.root, self.images, self.split))
         elif self.root.suffix == ".parquet":
             with open_table(self.root) as table:
                 count = table.metadata.num_rows
@@ -60,19 +65,19 @@ class ImageRegions:
         else:
             count = json_rows(self.root).num_rows
         if not count:
-            raise DataError(f"{self.root}: no rows{' of split train' * (self._kind == 'refcoco')}")
+            raise DataError(f"{self.root}: no rows{f' of split {self.split}' * (self.kind == 'refcoco')}")
         return count
 
     def rows(self, source: str, *, start: int, stop: int) -> Iterator[RegionRow | str]:
         """See Layout."""
-        if self._kind == "refcoco":
-            yield from refcoco_rows(self.root, self.images)[start:stop]
+        if self.kind == "refcoco":
+            yield from refcoco_rows(self.root, self.images, self.split)[start:stop]
             return
         if self.root.suffix == ".parquet":
             rows = rows_between([self.root], _columns, start=start, stop=stop)
         else:
             rows = json_rows(self.root).between(start, stop)
-        make = self._of_genome if self._kind == "visual_genome" else self._row
+        make = self._of_genome if self.kind == "visual_genome" else self._row
         for row in rows:
             try:
                 yield make(row)
@@ -81,10 +86,10 @@ class ImageRegions:
 
     def tables(self, source: str) -> list[Path]:
         """See Layout."""
-        return [self.root, *([self.root.parent / INSTANCES_FILE] if self._kind == "refcoco" else [])]
+        return [self.root, *([self.root.parent / INSTANCES_FILE] if self.kind == "refcoco" else [])]
 
     @property
-    def _kind(self) -> Kind:
+    def kind(self) -> Kind:
         """By the names of the first row's fields. Raises DataError for other ones."""
         if self.root.suffix in (".p", ".pkl", ".pickle"):
             return "refcoco"
@@ -112,9 +117,11 @@ class ImageRegions:
             ) from None
 
     def _row(self, row: Mapping[str, Any]) -> RegionRow:
-        image, width, height = _of(row, "image", "width", "height")
-        if not isinstance(image, str) or not image:
-            raise DataError(f"image {image!r:.60} must be a path")
+        cell, width, height = _of(row, "image", "width", "height")
+        image = image_cell(cell) if not isinstance(cell, Mapping) or cell.keys() >= _IMAGE_FIELDS else None
+        is_bytes = isinstance(image, EmbeddedImage) and isinstance(image.content, bytes)
+        if not image or not (is_bytes or isinstance(image, str)):
+            raise DataError(f"image {cell!r:.60} must be a path or {{bytes, path}}")
         found = []
         for number, each in enumerate(_listed(row)):
             box, phrase = _of(each, "box", "phrase")
@@ -122,8 +129,8 @@ class ImageRegions:
         is_known = (width, height) != (None, None)
         if is_known and not (isinstance(width, int) and isinstance(height, int)):
             raise DataError(f"width {width!r:.20} and height {height!r:.20} must be whole numbers of pixels")
-        path = below(self.images, image, "image")
-        return RegionRow(image=path, regions=tuple(found), size=(width, height) if is_known else None)
+        found_image = below(self.images, image, "image") if isinstance(image, str) else image
+        return RegionRow(image=found_image, regions=tuple(found), size=(width, height) if is_known else None)
 
     def _of_genome(self, row: Mapping[str, Any]) -> RegionRow:
         number = row.get("id")

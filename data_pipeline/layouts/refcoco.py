@@ -5,9 +5,9 @@
          instances.json   {"images": [{"id", "file_name", "width", "height"}],
                            "annotations": [{"id", "image_id", "bbox": [x, y, width, height]}]}
 
-Only references of split `train` are read: the others are what models are judged by. The published file is a
-pickle, which may run any program when it is read as usual; here it may hold plain values only, and the first
-class or function that it asks for ends the reading.
+Training reads references of split `train` only: the others are what models are judged by. The published file
+is a pickle, which may run any program when it is read as usual; here it may hold plain values only, and the
+first class or function that it asks for ends the reading.
 """
 
 from __future__ import annotations
@@ -71,14 +71,19 @@ def _read_pickle(path: Path) -> Any:
         raise DataError(f"{path}: not a readable pickle: {error}; download it again") from None
 
 
-def refcoco_rows(path: Path, images: Path) -> tuple[RegionRow | str, ...]:
-    """One row an image, in the order of its first reference: every sentence of every reference is a region.
-    Raises DataError."""
-    return _refcoco_rows(path, images, (file_state(path), file_state(path.parent / INSTANCES_FILE)))
+def refcoco_rows(path: Path, images: Path, split: str) -> tuple[RegionRow | str, ...]:
+    """One row an image, in the order of its first reference of the split: every sentence of every reference
+    is a region. Raises DataError."""
+    return _refcoco_rows(path, images, split, (file_state(path), file_state(path.parent / INSTANCES_FILE)))
+
+
+def refcoco_splits(path: Path) -> list[str]:
+    """Those that the references have, in alphabetical order. Raises DataError."""
+    return sorted({str(ref["split"]) for ref in _refs(path) if isinstance(ref, Mapping) and "split" in ref})
 
 
 @functools.lru_cache(maxsize=2)  # a writer converts many parts of it
-def _refcoco_rows(path: Path, images: Path, state: object) -> tuple[RegionRow | str, ...]:
+def _refcoco_rows(path: Path, images: Path, split: str, state: object) -> tuple[RegionRow | str, ...]:
     refs = _refs(path)
     sizes, boxes = _instances(path.parent / INSTANCES_FILE)
     regions: dict[int, list[Region | str]] = {}
@@ -88,7 +93,7 @@ def _refcoco_rows(path: Path, images: Path, state: object) -> tuple[RegionRow | 
             raise DataError(
                 f"{path}: reference {number} must have {', '.join(_FIELDS)}; found {reprlib.repr(ref)}"
             )
-        if ref["split"] == "train":
+        if ref["split"] == split:
             regions.setdefault(ref["image_id"], []).extend(_regions_of(ref, number, boxes))
     return tuple(_row(image_id, found, sizes, images) for image_id, found in regions.items())
 

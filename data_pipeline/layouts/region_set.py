@@ -1,31 +1,30 @@
 """Images with regions that somebody described -> region sets, for retrieval of regions by their phrases.
 
-A set's folder holds `*.parquet` with the columns `image` (a path, or Hugging Face's struct {bytes, path}) and
-`regions` (a list of {box, phrase}), or `*.json` with a list of {image, regions}. A box is x0, y0, x1, y1 in
-pixels of its image. Paths are looked for in the folder's images/ and in the folder.
+A set's folder holds files in the layouts of data_pipeline/layouts/image_regions.py, which training reads too:
+rows of {image, regions}, Visual Genome's region descriptions, or RefCOCO's references. All files of the first
+two are one set; every split of RefCOCO's references but `train` is a set of its own. Images are looked for in
+the folder's images/ and in the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from agff.batch import MMEB_TEXTS
 from agff.errors import DataError
-from data_pipeline.layouts.columns import image_cell, refuse_columns_twice
+from data_pipeline.boxes import Box, box_problem
 from data_pipeline.layouts.eval_items import EmbeddedImage, ItemTable, UniqueItems, refuse_all
-from data_pipeline.layouts.json_rows import read_json
-from data_pipeline.layouts.training_rows import is_number
+from data_pipeline.layouts.image_regions import ImageRegions
+from data_pipeline.layouts.refcoco import INSTANCES_FILE, refcoco_splits
+from data_pipeline.layouts.training_rows import RegionRow
 
-Box: TypeAlias = tuple[float, float, float, float]
-"""x0, y0, x1, y1 in pixels of the image."""
-
-_EXPECTED = "*.parquet with the columns image and regions, or *.json with a list of {image, regions}"
+_SUFFIXES = (".parquet", ".json", ".jsonl", ".p", ".pkl", ".pickle")
+_EXPECTED = (
+    "*.parquet, *.json or *.jsonl of {image, regions}, Visual Genome's region_descriptions.json, or "
+    "RefCOCO's refs(...) beside instances.json"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ class RegionSet(ItemTable):
     num_regions_left_out: int = 0
     num_phrases_left_out: int = 0
     """Of those that differ, as they are asked."""
+    sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """{image: its size}, where the source says of which size its boxes are."""
     note: str | None = None
 
     @property
@@ -69,117 +70,116 @@ class RegionSet(ItemTable):
         )
 
     def misfit(self, item: int, size: tuple[int, int]) -> str | None:
-        """The first box of an image that is not within its size."""
-        width, height = size
-        return next(
-            (
-                f"{self.items[item].name}: box {list(box)} is not inside of the image of {width} x {height} "
-                "pixels; boxes are x0, y0, x1, y1 in pixels of the image as it is stored upright"
-                for image, box in self.regions
-                if image == item
-                and not (box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height)
-            ),
-            None,
-        )
+        """The first box of an image that is no part of it, by the rule of training; or another size than the
+        source says."""
+        name = self.items[item].name
+        if (said := self.sizes.get(item, size)) != size:
+            return (
+                f"{name}: has {size[0]} x {size[1]} pixels, its boxes are of one of {said[0]} x {said[1]}; "
+                "they must be in pixels of the upright image"
+            )
+        found = (box_problem(box, size) for image, box in self.regions if image == item)
+        return next((f"{name}: {problem}" for problem in found if problem), None)
 
 
-def find_region_sets(root: Path) -> list[Path]:
-    """The folders of region sets: `root` itself, else those in it. Raises DataError."""
+@dataclass(frozen=True, kw_only=True)
+class RegionSource:
+    """Where a set is."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+    split: str = "train"
+    """Of RefCOCO's references."""
+
+    def rows(self) -> Iterator[tuple[str, RegionRow | str]]:
+        """(address, an image with its regions or why there is none) of each row of all files."""
+        for path in self.files:
+            layout = ImageRegions(root=path, images=self.images, name=self.name, split=self.split)
+            count = layout.count_rows(self.name)
+            for number, row in enumerate(layout.rows(self.name, start=0, stop=count)):
+                yield f"{self.folder.name}/{path.name}:row {number}", row
+
+    @property
+    def images(self) -> Path:
+        """Folder of the images."""
+        inside = self.folder / "images"
+        return inside if inside.is_dir() else self.folder
+
+
+def find_region_sets(root: Path) -> list[RegionSource]:
+    """The sets of `root` itself, else those of the folders in it. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder (--regions)")
-    folders = (
-        [root]
-        if _tables(root)
-        else sorted(path for path in root.iterdir() if path.is_dir() and _tables(path))
-    )
-    if not folders:
+    folders = [root] if _files(root) else sorted(path for path in root.iterdir() if path.is_dir())
+    found = [source for folder in folders for source in _sources(folder)]
+    if not found:
         raise DataError(f"{root}: holds no region set: {_EXPECTED} (--regions)")
-    return folders
+    return found
 
 
-def read_region_set(folder: Path) -> RegionSet:
+def read_region_set(source: RegionSource) -> RegionSet:
     """One set. No image has been opened; missing ones are among the `findings`.
 
-    Raises DataError with the address of each region that is wrong in itself.
+    Raises DataError with the address of each row and region that is wrong in itself.
     """
-    items = UniqueItems((folder / "images", folder))
+    items = UniqueItems((source.images, source.folder))
     numbers: dict[tuple[int, Box], int] = {}
     phrases: list[tuple[int, int]] = []
-    findings = []
-    for address, image, entries in _rows(folder):
+    sizes: dict[int, tuple[int, int]] = {}
+    wrong: list[str] = []
+    for address, row in source.rows():
+        if isinstance(row, str):
+            wrong.append(f"{address}: {row}")
+            continue
+        image: str | EmbeddedImage = (
+            row.image if isinstance(row.image, EmbeddedImage) else str(row.image.relative_to(source.images))
+        )
         image_item = items.add("image", None, MMEB_TEXTS.image_alone, image, address)
-        for number, entry in enumerate(entries):
-            try:
-                box, phrase = _region(entry)
-            except DataError as error:
-                findings.append(f"{address}: region {number}: {error}")
+        if row.size is not None:
+            sizes[image_item] = row.size
+        for entry in row.regions:
+            if isinstance(entry, str):
+                wrong.append(f"{address}: {entry}")
                 continue
-            region = numbers.setdefault((image_item, box), len(numbers))
-            phrases.append((items.add("phrase", None, phrase, None, address), region))
-    refuse_all(findings, remedy="")
+            region = numbers.setdefault((image_item, entry.box), len(numbers))
+            phrases.append((items.add("phrase", None, entry.phrase, None, address), region))
+    refuse_all(wrong, remedy="")
     if len(numbers) < 2:
-        raise DataError(f"{folder}: {len(numbers)} regions; retrieval needs at least two")
+        raise DataError(f"{source.folder}: {len(numbers)} regions; retrieval needs at least two")
     return RegionSet(
-        name=folder.name,
+        name=source.name,
         items=items.items,
         addresses=items.addresses,
         findings=items.findings,
         regions=tuple(numbers),
         phrases=tuple(phrases),
+        sizes=sizes,
     )
 
 
-def _tables(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.parquet"), *folder.glob("*.json")])
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in _SUFFIXES and path.name != INSTANCES_FILE and path.is_file()
+    )
 
 
-def _rows(folder: Path) -> Iterator[tuple[str, str | EmbeddedImage, list[Any]]]:
-    """(address, image, regions) of each row of all tables."""
-    for path in _tables(folder):
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-        for number, row in enumerate(rows):
-            address = f"{folder.name}/{path.name}:row {number}"
-            try:
-                image, regions = image_cell(row["image"]), row["regions"]
-                is_bytes = isinstance(image, EmbeddedImage) and isinstance(image.content, bytes)
-                if not image or not (is_bytes or isinstance(image, str)) or not isinstance(regions, list):
-                    raise TypeError("image must be a path or {bytes, path}, regions a list")
-            except (KeyError, TypeError) as error:
-                raise DataError(
-                    f"{address}: expected {{image, regions}}, found {row!r:.80} ({error!r})"
-                ) from None
-            yield address, image, regions
+def _sources(folder: Path) -> list[RegionSource]:
+    files = _files(folder)
+    refs = [path for path in files if _is_refcoco(path)]
+    others = tuple(path for path in files if path not in refs)
+    found = [RegionSource(name=folder.name, folder=folder, files=others)] if others else []
+    for path in refs:
+        name = f"{folder.name} {path.stem}" if len(refs) > 1 else folder.name
+        found += [
+            RegionSource(name=f"{name} {split}", folder=folder, files=(path,), split=split)
+            for split in refcoco_splits(path)
+            if split != "train"
+        ]
+    return found
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as table:
-            if missing := {"image", "regions"} - set(table.schema_arrow.names):
-                raise DataError(f"{path}: missing columns {', '.join(sorted(missing))}; expected {_EXPECTED}")
-            refuse_columns_twice(path, table.schema_arrow.names, ("image", "regions"))
-            for batch in table.iter_batches(batch_size=64, columns=["image", "regions"]):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
-    content = read_json(path)
-    if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of {{image, regions}}, found {content!r:.60}")
-    return iter(content)
-
-
-def _region(entry: Any) -> tuple[Box, str]:
-    """(box, phrase). Raises DataError without an address."""
-    if not isinstance(entry, dict) or not {"box", "phrase"} <= entry.keys():
-        raise DataError(f"expected {{box, phrase}}, found {entry!r:.80}")
-    box, phrase = entry["box"], entry["phrase"]
-    if not isinstance(phrase, str) or not phrase.strip():
-        raise DataError(f"phrase must be a text, found {phrase!r:.80}")
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(is_number, box)):
-        raise DataError(f"box must be four numbers x0, y0, x1, y1, found {box!r:.80}")
-    x0, y0, x1, y1 = map(float, box)
-    if not (x0 < x1 and y0 < y1):
-        raise DataError(f"box {box} has no area: x0 < x1 and y0 < y1 must hold (not x, y, width, height)")
-    return (x0, y0, x1, y1), phrase
+def _is_refcoco(path: Path) -> bool:
+    return ImageRegions(root=path, images=path.parent, name=path.stem).kind == "refcoco"

@@ -10,6 +10,7 @@ from typing import Any
 
 from agff.batch import IMAGE_PLACEHOLDER, MMEB_TEXTS, text_problem
 from agff.errors import DataError
+from data_pipeline.layouts.eval_items import EmbeddedImage
 
 IMAGE_ALONE = MMEB_TEXTS.image_alone.replace(IMAGE_PLACEHOLDER, "").strip()
 """The instruction of an image that has no text of its own."""
@@ -20,8 +21,8 @@ class Side:
     """One side of a pair: text, image or both, as the source wrote it."""
 
     text: str
-    image: Path | None = None
-    """The file."""
+    image: Path | EmbeddedImage | None = None
+    """The file, or the image itself where the table holds its bytes."""
     instruction: str = ""
     """The part of `text` that is instruction, where the source keeps it apart."""
 
@@ -63,16 +64,21 @@ class Region:
 class RegionRow:
     """An image and its regions; training draws one of them."""
 
-    image: Path
+    image: Path | EmbeddedImage
     regions: tuple[Region | str, ...]
     """A text is the reason why a region cannot be used."""
     size: tuple[int, int] | None = None
     """Width and height of the image that the source's boxes are of, where it says them."""
 
+    @property
+    def image_name(self) -> str:
+        """What errors call the image."""
+        return self.image.name if isinstance(self.image, EmbeddedImage) else str(self.image)
+
 
 def region(box: Any, phrase: Any, name: str) -> Region | str:
     """A region of what a file holds, or why it is none. Whether it is inside the image is not known yet."""
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(is_number, box)):
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(map(_is_number, box)):
         return f"{name}: box {box!r:.60} must be four numbers, x0, y0, x1, y1"
     if not isinstance(phrase, str) or not phrase.strip():
         return f"{name}: phrase {phrase!r:.60} must be a text that is not empty"
@@ -82,7 +88,7 @@ def region(box: Any, phrase: Any, name: str) -> Region | str:
     return Region(box=(x0, y0, x1, y1), phrase=phrase.strip())
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether it is a finite number that a float can hold; JSON's integers have no limit."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
     return is_one and abs(value) <= sys.float_info.max

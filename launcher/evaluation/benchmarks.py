@@ -58,7 +58,7 @@ def read_benchmarks(
     if captions is not None:
         readers += find_caption_sets(captions, images_root=caption_images, option="--captions")
     if regions is not None:
-        readers += [functools.partial(read_region_set, folder) for folder in find_region_sets(regions)]
+        readers += [functools.partial(read_region_set, source) for source in find_region_sets(regions)]
     if caption_quality is not None:
         found = find_caption_sets(caption_quality, images_root=caption_images, option="--caption_quality")
         readers += [functools.partial(_references, read) for read in found]

@@ -10,7 +10,8 @@ from torch import Tensor
 from agff.embedder import Embedder
 from agff.errors import ConfigError
 from agff.recall import RecallScore
-from data_pipeline.layouts.region_set import Box, RegionSet
+from data_pipeline.boxes import Box
+from data_pipeline.layouts.region_set import RegionSet
 from launcher.evaluation.caption_scores import direction_score
 from launcher.evaluation.scores import Encodes
 

@@ -17,6 +17,7 @@ from agff.batch import Batch
 from agff.errors import DataError
 from data_pipeline import convert as convert_module
 from data_pipeline.balance import measure_balance
+from data_pipeline.boxes import box_problem
 from data_pipeline.collate import FixedRows
 from data_pipeline.convert import convert
 from data_pipeline.decode import Example, decode
@@ -25,7 +26,7 @@ from data_pipeline.loader import StepBatches
 from data_pipeline.manifest import Manifest, read_manifest
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import ShardReader
-from data_pipeline.regions import _box_problem, content_id
+from data_pipeline.regions import content_id
 from data_pipeline.storage import LocalFolder
 from data_pipeline.vectors import open_vectors
 from data_pipeline.vectors_writer import VectorsWriter
@@ -178,7 +179,7 @@ BOXES: dict[str, tuple[tuple[float, ...], str | None]] = {
 @pytest.mark.parametrize("case", BOXES)
 def test_what_a_box_of_an_image_may_be(case: str) -> None:
     (x0, y0, x1, y1), message = BOXES[case]
-    found = _box_problem((x0, y0, x1, y1), (20, 10))
+    found = box_problem((x0, y0, x1, y1), (20, 10))
     assert found is None if message is None else re.search(message, str(found))
 
 

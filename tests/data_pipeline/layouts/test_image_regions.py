@@ -142,7 +142,7 @@ def test_a_row_without_an_image_or_regions_is_rejected(tmp_path: Path) -> None:
     ]
     assert all_rows(write(tmp_path / "r.json", rows)) == [
         "image: image path '../a.png' leaves the folder of the images",
-        "image None must be a path",
+        "image None must be a path or {bytes, path}",
         "regions [] must be a list with at least one region",
         "regions None must be a list with at least one region",
         "width 3.5 and height 2 must be whole numbers of pixels",

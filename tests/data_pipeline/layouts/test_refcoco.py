@@ -70,7 +70,7 @@ def write_refs(folder: Path, refs: Any, name: str, instances: Any = INSTANCES) -
 
 @pytest.mark.parametrize("name", ["refs(unc).p", "refs.json", "refs.parquet"])
 def test_every_sentence_of_the_training_split_is_a_region_of_its_image(tmp_path: Path, name: str) -> None:
-    rows = refcoco_rows(write_refs(tmp_path / "refcoco", REFS, name), tmp_path / "train2014")
+    rows = refcoco_rows(write_refs(tmp_path / "refcoco", REFS, name), tmp_path / "train2014", "train")
     man = (10.5, 20.0, 40.5, 60.25)
     assert rows == (
         RegionRow(
@@ -147,7 +147,7 @@ def test_references_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "annotations": [*INSTANCES["annotations"], {"id": 3, "image_id": 8, "bbox": [0, 0, 1, 1]}],
     }
     refs[3]["ann_id"] = 3
-    row, other = refcoco_rows(write_refs(tmp_path / "a", refs, "refs.p", instances), tmp_path)
+    row, other = refcoco_rows(write_refs(tmp_path / "a", refs, "refs.p", instances), tmp_path, "train")
     assert isinstance(row, RegionRow)
     assert row.regions[1:] == (
         "reference 0: phrase '' must be a text that is not empty",
@@ -174,15 +174,15 @@ def test_references_that_do_not_fit_are_named(tmp_path: Path) -> None:
 )
 def test_files_of_another_kind_are_refused(tmp_path: Path, refs: Any, instances: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        refcoco_rows(write_refs(tmp_path / "a", refs, "refs.p", instances), tmp_path)
+        refcoco_rows(write_refs(tmp_path / "a", refs, "refs.p", instances), tmp_path, "train")
     (tmp_path / "a/instances.json").unlink()
     if refs is REFS:
         with pytest.raises(DataError, match=r"instances.json: cannot read it: No such file"):
-            refcoco_rows(tmp_path / "a/refs.p", tmp_path)
+            refcoco_rows(tmp_path / "a/refs.p", tmp_path, "train")
 
 
 def test_a_reference_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     path = write_refs(tmp_path, [REFS[0]], "refs(unc).p")
     path.write_bytes(b"\x80\x02]" + b"]" * 100_000 + b"a" * 100_000 + b".")
     with pytest.raises(DataError, match=r"reference 0 must have ann_id, .*; found \[\["):
-        refcoco_rows(path, tmp_path)
+        refcoco_rows(path, tmp_path, "train")

@@ -100,7 +100,7 @@ def test_box_beyond_its_image_is_named_before_the_model_is_loaded(
     assert loaded == []
     error = capsys.readouterr().err
     assert "halves/regions.json:row 1: " in error
-    assert "box [4.0, 0.0, 9.0, 4.0] is not inside of the image of 8 x 4 pixels" in error
+    assert "box (4, 0, 9, 4) is outside of its image of 8 x 4 pixels" in error
     assert evaluate(folder, "--allow_missing", model=RegionModel()) == 0
     left_out = {name: score["num_queries_left_out"] for name, score in scores(folder).items()}
     assert left_out == {"region to phrase": 2, "phrase to region": 1}

@@ -20,7 +20,7 @@ from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import load, save_release
+from agff.release import MIN_COSINE, load, save_release
 from agff.similarity import FusionConfig
 from data_pipeline.layouts.mmeb_eval import read_eval_set
 from data_pipeline.layouts.mmeb_sets import MMEB_SETS
@@ -76,6 +76,21 @@ def test_weights_hash_follows_the_weights(folder: Path) -> None:
     before = embedder.weights_sha256
     torch.nn.init.zeros_(embedder.model.prompted_embedding.vectors)
     assert embedder.weights_sha256 != before
+
+
+def test_weights_read_in_bfloat16_give_nearly_the_same_vectors(folder: Path) -> None:
+    """Positions stay in float32: rounded ones would turn every vector."""
+    embedder, items = embedder_of(folder), ["a red heart", IMAGE, "a text of some more words than that"]
+    whole = embedder.encode(items)
+    buffers = {name: buffer.clone() for name, buffer in embedder.model.named_buffers()}
+    embedder.read_in_bfloat16()
+    assert {each.dtype for each in embedder.model.parameters()} == {torch.bfloat16}
+    assert embedder.dtype == torch.bfloat16
+    for name, buffer in embedder.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    rounded = embedder.encode(items)
+    assert rounded.dtype == torch.float32
+    assert torch.cosine_similarity(whole, rounded, dim=-1).min() > MIN_COSINE["bfloat16"]
 
 
 class Column:

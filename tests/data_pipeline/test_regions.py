@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from PIL.ExifTags import Base
@@ -68,6 +70,24 @@ def many(tmp_path: Path) -> tuple[Path, Manifest]:
         own = [region(n, 0, n + 2, 5, f"{number}: {n}") for n in range(5)]
         rows.append({"image": f"{number}.png", "regions": [*own, region(0, 0, 40, 20, "a drawing")]})
     return tmp_path, prepare_regions(tmp_path, rows)
+
+
+def test_images_inside_of_a_table_become_the_same_shards(many: tuple[Path, Manifest]) -> None:
+    folder, manifest = many
+    rows = json.loads((folder / "r.json").read_text())
+    for row in rows:
+        row["image"] = {"bytes": (folder / row["image"]).read_bytes(), "path": row["image"]}
+    pq.write_table(pa.Table.from_pylist(rows), folder / "r.parquet")
+    layout = ImageRegions(root=folder / "r.parquet", images=folder, name="Parts")
+    found = convert(layout, folder / "again", subsets=None, executor=None, rows_per_shard=4, max_rows=None)
+    assert found.sources["Parts"].num_samples == manifest.sources["Parts"].num_samples == 10
+    for number in range(10):
+        first, second = (
+            ShardReader(LocalFolder(folder / name), each).read("Parts", number)
+            for name, each in (("out", manifest), ("again", found))
+        )
+        assert first.record == second.record
+        assert first.images["query"].content == second.images["query"].content
 
 
 def batches_of(

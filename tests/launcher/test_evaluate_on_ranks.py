@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from agff.collectives import rank
 from agff.embedder import Embedder
 from agff.errors import AgffError, CheckpointError
-from launcher.evaluate import run
+from launcher.evaluate import main, run
 from launcher.evaluation.options import parser
 from tests.drawings import write_drawings
 from tests.launcher.encoding.cases import cached_twice, cases, damaged, fails_on_rank_1
 from tests.launcher.encoding.models import load_tiny, write_tiny
+from tests.launcher.runs import run_command
 from tests.ranks import run_ranks
 
 
@@ -121,3 +123,23 @@ def test_ranks_give_the_bits_and_write_the_scores_of_one_process(
     assert "is a damaged PNG" in damaged
     assert late == "no weights on this machine"
     assert [path.name for path in tmp_path.glob(".scores*unfinished")] == []
+
+
+def test_the_deepspeed_launcher_on_two_ranks_writes_the_scores_of_one_process(
+    project: Path, train_once: Callable[[int], tuple[Path, str]], tmp_path: Path
+) -> None:
+    """With processes that load items, and a cache that the second evaluation reads."""
+    model, _ = train_once(3)
+    mmeb_eval = project / ".cache/quickstart/data/mmeb_eval"
+    command = f"launcher/evaluate.py {model} --mmeb_eval {mmeb_eval} --max_queries 6"
+    more = f"--num_workers 1 --cache {tmp_path}/cache --out {tmp_path}/ranks.json"
+    result = run_command(f"deepspeed --num_accelerators 2 {command} {more}", project)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("mean overall") == 1, "one rank speaks"
+    options = [*command.split()[1:], "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/alone.json"]
+    assert main(options) == 0
+    ranks, alone = (
+        without_dates(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("ranks", "alone")
+    )
+    assert ranks == alone
+    assert ranks["mmeb"]["sets"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from agff.errors import ConfigError
 from agff.files import locked
 from data_pipeline.layouts.eval_items import EmbeddedImage
 from launcher.evaluation.benchmarks import Benchmark
+
+OUTLIVED_S = 10
+"""The processes that load items for a process that was killed notice it within five seconds and hold its
+lock till then."""
 
 
 class Unfinished:
@@ -38,13 +43,18 @@ class Unfinished:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Nobody else makes the same evaluation meanwhile. Raises ConfigError when somebody does."""
-        with locked(self.path, wait=False) as is_mine:
-            if not is_mine:
+        deadline = time.monotonic() + OUTLIVED_S
+        while True:
+            with locked(self.path, wait=False) as is_mine:
+                if is_mine:
+                    yield
+                    return
+            if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{self._out}: another process scores these sets with these weights into this file now; "
                     "wait for it, or name another file (--out)"
                 )
-            yield
+            time.sleep(0.5)
 
     def has(self, benchmark: Benchmark) -> bool:
         """Whether the set was scored before the evaluation was stopped."""

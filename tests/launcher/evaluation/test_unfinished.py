@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import launcher.evaluation.unfinished
 from agff.files import locked
 from launcher.evaluate import main
 from tests.launcher.colours import ColourModel, write_benchmarks
@@ -124,8 +125,9 @@ def test_shown_examples_are_printed_after_a_kill_too(
 
 
 def test_two_processes_that_score_the_same_into_one_file_are_refused(
-    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+    benchmarks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launcher.evaluation.unfinished, "OUTLIVED_S", 0.1)
     killed(benchmarks)
     (path,) = unfinished(benchmarks)
     before = (benchmarks / "run/scores.json").read_bytes()

@@ -14,7 +14,8 @@ from data_pipeline.collate import TokenBudget
 from data_pipeline.remote import open_folder
 from data_pipeline.storage import LocalFolder
 from launcher.run.chunk_search import CHUNK_FILE
-from launcher.run.config import DataConfig, ResolvedRun, RunConfig
+from launcher.run.config import ResolvedRun, RunConfig
+from launcher.run.data_config import DataConfig
 from launcher.run.first_stage import backbone_folder, first_stage_row
 
 

@@ -26,9 +26,9 @@ REMEDY = (
 )
 
 
-def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage, Size | str]:
-    """{image: its size, or why it cannot be read} of all images that are not missing."""
-    images = list(
+def images_of(benchmarks: Sequence[Benchmark]) -> list[Path | EmbeddedImage]:
+    """Each image that is not missing, once, in order of appearance."""
+    return list(
         dict.fromkeys(
             image
             for benchmark in benchmarks
@@ -36,9 +36,12 @@ def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage
             if index not in benchmark.findings and (image := benchmark.items[index].image) is not None
         )
     )
-    return {
-        image: _look(image) for image in tqdm(images, desc="look at images", unit="image", file=sys.stderr)
-    }
+
+
+def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage, Size | str]:
+    """{image: its size, or why it cannot be read} of all images that are not missing."""
+    images = tqdm(images_of(benchmarks), desc="look at images", unit="image", file=sys.stderr)
+    return {image: look(image) for image in images}
 
 
 def unreadable(benchmark: Benchmark, looks: Mapping[Path | EmbeddedImage, Size | str]) -> dict[int, str]:
@@ -105,7 +108,8 @@ def report_left_out(lines: Sequence[str]) -> None:
         sys.stderr.write(f"left out: {len(lines) - MOST_LINES:,} more\n")
 
 
-def _look(image: Path | EmbeddedImage) -> Size | str:
+def look(image: Path | EmbeddedImage) -> Size | str:
+    """The image's size, or why it cannot be read."""
     content, name = (image.content, image.name) if isinstance(image, EmbeddedImage) else (image, str(image))
     try:
         return read_header(content, name, formats=FORMATS).size

@@ -25,6 +25,7 @@ from launcher.run.batch_config import BatchConfig
 from launcher.run.data_config import DataConfig
 from launcher.run.hardware import Hardware, Precision
 from launcher.run.prompt_config import RunPrompts
+from launcher.validation.config import ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,13 @@ class RunConfig:
     """The newest checkpoints that are kept; older ones are removed. null: all are kept."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this are kept beside them."""
+    validate_every: int | None = None
+    """Steps between validations, on what the section validation names; there is always one at the end.
+    null: none."""
+    keep_best: str | None = None
+    """Score by which the best checkpoint is kept beside the newest, as `mmeb`; an unknown one is answered
+    with the list of them. validate_every must be a multiple of save_every. null: none is kept for its
+    score."""
     max_skipped_in_a_row: int = 10
     """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
     loss_spike_deviations: float | None = 6.0
@@ -78,6 +86,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     batch: BatchConfig
     data: DataConfig
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if type(self.loss) is not OBJECTIVES.get(self.objective):
@@ -89,6 +98,7 @@ class RunConfig:
         for name in (
             "num_steps",
             "save_every",
+            "validate_every",
             "log_every",
             "cpu_ranks",
             "keep_last",
@@ -99,6 +109,9 @@ class RunConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
+        self.validation.check(
+            validate_every=self.validate_every, keep_best=self.keep_best, save_every=self.save_every
+        )
 
 
 @functools.cache

@@ -34,8 +34,20 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 MOVED = {"loss.beta": "fusion.beta"}
 """Settings of before and what they are called now."""
-PATHS = ("backbone.path", "prompts.start_from", "data.shards", "data.vectors")
-"""Settings that name a folder of the machine (or, data.shards, a URL); a run folder stores them absolute."""
+PATHS = (
+    "backbone.path",
+    "prompts.start_from",
+    "data.shards",
+    "data.vectors",
+    "validation.mmeb_eval",
+    "validation.mmeb_images",
+    "validation.mmvp",
+    "validation.captions",
+    "validation.caption_images",
+    "validation.shards",
+    "validation.vectors",
+)
+"""Settings that name a folder of the machine (or, shards, a URL); a run folder stores them absolute."""
 
 
 def read_recipe(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:

@@ -23,7 +23,7 @@ from launcher.quickstart.first_use import prepare_quickstart_if_named
 from launcher.run.backbone_identity import backbone_of_run
 from launcher.run.config import ResolvedRun, resolve
 from launcher.run.cpu_ranks import before_cpu_ranks, run_cpu_ranks
-from launcher.run.data import RunData, build_processor, open_data, process_of
+from launcher.run.data import RunData, build_processor, open_data
 from launcher.run.deepspeed_json import read_deepspeed_json
 from launcher.run.first_stage import check_first_stage
 from launcher.run.folder import check_data_plan, check_run_folder
@@ -116,7 +116,7 @@ def _start(argv: Sequence[str]) -> int:
         _say(startup_table(run, data.plan.num_samples, *counts, measured=measured, validation=validation))
     if arguments.dry_run:
         if sets is not None and rank.rank == 0:
-            check_sets_together(sets, process_of(run.config, processor), hashes=False)
+            check_sets_together(sets, processor, hashes=False)
         if newest := latest_step(run.run_dir):
             check_data_plan(run, data.description, step=newest)
             if rank.rank == 0:  # the ranks have not met: each would hash the backbone

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ def _override(values: dict[str, Any], name: str, text: str, cls: type[RunConfig]
     if hint is None and name not in MOVED:
         raise ConfigError(_unknown(name, cls))
     value = parse_yaml_value(text)
-    choices = (hint, *typing.get_args(hint))
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = typing.get_args(hint) if is_union else (hint,)
     if not (value is None and type(None) in choices) and (
         str in choices or typing.get_origin(hint) is typing.Literal
     ):

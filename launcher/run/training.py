@@ -23,7 +23,7 @@ from launcher.run.backbone_identity import backbone_of_run
 from launcher.run.chunk_search import CHUNK_FILE, resolve_chunks
 from launcher.run.config import ResolvedRun
 from launcher.run.config_file import write_run_config
-from launcher.run.data import RunData, check_shards_together, process_of
+from launcher.run.data import RunData, check_shards_together
 from launcher.run.first_stage import backbone_folder
 from launcher.run.folder import (
     check_data_plan,
@@ -105,9 +105,7 @@ def _train_from(
     config = run.config
     lengths: list[list[int]] = []
     if history is not None:
-        lengths = check_sets_together(
-            history.sets, process_of(config, processor), hashes=config.data.check_hashes
-        )
+        lengths = check_sets_together(history.sets, processor, hashes=config.data.check_hashes)
     if start_step:
         check_data_plan(run, data.description, step=start_step)
     state = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agff.errors import ConfigError
 
@@ -24,8 +24,8 @@ class ValidationConfig:
     shards: str | None = None
     """Held-out pairs: a folder, or URL, written by launcher/prepare.py. None of its shards may be one that
     the run trains on; equal pairs in different shards are not noticed."""
-    sources: list[str] | None = None
-    """Sources of these shards that are scored; null: all."""
+    sources: list[str] = field(default_factory=list)
+    """Sources of these shards that are scored; none named: all."""
     vectors: str | None = None
     """Folder of the teacher's vectors of these shards, for an objective that learns from them."""
     max_queries: int | None = None
@@ -41,7 +41,7 @@ class ValidationConfig:
             ("vectors", ("shards",)),
             ("max_queries", ("mmeb_eval", "shards")),
         ):
-            if getattr(self, name) is not None and not any(getattr(self, owner) for owner in owners):
+            if getattr(self, name) not in (None, []) and not any(getattr(self, owner) for owner in owners):
                 raise ConfigError(
                     f"validation.{name}={getattr(self, name)} is about "
                     f"{' and '.join(f'validation.{owner}' for owner in owners)}: name that too"

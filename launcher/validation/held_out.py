@@ -20,6 +20,7 @@ from agff.grad_cache import encode_without_graph
 from agff.joined import groups_of, split_into
 from agff.recall import RecallScore, places_in_blocks, recall_score
 from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.once_through import OnceThrough
 from data_pipeline.plan import Mixture, Plan
 from data_pipeline.remote import open_folder
 from data_pipeline.vectors import open_vectors
@@ -29,10 +30,17 @@ from launcher.run.data import RunData
 DIRECTIONS = ("query to target", "target to query")
 
 
-def open_held_out(config: RunConfig, training: RunData) -> RunData | None:
+@dataclass(frozen=True, kw_only=True)
+class HeldOutData(RunData):
+    """Shards that are read once through."""
+
+    plan: OnceThrough
+
+
+def open_held_out(config: RunConfig, training: RunData) -> HeldOutData | None:
     """The shards that validation.shards names; writes nothing. Raises ConfigError, DataError or StorageError.
 
-    Batches are as large as those of the training, and sources are mixed by their numbers of pairs.
+    Each pair comes once, in batches as large as those of the training (`OnceThrough`).
     """
     wanted = config.validation
     if wanted.shards is None:
@@ -49,18 +57,14 @@ def open_held_out(config: RunConfig, training: RunData) -> RunData | None:
         _refuse_trained_on(manifest, training)
         config.loss.check(list(manifest.sources))
         mixture = Mixture(caps=wanted.max_queries, sub_batch_size=config.data.sub_batch_size)
-        plan = Plan(manifest, mixture, seed=config.seed, global_batch_size=config.batch.global_batch_size)
+        size = config.batch.global_batch_size
+        plan = OnceThrough(manifest, mixture, seed=config.seed, global_batch_size=size)
         vectors = None
         if config.loss.needs_vectors and wanted.vectors is not None:
             vectors = open_vectors(Path(wanted.vectors), manifest, sources=plan.source_names)
     except AgffError as error:
         raise type(error)(f"validation.shards={wanted.shards}: {error}") from None
-    return RunData(folder=folder, manifest=manifest, plan=plan, vectors=vectors)
-
-
-def num_steps(data: RunData, *, global_batch_size: int) -> int:
-    """Batches that its pairs fill; the last one is filled up with pairs that come again."""
-    return -(-sum(data.plan.num_samples.values()) // global_batch_size)
+    return HeldOutData(folder=folder, manifest=manifest, plan=plan, vectors=vectors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,12 +181,10 @@ def _one_direction(
     )
 
 
-def _chosen(manifest: Manifest, sources: list[str] | None, location: str) -> Manifest:
-    """The manifest with these sources alone."""
-    if sources is None:
-        return manifest
+def _chosen(manifest: Manifest, sources: Sequence[str], location: str) -> Manifest:
+    """The manifest with these sources alone; with all where none is named."""
     if not sources:
-        raise ConfigError("validation.sources=[] names no source; null takes all")
+        return manifest
     if unknown := [name for name in sources if name not in manifest.sources]:
         raise ConfigError(
             f"validation.sources names {', '.join(unknown)}, absent from {location}; it holds "

@@ -17,9 +17,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from agff.batch import Item, ProcessItems
+from agff.batch import Item
 from agff.collectives import gather_objects, rank, world_size
 from agff.errors import AgffError, ConfigError, DataError
+from agff.processor import ItemProcessor
 from data_pipeline.layouts.eval_items import EmbeddedImage, refuse_all
 from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmvp import MmvpSet
@@ -27,7 +28,7 @@ from launcher.evaluation.benchmarks import Benchmark, read_benchmarks
 from launcher.evaluation.usable import Size, images_of, look, unreadable
 from launcher.run.config import RunConfig
 from launcher.run.data import RunData, check_shards_together
-from launcher.validation.held_out import num_steps, open_held_out
+from launcher.validation.held_out import HeldOutData, open_held_out
 from launcher.validation.scores import score_names
 
 REMEDY = "Put these items right, or leave their set out of the section validation."
@@ -38,7 +39,7 @@ class ValidationSets:
     """Evaluation sets whose tables were read, and held-out shards whose manifest was."""
 
     benchmarks: tuple[Benchmark, ...]
-    held_out: RunData | None
+    held_out: HeldOutData | None
 
     @property
     def names(self) -> list[str]:
@@ -68,10 +69,10 @@ def described(sets: ValidationSets | None, config: RunConfig) -> str:
         return f"none{', validate_every is null' * config.validation.names_something}"
     parts = [*_described(sets.benchmarks)]
     if sets.held_out is not None:
-        num_pairs, size = sets.held_out.plan.num_samples, config.batch.global_batch_size
+        num_pairs = sets.held_out.plan.num_samples
         parts.append(
             f"{sum(num_pairs.values()):,} held-out pairs of {len(num_pairs)} sources in "
-            f"{num_steps(sets.held_out, global_batch_size=size):,} batches"
+            f"{sets.held_out.plan.num_steps:,} batches"
         )
     best = f"; the best checkpoint by {config.keep_best} is kept" if config.keep_best else ""
     return f"every {config.validate_every:,} steps and at the end: {', '.join(parts)}{best}"
@@ -108,7 +109,7 @@ def open_sets(config: RunConfig, training: RunData) -> ValidationSets | None:
     return sets
 
 
-def check_sets_together(sets: ValidationSets, process: ProcessItems, *, hashes: bool) -> list[list[int]]:
+def check_sets_together(sets: ValidationSets, processor: ItemProcessor, *, hashes: bool) -> list[list[int]]:
     """For each benchmark the tokens of its used items, in their order.
 
     Every image's header is read, by one of the ranks, and every item asked whether it fits the model. Raises
@@ -130,7 +131,7 @@ def check_sets_together(sets: ValidationSets, process: ProcessItems, *, hashes: 
         for index in benchmark.used:
             if index not in findings:
                 try:
-                    of_set.append(process.num_tokens(_blank(benchmark, index, looks)))
+                    of_set.append(processor.num_tokens(_blank(benchmark, index, looks)))
                 except DataError as error:
                     findings[index] = str(error)
         lengths.append(of_set)

@@ -23,11 +23,11 @@ from data_pipeline.collate import FixedRows, TokenBudget
 from launcher.evaluation.benchmarks import Benchmark
 from launcher.evaluation.scores import model_item
 from launcher.run.config import ResolvedRun
-from launcher.run.data import RunData, process_of
+from launcher.run.data import process_of
 from launcher.validation.held_out import (
+    HeldOutData,
     Pairs,
     encode_batch,
-    num_steps,
     recall_of_source,
     sources_of_rows,
 )
@@ -77,7 +77,6 @@ class Validator:
         rank. mark: called with what this rank does next. should_stop: whether this rank was asked to."""
         self._run, self._engine, self._processor, self._history = run, engine, processor, history
         self._sets, self._lengths = history.sets, lengths
-        self._process: ProcessItems = process_of(run.config, processor)
         self._report, self._mark, self._should_stop = report, mark, should_stop
         self._problems: list[str] = []
         self.was_cut_short = False
@@ -134,11 +133,11 @@ class Validator:
     def _encode(self, benchmark: Benchmark, lengths: Sequence[int], what: str) -> Tensor | None:
         """(N, M, D) embeddings of all items, those that are not used zero; None when an item cannot be read
         now, a rank was asked to stop, or they are not finite."""
-        used, chunks = benchmark.used, self._chunks(lengths)
+        used, chunks, process = benchmark.used, self._chunks(lengths), self._process_of(benchmark)
 
         def inputs_of(chunk: Sequence[int]) -> ModelInputs | None:
             return self._or_note(
-                lambda: self._process([model_item(benchmark.items[used[place]]) for place in chunk])
+                lambda: process([model_item(benchmark.items[used[place]]) for place in chunk])
             )
 
         with closing(_one_ahead(inputs_of, own_chunks(chunks))) as inputs:
@@ -146,7 +145,7 @@ class Validator:
                 self._engine.encode,
                 chunks,
                 self._marked(inputs, what),
-                filler=self._process([Item(text="")]),
+                filler=process([Item(text="")]),
                 num_items=len(used),
                 device=self._engine.device,
                 should_stop=self._should_stop,
@@ -156,6 +155,11 @@ class Validator:
         items_NMD = used_UMD.new_zeros(len(benchmark.items), *used_UMD.shape[1:])
         items_NMD[list(used)] = used_UMD
         return items_NMD
+
+    def _process_of(self, benchmark: Benchmark) -> ProcessItems:
+        """The release of a run on texts alone embeds images all the same, so they are scored here too."""
+        has_images = any(benchmark.items[index].image is not None for index in benchmark.used)
+        return self._processor if has_images else process_of(self._run.config, self._processor)
 
     def _chunks(self, lengths: Sequence[int]) -> list[list[int]]:
         """As many items at once as pass 1 of a step encodes, without a graph; at least a chunk for each
@@ -169,11 +173,11 @@ class Validator:
             chunks = FixedRows(rows=-(-len(lengths) // self._run.world_size)).cut(lengths)
         return chunks
 
-    def _held_out(self, judge: Embedder, data: RunData, what: str) -> dict[str, float] | None:
+    def _held_out(self, judge: Embedder, data: HeldOutData, what: str) -> dict[str, float] | None:
         """Loss and recall; None as in `_encode`."""
         config, engine = self._run.config, self._engine
         batches = data.step_batches(self._run, self._processor, rank=rank())
-        steps = range(num_steps(data, global_batch_size=config.batch.global_batch_size))
+        steps = range(data.plan.num_steps)
         losses: list[float] = []
         parts: list[Pairs] = []
 

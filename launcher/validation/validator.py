@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from agff.batch import Batch, Item, ModelInputs, ProcessItems
+from agff.checkpoint_folder import remove_old_checkpoints
 from agff.collectives import gather_objects, max_over_ranks, rank
 from agff.embedder import Embedder
 from agff.engine import Engine
@@ -93,8 +94,8 @@ class Validator:
             self._validate(step)
 
     def _validate(self, step: int) -> None:
-        """Score, record and report; or nothing of it when a rank was asked to stop: a start at this step then
-        does it."""
+        """Score, record, remove what is no longer the best, report. Nothing of it when a rank was asked to
+        stop: the next start at this step does it."""
         started = time.perf_counter()
         with self._engine.evaluating(seed=self._run.config.seed):
             scores = self._scores(step)
@@ -104,7 +105,12 @@ class Validator:
                 log.warning("step %d: asked to stop, so its validation is left to the next start", step)
             return
         self._history.record(step, scores)
-        best = self._history.best_step() if rank() == 0 else None
+        best = None
+        if rank() == 0:
+            best, config = self._history.best_step(), self._run.config
+            remove_old_checkpoints(  # that of the best before it, where this one took its place
+                self._run.run_dir, keep_last=config.keep_last, keep_every=config.keep_every, best=best
+            )
         self._report(step, scores, time.perf_counter() - started, best)
 
     def _scores(self, step: int) -> dict[str, float] | None:

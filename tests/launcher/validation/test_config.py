@@ -47,3 +47,8 @@ def test_what_does_not_fit_is_refused(arguments: list[str], message: str) -> Non
 def test_without_keep_best_any_steps_may_be_validated() -> None:
     config = parse_train_arguments(["--validate_every", "30", "--save_every", "20", *SETS]).config
     assert (config.validate_every, config.keep_best) == (30, None)
+
+
+def test_a_list_of_names_may_be_given_on_the_command_line() -> None:
+    config = parse_train_arguments(["--validation.shards", "s", "--validation.sources", "[A, B]"]).config
+    assert config.validation.sources == ["A", "B"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+from agff.checkpoint_folder import complete_steps
 from agff.engine import start_process_group
 from agff.grad_cache import random_state
 from agff.trainer import StepReport, train
@@ -52,7 +53,7 @@ class Case:
 
 CASES = {
     "lora-zero3": Case(3, backbone=LORA),
-    "lora-zero2": Case(2, backbone=LORA),
+    "lora-zero2": Case(2, {"keep_last": 1, "keep_best": "held_out/loss"}, LORA),
     "vein-zero3": Case(3, {"objective": "vein", "loss": VEIN}),
     "mm_gem-zero3": Case(3, {"objective": "mm_gem", "loss": {}, "prompts": {"num_fine": 0}}),
     "text_only-zero3": Case(3, backbone={**LORA, "text_only": True}, sources=("Shapes_text",)),
@@ -62,7 +63,7 @@ SCORED = ("lora-zero3", "mm_gem-zero3", "text_only-zero3")
 """Cases whose scores are compared with those of the evaluation."""
 
 
-def run_of(project: Path, folder: Path, case: Case, *, keep_best: str | None = None) -> ResolvedRun:
+def run_of(project: Path, folder: Path, case: Case) -> ResolvedRun:
     cache = project / ".cache/quickstart"
     recipe = {**SMALL_RECIPE, "num_steps": NUM_STEPS, "save_every": 1, "precision": "fp32", **case.recipe}
     recipe |= {"backbone": {"path": str(cache / "backbone"), **case.backbone}, "validate_every": 1}
@@ -78,7 +79,7 @@ def run_of(project: Path, folder: Path, case: Case, *, keep_best: str | None = N
         "max_queries": 4,
     }
     path = folder / f"recipe-{dist.get_rank()}.yaml"
-    path.write_text(yaml.safe_dump({**recipe, "keep_best": keep_best}))
+    path.write_text(yaml.safe_dump(recipe))
     values = {"gradient_clipping": 1.0, "zero_optimization": ZERO[case.stage]}
     config = read_recipe(path, [("run_dir", str(folder))])
     return resolve(config, values, deepspeed_name="zero", world_size=2, hardware=CPU)
@@ -95,12 +96,19 @@ class Watched:
     def observe(self, report: StepReport) -> None:
         optimizer = self._engine.deepspeed.optimizer.optimizer.state
         state = [value for values in optimizer.values() for value in values.values()]
-        own = [parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
-               for parameter in self._engine.model.parameters()]  # fmt: skip
+        own = [own_part(parameter) for parameter in self._engine.model.parameters()]
         modes = [module.training for module in self._engine.model.modules()]
         found = (own, state, [report.loss], [random_state()[0]])
         hashes = [digest(tensors) for tensors in found]
         self.steps.append((*hashes, str(modes), *report.batch.addresses))
+
+
+def own_part(parameter: Any) -> Tensor:
+    """What this rank has of it; behind the end of a partitioned one there is whatever was in memory."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.data
+    return part.reshape(-1)[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
 
 
 def digest(tensors: list[Any]) -> str:
@@ -126,7 +134,7 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
     assert history is not None
     lengths = check_sets_together(sets, processor, hashes=False)
     watched, reports = Watched(engine), []
-    asked = iter([False, False, True] if stops and rank == 1 else [])
+    asked = iter([False, False, True, True] if stops and rank == 1 else [])
     validator = Validator(
         run,
         engine,
@@ -140,9 +148,10 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
     state = {"data_plan": data.description, "backbone_sha256": backbone_of_run(run, start_step=0)}
     if rank == 0:
         write_run_config(run)
-    cuts = []
+    cuts, saved = [], []
 
     def after_step(step: int) -> None:
+        saved.append(complete_steps(folder))
         if validates:
             validator.after_step(step)
             cuts.append((validator.was_cut_short, history.has(step)))
@@ -155,7 +164,7 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
         data.batches(run, processor, rank=rank, start_step=0),
         start_step=0,
         num_steps=NUM_STEPS,
-        save_every=NUM_STEPS if validates else 99,
+        save_every=1,
         max_skipped_in_a_row=0,
         observe=watched.observe,
         save=lambda step: training._save(engine, run, state, history, step) if validates else None,
@@ -169,6 +178,7 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
         "steps": watched.steps,
         "gathers": gathers,
         "cuts": cuts,
+        "saved": saved,
         "marks": watched.marks,
         "reports": [(step, scores, best) for step, scores, _, best in reports],
         "names": sets.names,
@@ -200,6 +210,9 @@ def test_a_validation_changes_nothing_of_the_training(all_trained: Any, name: st
     for found in all_trained[1]:
         assert found[name]["steps"] == found[f"{name} alone"]["steps"]
         assert len(found[name]["steps"]) == NUM_STEPS
+        assert found[name]["gathers"] == found[f"{name} alone"]["gathers"], (
+            "those of a validation not counted"
+        )
     draws = {tuple(found[name]["steps"][step][3] for found in all_trained[1]) for step in range(NUM_STEPS)}
     is_random = name != "mm_gem-zero3"
     assert (len(draws) == NUM_STEPS) == is_random, "the training draws random numbers"
@@ -215,6 +228,17 @@ def test_every_step_that_is_due_is_scored_by_all_its_names(all_trained: Any, nam
     assert [report[:2] for report in first["reports"]] == [report[:2] for report in second["reports"]]
     assert first["reports"][0][1] != first["reports"][1][1], "training moves"
     assert any("MMVP, chunk 1 of this rank" in mark for mark in second["marks"])
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(all_trained: Any) -> None:
+    """keep_last is 1: when the second step is saved, the first one's is there for its score alone."""
+    runs, found = all_trained
+    case = found[0]["lora-zero2"]
+    assert case["saved"] == [[1], [2, 1]]
+    (_, first, best), (_, second, best_of_both) = case["reports"]
+    assert best == 1
+    assert best_of_both == 1 + (second["held_out/loss"] < first["held_out/loss"])
+    assert complete_steps(runs / "lora-zero2") == sorted({2, best_of_both}, reverse=True)
 
 
 def test_a_request_to_stop_leaves_the_validation_to_the_next_start(all_trained: Any) -> None:

@@ -116,7 +116,7 @@ def _start(argv: Sequence[str]) -> int:
         _say(startup_table(run, data.plan.num_samples, *counts, measured=measured, validation=validation))
     if arguments.dry_run:
         if sets is not None and rank.rank == 0:
-            check_sets_together(sets, processor, hashes=False)
+            check_sets_together(run, sets, processor, hashes=False)
         if newest := latest_step(run.run_dir):
             check_data_plan(run, data.description, step=newest)
             if rank.rank == 0:  # the ranks have not met: each would hash the backbone

@@ -105,7 +105,7 @@ def _train_from(
     config = run.config
     lengths: list[list[int]] = []
     if history is not None:
-        lengths = check_sets_together(history.sets, processor, hashes=config.data.check_hashes)
+        lengths = check_sets_together(run, history.sets, processor, hashes=config.data.check_hashes)
     if start_step:
         check_data_plan(run, data.description, step=start_step)
     state = {

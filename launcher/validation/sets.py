@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from agff.batch import Item
-from agff.collectives import gather_objects, rank, world_size
+from agff.collectives import gather_objects, raise_together, rank, world_size
 from agff.errors import AgffError, ConfigError, DataError
 from agff.processor import ItemProcessor
 from data_pipeline.layouts.eval_items import EmbeddedImage, refuse_all
@@ -26,7 +26,7 @@ from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmvp import MmvpSet
 from launcher.evaluation.benchmarks import Benchmark, read_benchmarks
 from launcher.evaluation.usable import Size, images_of, look, unreadable
-from launcher.run.config import RunConfig
+from launcher.run.config import ResolvedRun, RunConfig
 from launcher.run.data import RunData, check_shards_together
 from launcher.validation.held_out import HeldOutData, open_held_out
 from launcher.validation.scores import score_names
@@ -109,11 +109,14 @@ def open_sets(config: RunConfig, training: RunData) -> ValidationSets | None:
     return sets
 
 
-def check_sets_together(sets: ValidationSets, processor: ItemProcessor, *, hashes: bool) -> list[list[int]]:
+def check_sets_together(
+    run: ResolvedRun, sets: ValidationSets, processor: ItemProcessor, *, hashes: bool
+) -> list[list[int]]:
     """For each benchmark the tokens of its used items, in their order.
 
-    Every image's header is read, by one of the ranks, and every item asked whether it fits the model. Raises
-    DataError, with all findings, on every rank. Collective; in a world of one without a process group too.
+    Every image's header is read, by one of the ranks, every item asked whether it fits the model, and a batch
+    of the held-out pairs made. hashes: compare those of the held-out shards. Raises DataError, with all
+    findings, on every rank. Collective; without a process group one process does it all.
     """
     fingerprints = gather_objects(sets.fingerprint)
     if different := [index for index, each in enumerate(fingerprints) if each != fingerprints[0]]:
@@ -123,6 +126,9 @@ def check_sets_together(sets: ValidationSets, processor: ItemProcessor, *, hashe
         ).shared()
     if sets.held_out is not None:
         check_shards_together(sets.held_out, hashes=hashes)
+        first = sets.held_out.step_batches(run, processor, rank=rank())[0]
+        is_wrong = isinstance(first, DataError)
+        raise_together(DataError(f"validation.shards: {first}") if is_wrong else None)
     looks = _look_together(images_of(sets.benchmarks))
     lengths, lines = [], []
     for benchmark in sets.benchmarks:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from agff.batch import Batch, Item, ModelInputs, ProcessItems
+from agff.batch import Batch, Item, ModelInputs, ProcessItems, SkippedSample
 from agff.checkpoint_folder import remove_old_checkpoints
 from agff.collectives import gather_objects, max_over_ranks, rank
 from agff.embedder import Embedder
@@ -186,6 +186,7 @@ class Validator:
         steps = range(data.plan.num_steps)
         losses: list[float] = []
         parts: list[Pairs] = []
+        skipped: list[SkippedSample] = []
 
         def batch_of(step: int) -> Batch | None:
             return self._or_note(lambda: _batch_or_raise(batches[step]))
@@ -198,6 +199,8 @@ class Validator:
                 loss, pairs = encode_batch(engine, config, batch, source_P=sources_of_rows(data.plan, step))
                 losses.append(loss)
                 parts.append(pairs)
+                skipped += batch.skipped
+        self._report_skipped(skipped)
         together = Pairs.joined(parts)
         if not (self._are_finite(together.query_PMD) and self._are_finite(together.target_PMD)):
             return None
@@ -205,6 +208,15 @@ class Validator:
         for index, source in enumerate(data.plan.source_names):
             scores |= recall_scores(f"held_out/{source}", recall_of_source(judge, together.of_source(index)))
         return scores
+
+    def _report_skipped(self, skipped: Sequence[SkippedSample]) -> None:
+        for sample in (sample for samples in gather_objects(list(skipped)) for sample in samples):
+            if rank() == 0:
+                log.warning(
+                    "validation: held-out sample left out, another of %s taken: %s",
+                    sample.source,
+                    sample.reason,
+                )
 
     def _or_note(self, make: Callable[[], Value]) -> Value | None:
         """What it makes; None, and a problem noted, where it cannot."""

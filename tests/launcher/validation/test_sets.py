@@ -9,8 +9,9 @@ import pytest
 
 from agff.errors import AgffError, ConfigError, DataError
 from launcher.command_line import parse_train_arguments
-from launcher.run.config import RunConfig
+from launcher.run.config import RunConfig, resolve
 from launcher.run.data import build_processor, open_data
+from launcher.run.hardware import Hardware
 from launcher.train import main as train_main
 from launcher.validation.sets import ValidationSets, check_sets_together, described, open_sets
 from tests.captions import write_tables
@@ -32,6 +33,13 @@ def opened(project: Path, *arguments: str) -> tuple[RunConfig, ValidationSets]:
     sets = open_sets(config, open_data(config))
     assert sets is not None
     return config, sets
+
+
+def checked(config: RunConfig, sets: ValidationSets) -> list[list[int]]:
+    values = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
+    cpu = Hardware(has_gpu=False, gpu_has_bf16=False, cpu_has_bf16=False)
+    run = resolve(config, values, deepspeed_name="zero2", world_size=2, hardware=cpu)
+    return check_sets_together(run, sets, build_processor(config), hashes=False)
 
 
 @pytest.fixture
@@ -121,7 +129,7 @@ def test_every_item_that_cannot_be_used_is_listed(project: Path, sets: Path) -> 
         project, "--validation.mmeb_eval", str(sets / "mmeb_eval"), "--validation.mmvp", str(sets / "mmvp")
     )
     with pytest.raises(DataError) as caught:
-        check_sets_together(found, build_processor(config), hashes=False)
+        checked(config, found)
     assert caught.value.on_all_ranks
     for path in (images[0], broken):
         assert str(path) in str(caught.value)
@@ -140,7 +148,15 @@ def test_an_item_that_does_not_fit_the_model_is_listed(project: Path, sets: Path
         "50000",
     )
     with pytest.raises(DataError, match=r"more than processor.max_tokens=16"):
-        check_sets_together(found, build_processor(config), hashes=False)
+        checked(config, found)
+
+
+def test_held_out_pairs_that_the_run_cannot_read_are_refused(project: Path, held_out: Path) -> None:
+    texts_alone = ["--backbone.text_only", "true", "--backbone.lora.rank", "2"]
+    config, found = opened(project, *texts_alone, "--validation.shards", str(held_out))
+    with pytest.raises(DataError, match=r"validation\.shards: .*the run trains on texts alone") as caught:
+        checked(config, found)
+    assert caught.value.on_all_ranks
 
 
 def test_lengths_are_those_of_the_used_items_and_equal_questions_have_equal_fingerprints(
@@ -148,7 +164,7 @@ def test_lengths_are_those_of_the_used_items_and_equal_questions_have_equal_fing
 ) -> None:
     arguments = ["--validation.mmeb_eval", str(sets / "mmeb_eval"), "--validation.max_queries", "4"]
     config, found = opened(project, *arguments)
-    lengths = check_sets_together(found, build_processor(config), hashes=False)
+    lengths = checked(config, found)
     assert [len(each) for each in lengths] == [len(each.used) for each in found.benchmarks]
     original = project / ".cache/quickstart/data/mmeb_eval"
     _, elsewhere = opened(project, "--validation.mmeb_eval", str(original), "--validation.max_queries", "4")

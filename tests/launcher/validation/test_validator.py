@@ -132,7 +132,7 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
     assert sets is not None
     history = open_history(run, sets, start_step=0)
     assert history is not None
-    lengths = check_sets_together(sets, processor, hashes=False)
+    lengths = check_sets_together(run, sets, processor, hashes=False)
     watched, reports = Watched(engine), []
     asked = iter([False, False, True, True] if stops and rank == 1 else [])
     validator = Validator(

@@ -154,7 +154,7 @@ def test_an_item_that_does_not_fit_the_model_is_listed(project: Path, sets: Path
 def test_held_out_pairs_that_the_run_cannot_read_are_refused(project: Path, held_out: Path) -> None:
     texts_alone = ["--backbone.text_only", "true", "--backbone.lora.rank", "2"]
     config, found = opened(project, *texts_alone, "--validation.shards", str(held_out))
-    with pytest.raises(DataError, match=r"validation\.shards: .*the run trains on texts alone") as caught:
+    with pytest.raises(DataError, match=r"(?s)validation\.shards: .*the run trains on texts alone") as caught:
         checked(config, found)
     assert caught.value.on_all_ranks
 

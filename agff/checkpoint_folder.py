@@ -88,13 +88,15 @@ def _unreadable(path: Path) -> list[str]:
     return [f"{path}: damaged: not a file that torch.save wrote"]
 
 
-def remove_old_checkpoints(run: Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Keep the newest `keep_last` checkpoints (None: all) and those whose step is a multiple of
-    `keep_every`."""
+def remove_old_checkpoints(
+    run: Path, *, keep_last: int | None, keep_every: int | None, best: int | None = None
+) -> None:
+    """Keep the newest `keep_last` checkpoints (None: all), those whose step is a multiple of `keep_every`,
+    and that of step `best`."""
     if keep_last is None:
         return
     for step in complete_steps(run)[keep_last:]:
-        if not keep_every or step % keep_every:
+        if step != best and (not keep_every or step % keep_every):
             remove_checkpoint(checkpoint_folder(run) / checkpoint_name(step))
 
 

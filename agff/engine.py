@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from agff.batch import Encoded, ModelInputs, to_device
 from agff.collectives import max_over_ranks
 from agff.embedding_model import draws_random_numbers
 from agff.errors import ConfigError
+from agff.grad_cache import unchanged_random_states
 from agff.joined import encode_joined
 from agff.kept_vision import FeatureMemory, KeepVision, with_image_features
 from agff.optimizer import OptimizerConfig, build_adamw, build_schedule
@@ -154,6 +156,25 @@ class Engine:
                 keep=self.feature_memory.keep,
                 agree=agree,
             )
+
+    @contextlib.contextmanager
+    def evaluating(self, *, seed: int) -> Iterator[None]:
+        """In here the model is in evaluation mode, keeps no graph, and draws from `seed` what it draws.
+
+        Afterwards each module is in its mode of before, and so are all random states and the count of
+        gathers: the training goes on as if nothing had been encoded.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        gathers = replace(self.gathers)
+        try:
+            with unchanged_random_states(), torch.no_grad():
+                torch.manual_seed(seed)
+                self.model.eval()
+                yield
+        finally:
+            for module, is_training in modes:
+                module.training = is_training
+            self.gathers.count, self.gathers.num_bytes = gathers.count, gathers.num_bytes
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate the gradient of `loss`; on the last call of a step the ranks average theirs. Collective.

@@ -8,8 +8,11 @@ the plain step. These functions know no engine: `encode` and `backward` are give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,3 +115,16 @@ def set_random_state(state: RandomState) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
+
+
+@contextmanager
+def unchanged_random_states() -> Iterator[None]:
+    """Whatever is drawn in here, torch's, NumPy's and Python's generators are afterwards as they were
+    before."""
+    of_torch, of_python, of_numpy = random_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        set_random_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

@@ -55,12 +55,15 @@ def train(
     max_skipped_in_a_row: int,
     observe: Callable[[StepReport], None],
     save: Callable[[int], None],
+    after_step: Callable[[int], None],
     should_stop: Callable[[], bool],
     mark: Callable[[str], None],
 ) -> bool:
     """Run steps start_step .. num_steps - 1; True when done, False when stopped on request.
 
     save: called every `save_every` steps and at the end.
+    after_step: called with the number of finished steps, after the save where there is one; it must leave
+    engine and random states as they are.
     should_stop: whether this rank was asked to stop; when one was, all of them save and return after the same
     step.
     mark: called with what this rank does next.
@@ -106,6 +109,7 @@ def train(
         if (step + 1) % save_every == 0 or step + 1 == num_steps:
             mark(f"saving step {step + 1}")
             save(step + 1)
+        after_step(step + 1)
     return True
 
 

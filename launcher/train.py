@@ -32,6 +32,7 @@ from launcher.run.ranks import RankInfo, export, rank_from_environment
 from launcher.run.startup_table import count_parameters, startup_table
 from launcher.run.stop_request import EXIT_CODE
 from launcher.run.training import train_on_this_rank
+from launcher.validation.sets import ValidationSets, check_sets_together, described, open_sets
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,12 +76,16 @@ def _start(argv: Sequence[str]) -> int:
     processor = build_processor(run.config)
     check_first_stage(run.config)
     check_objective(run.config)
+    sets = open_sets(run.config, data)
     check_run_folder(run)
     if rank.rank == 0:
         measured = measured_batches(run, data, processor)
         counts = count_parameters(run.config)
-        _say(startup_table(run, data.plan.num_samples, *counts, measured=measured))
+        validation = described(sets, run.config)
+        _say(startup_table(run, data.plan.num_samples, *counts, measured=measured, validation=validation))
     if arguments.dry_run:
+        if sets is not None and rank.rank == 0:
+            check_sets_together(run, sets, processor, hashes=False)
         if newest := latest_step(run.run_dir):
             check_data_plan(run, data.description, step=newest)
             if rank.rank == 0:  # the ranks have not met: each would hash the backbone
@@ -88,14 +93,20 @@ def _start(argv: Sequence[str]) -> int:
         return 0
     if starts_ranks:
         return run_cpu_ranks(
-            run.world_size, lambda forked: exit_code_of(partial(_train, run, data, processor, forked))
+            run.world_size, lambda forked: exit_code_of(partial(_train, run, data, sets, processor, forked))
         )
-    return _train(run, data, processor, rank)
+    return _train(run, data, sets, processor, rank)
 
 
-def _train(run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo) -> int:
+def _train(
+    run: ResolvedRun,
+    data: RunData,
+    sets: ValidationSets | None,
+    processor: ItemProcessor,
+    rank: RankInfo,
+) -> int:
     export(rank, os.environ)
-    outcome = train_on_this_rank(run, data, processor, rank)
+    outcome = train_on_this_rank(run, data, sets, processor, rank)
     if rank.rank == 0 and outcome == "nothing left":
         _say(
             f"{run.run_dir}: all {run.config.num_steps} steps are done; evaluate or convert it, or choose "

@@ -27,10 +27,9 @@ REMEDY = (
 )
 
 
-def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage, Size | str]:
-    """{image: its size, or why it cannot be read} of all images that are not missing, shared out over the
-    ranks. Collective."""
-    images = list(
+def images_of(benchmarks: Sequence[Benchmark]) -> list[Path | EmbeddedImage]:
+    """Each image that is not missing, once, in order of appearance."""
+    return list(
         dict.fromkeys(
             image
             for benchmark in benchmarks
@@ -38,10 +37,16 @@ def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage
             if index not in benchmark.findings and (image := benchmark.items[index].image) is not None
         )
     )
+
+
+def look_at_images(benchmarks: Sequence[Benchmark]) -> dict[Path | EmbeddedImage, Size | str]:
+    """{image: its size, or why it cannot be read} of all images that are not missing, shared out over the
+    ranks. Collective."""
+    images = images_of(benchmarks)
     own = images[rank() :: world_size()]
     bar = tqdm(own, desc="look at images", unit="image", file=sys.stderr, disable=rank() > 0)
     looks: list[Size | str] = [(0, 0)] * len(images)
-    for source, part in enumerate(gather_objects([_look(image) for image in bar])):
+    for source, part in enumerate(gather_objects([look(image) for image in bar])):
         looks[source :: world_size()] = part
     return dict(zip(images, looks, strict=True))
 
@@ -114,7 +119,8 @@ def report_left_out(lines: Sequence[str]) -> None:
         sys.stderr.write(f"left out: {len(lines) - MOST_LINES:,} more\n")
 
 
-def _look(image: Path | EmbeddedImage) -> Size | str:
+def look(image: Path | EmbeddedImage) -> Size | str:
+    """The image's size, or why it cannot be read."""
     content, name = (image.content, image.name) if isinstance(image, EmbeddedImage) else (image, str(image))
     try:
         return read_header(content, name, formats=FORMATS).size

@@ -11,6 +11,17 @@ MAY_CHANGE_ON_RESUME = (
     "save_every",
     "keep_last",
     "keep_every",
+    "validate_every",
+    "keep_best",
+    "validation.mmeb_eval",
+    "validation.mmeb_images",
+    "validation.mmvp",
+    "validation.captions",
+    "validation.caption_images",
+    "validation.shards",
+    "validation.sources",
+    "validation.vectors",
+    "validation.max_queries",
     "max_skipped_in_a_row",
     "loss_spike_deviations",
     "collective_timeout_s",
@@ -39,7 +50,11 @@ FOLLOW_FROM_OTHERS = (
 )
 """Filled in from the global batch and the number of ranks, which are compared themselves, or sizes of
 transfers, filled in from the model where they are absent."""
-BEFORE_IT_WAS_STORED = {"objective": "contrastive", "backbone.text_only": False}
+BEFORE_IT_WAS_STORED: Mapping[str, Any] = {
+    "objective": "contrastive",
+    "backbone.text_only": False,
+    "validation": {},
+}
 """What a setting was in runs that do not store it."""
 DECIDE_THE_ORDER = (
     "seed",

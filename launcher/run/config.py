@@ -21,54 +21,11 @@ from agff.optimizer import OptimizerConfig
 from agff.processor import ProcessorConfig
 from agff.similarity import FusionConfig
 from data_pipeline.collate import Chunking, FixedRows, TokenBudget
-from data_pipeline.remote import CacheConfig
 from launcher.run.batch_config import BatchConfig
+from launcher.run.data_config import DataConfig
 from launcher.run.hardware import Hardware, Precision
 from launcher.run.prompt_config import RunPrompts
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which shards are read, and in what mixture."""
-
-    shards: str
-    """Folder written by launcher/prepare.py, or its URL: s3://, gs://, hf://, https:// (read through a local
-    cache)."""
-    weights: dict[str, float] | None = None
-    """Share of the sub-batches each source gets, relative to the others; null: its number of samples."""
-    caps: int | dict[str, int] | None = None
-    """Samples used of a source at most, a fixed part spread over all its shards: one number for all, or some
-    by name."""
-    vectors: str | None = None
-    """Folder of a teacher's vectors of these shards, written by launcher/embed.py; local. null: none."""
-    with_negatives: bool = True
-    """Explicit hard negatives, where a source has them, are candidates of the whole global batch."""
-    sub_batch_size: int
-    """Consecutive pairs of a global batch that come from one source; divides the global batch."""
-    num_workers: int = 1
-    """Loader processes of each rank; 0 loads in the training process. The batches do not depend on it."""
-    max_bad_in_a_row: int = 10
-    """Unusable samples drawn in a row for one row of a batch before all ranks stop."""
-    check_hashes: bool = True
-    """Compare every local shard's SHA-256 with the manifest before the first step; false compares names and
-    sizes only. Remote shards are always compared when they are fetched."""
-    stalled_after_s: float = 300
-    """A batch that takes longer than this stops all ranks, with the name of the shard that a worker hangs
-    at."""
-    accept_changes: bool = False
-    """Continue a run although its shards, mixture, seed or global batch changed: steps count on, the order is
-    the new one, so samples of the running epoch may come twice or not at all."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-
-    def __post_init__(self) -> None:
-        if self.sub_batch_size < 1:
-            raise ConfigError(f"data.sub_batch_size={self.sub_batch_size} must be >= 1")
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers={self.num_workers} must be >= 0")
-        if self.max_bad_in_a_row < 0:
-            raise ConfigError(f"data.max_bad_in_a_row={self.max_bad_in_a_row} must be >= 0")
-        if self.stalled_after_s <= 0:
-            raise ConfigError(f"data.stalled_after_s={self.stalled_after_s} must be > 0")
+from launcher.validation.config import ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +48,13 @@ class RunConfig:
     """The newest checkpoints that are kept; older ones are removed. null: all are kept."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this are kept beside them."""
+    validate_every: int | None = None
+    """Steps between validations, on what the section validation names; there is always one at the end.
+    null: none."""
+    keep_best: str | None = None
+    """Score by which the best checkpoint is kept beside the newest, as `mmeb`; an unknown one is answered
+    with the list of them. validate_every must be a multiple of save_every. null: none is kept for its
+    score."""
     max_skipped_in_a_row: int = 10
     """Steps in a row whose gradient may be not finite (such a step changes nothing) before all ranks stop."""
     loss_spike_deviations: float | None = 6.0
@@ -122,6 +86,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     batch: BatchConfig
     data: DataConfig
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if type(self.loss) is not OBJECTIVES.get(self.objective):
@@ -133,6 +98,7 @@ class RunConfig:
         for name in (
             "num_steps",
             "save_every",
+            "validate_every",
             "log_every",
             "cpu_ranks",
             "keep_last",
@@ -143,6 +109,9 @@ class RunConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be >= 1")
+        self.validation.check(
+            validate_every=self.validate_every, keep_best=self.keep_best, save_every=self.save_every
+        )
 
 
 @functools.cache

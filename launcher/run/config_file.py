@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,20 @@ DEEPSPEED_FILE = "deepspeed.json"
 
 MOVED = {"loss.beta": "fusion.beta"}
 """Settings of before and what they are called now."""
-PATHS = ("backbone.path", "prompts.start_from", "data.shards", "data.vectors")
-"""Settings that name a folder of the machine (or, data.shards, a URL); a run folder stores them absolute."""
+PATHS = (
+    "backbone.path",
+    "prompts.start_from",
+    "data.shards",
+    "data.vectors",
+    "validation.mmeb_eval",
+    "validation.mmeb_images",
+    "validation.mmvp",
+    "validation.captions",
+    "validation.caption_images",
+    "validation.shards",
+    "validation.vectors",
+)
+"""Settings that name a folder of the machine (or, shards, a URL); a run folder stores them absolute."""
 
 
 def read_recipe(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
@@ -145,7 +158,8 @@ def _override(values: dict[str, Any], name: str, text: str, cls: type[RunConfig]
     if hint is None and name not in MOVED:
         raise ConfigError(_unknown(name, cls))
     value = parse_yaml_value(text)
-    choices = (hint, *typing.get_args(hint))
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = typing.get_args(hint) if is_union else (hint,)
     if not (value is None and type(None) in choices) and (
         str in choices or typing.get_origin(hint) is typing.Literal
     ):

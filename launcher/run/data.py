@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agff.backbone_folder import check_backbone_folder
-from agff.batch import Batch
+from agff.batch import Batch, ProcessItems
 from agff.collectives import gather_objects, rank
 from agff.errors import ConfigError, DataError, listed
 from agff.processor import ItemProcessor
@@ -54,7 +54,7 @@ class RunData:
         return StepBatches(
             plan=self.plan,
             reader=ShardReader(self.folder, self.manifest),
-            process=TextsAlone(processor) if run.config.backbone.text_only else processor,
+            process=process_of(run.config, processor),
             rank=rank,
             world_size=run.world_size,
             chunking=run.chunking,
@@ -118,6 +118,11 @@ def build_processor(config: RunConfig) -> ItemProcessor:
     return ItemProcessor.from_folder(
         folder, prompts=config.prompts.of_model, limits=config.processor, cells=config.loss.image_cells
     )
+
+
+def process_of(config: RunConfig, processor: ItemProcessor) -> ProcessItems:
+    """What makes the chunks of this run: for texts alone without any image."""
+    return TextsAlone(processor) if config.backbone.text_only else processor
 
 
 def check_shards_together(data: RunData, *, hashes: bool) -> None:

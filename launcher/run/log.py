@@ -22,6 +22,8 @@ from launcher.run.loss_spikes import LossSpikes, Spike
 
 WORST_PAIRS = 16
 """Pairs of a step with a loss spike that are written down."""
+MOST_SCORES = 16
+"""Of a validation on one line; of more, only the means and those without parts."""
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,21 @@ class RunLog:
             f"{values['speed/tokens_per_s']:.0f} tokens/s, {_use_of_device(values)}, "
             f"data wait {values['speed/data_wait_percent']:.0f} %"
         )
+
+    def validated(
+        self, step: int, scores: Mapping[str, float], seconds: float, best_step: int | None
+    ) -> None:
+        """Write the scores of a validation. best_step: that of the checkpoint that is kept for its score."""
+        if self._writer is None:
+            return
+        for name, score in scores.items():
+            self._writer.add_scalar(f"validation/{name}", score, step)
+        shown = {
+            name: score for name, score in scores.items() if len(scores) <= MOST_SCORES or "/" not in name
+        }
+        text = ", ".join(f"{name} {score:.4g}" for name, score in shown.items()) or "no scores"
+        best = f"; best: step {best_step}" if best_step is not None else ""
+        tqdm.write(f"validation after step {step} ({seconds:.1f} s): {text}{best}")
 
     def _measure(self, report: StepReport) -> dict[str, float]:
         measured = {"loss": report.loss, **report.metrics}

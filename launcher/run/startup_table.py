@@ -14,7 +14,8 @@ from data_pipeline.collate import TokenBudget
 from data_pipeline.remote import open_folder
 from data_pipeline.storage import LocalFolder
 from launcher.run.chunk_search import CHUNK_FILE
-from launcher.run.config import DataConfig, ResolvedRun, RunConfig
+from launcher.run.config import ResolvedRun, RunConfig
+from launcher.run.data_config import DataConfig
 from launcher.run.first_stage import backbone_folder, first_stage_row
 
 
@@ -25,9 +26,10 @@ def startup_table(
     num_parameters: int,
     *,
     measured: Mapping[str, str],
+    validation: str,
 ) -> str:
     """Aligned lines `name  value`. num_samples: per source. measured: rows of the first batches
-    (launcher/run/measured_batches.py)."""
+    (launcher/run/measured_batches.py). validation: on what, and how often."""
     config = run.config
     num_pairs = config.batch.global_batch_size
     lora = f"LoRA rank {config.backbone.lora.rank}" if config.backbone.lora else "full tuning"
@@ -56,6 +58,7 @@ def startup_table(
         "shards": _shards(config.data),
         "steps": f"{config.num_steps:,} = {config.num_steps * num_pairs:,} pairs = "
         f"{config.num_steps * num_pairs / max(total, 1):.2f} x the data",
+        "validation": validation,
         "run folder": str(run.run_dir),
     }
     width = max(map(len, rows))

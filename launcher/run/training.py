@@ -37,11 +37,20 @@ from launcher.run.ranks import RankInfo
 from launcher.run.speed import SpeedMeter
 from launcher.run.stop_request import StopRequest
 from launcher.run.watchdog import Watchdog
+from launcher.validation.history import History, open_history
+from launcher.validation.sets import ValidationSets, check_sets_together
+from launcher.validation.validator import Validator, is_missing
 
 Outcome = Literal["trained", "nothing left", "stopped"]
 
 
-def train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo) -> Outcome:
+def train_on_this_rank(
+    run: ResolvedRun,
+    data: RunData,
+    sets: ValidationSets | None,
+    processor: ItemProcessor,
+    rank: RankInfo,
+) -> Outcome:
     """Train the rest of the run, and leave the process group. Collective.
 
     `rank` must be exported (launcher/run/ranks.py). A SIGTERM or SIGUSR1 stops all ranks after a save.
@@ -49,13 +58,18 @@ def train_on_this_rank(run: ResolvedRun, data: RunData, processor: ItemProcessor
     stop = StopRequest()
     stop.listen()
     try:
-        return _train(run, data, processor, rank, stop)
+        return _train(run, data, sets, processor, rank, stop)
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(run, error)) from None
 
 
 def _train(
-    run: ResolvedRun, data: RunData, processor: ItemProcessor, rank: RankInfo, stop: StopRequest
+    run: ResolvedRun,
+    data: RunData,
+    sets: ValidationSets | None,
+    processor: ItemProcessor,
+    rank: RankInfo,
+    stop: StopRequest,
 ) -> Outcome:
     device = start_process_group(rank.local_rank, timeout_s=run.config.collective_timeout_s)
     check_shards_together(data, hashes=run.config.data.check_hashes)
@@ -64,12 +78,15 @@ def _train(
         if rank.rank == 0:
             remove_unfinished(run.run_dir)
         start_step = newest_intact_step(run.run_dir, device=device) or 0
-        had_steps_left = start_step < run.config.num_steps
-        is_done = not had_steps_left or _train_from(start_step, run, data, processor, rank, device, stop)
+        history = open_history(run, sets, start_step=start_step)
+        had_work_left = start_step < run.config.num_steps or is_missing(history, run, start_step)
+        is_done = not had_work_left or _train_from(
+            start_step, run, data, history, processor, rank, device, stop
+        )
         dist.barrier()
         stop.ignore()
     dist.destroy_process_group()
-    if not had_steps_left:
+    if not had_work_left:
         return "nothing left"
     return "trained" if is_done else "stopped"
 
@@ -78,6 +95,7 @@ def _train_from(
     start_step: int,
     run: ResolvedRun,
     data: RunData,
+    history: History | None,
     processor: ItemProcessor,
     rank: RankInfo,
     device: torch.device,
@@ -85,6 +103,9 @@ def _train_from(
 ) -> bool:
     """The rest of the run; False when stopped on request. Collective."""
     config = run.config
+    lengths: list[list[int]] = []
+    if history is not None:
+        lengths = check_sets_together(run, history.sets, processor, hashes=config.data.check_hashes)
     if start_step:
         check_data_plan(run, data.description, step=start_step)
     state = {
@@ -111,7 +132,20 @@ def _train_from(
     )
     batches = data.batches(run, processor, rank=rank.rank, start_step=start_step)
     with observer, closing(batches), Watchdog(rank.rank, after_s=config.stalled_step_s) as watchdog:
-        return train(
+        validator = None
+        if history is not None:
+            validator = Validator(
+                run,
+                engine,
+                processor,
+                history,
+                lengths,
+                report=observer.validated,
+                mark=watchdog.mark,
+                should_stop=lambda: bool(stop),
+            )
+            validator.before_steps(start_step)
+        is_done = train(
             engine,
             config.loss,
             config.fusion,
@@ -121,10 +155,12 @@ def _train_from(
             save_every=config.save_every,
             max_skipped_in_a_row=config.max_skipped_in_a_row,
             observe=with_gathers_logged(observer, engine.gathers),
-            save=partial(_save, engine, run, state),
+            save=partial(_save, engine, run, state, history),
+            after_step=validator.after_step if validator is not None else _nothing,
             should_stop=lambda: bool(stop),
             mark=watchdog.mark,
         )
+    return is_done and not (validator is not None and validator.was_cut_short)
 
 
 def _build_engine(run: ResolvedRun, *, processor: ItemProcessor, device: torch.device) -> Engine:
@@ -156,12 +192,20 @@ def _speed_meter(run: ResolvedRun, engine: Engine) -> SpeedMeter:
     return SpeedMeter.of_device(flops, engine.device, run.precision, memory=engine.feature_memory)
 
 
-def _save(engine: Engine, run: ResolvedRun, state: Mapping[str, Any], step: int) -> None:
+def _nothing(step: int) -> None:
+    """After a step of a run without validation."""
+
+
+def _save(
+    engine: Engine, run: ResolvedRun, state: Mapping[str, Any], history: History | None, step: int
+) -> None:
     """A checkpoint, then what it makes superfluous goes. Collective."""
     is_lora = run.config.backbone.lora is not None
     save_checkpoint(engine, run.run_dir, step=step, state=state, trainable_only=is_lora)
     if engine_rank() == 0:
-        remove_old_checkpoints(run.run_dir, keep_last=run.config.keep_last, keep_every=run.config.keep_every)
+        best = history.best_step() if history is not None else None
+        keep_last, keep_every = run.config.keep_last, run.config.keep_every
+        remove_old_checkpoints(run.run_dir, keep_last=keep_last, keep_every=keep_every, best=best)
 
 
 def _out_of_memory(run: ResolvedRun, error: torch.OutOfMemoryError) -> str:

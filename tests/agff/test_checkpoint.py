@@ -93,6 +93,8 @@ def test_retention_and_half_written_checkpoints(tmp_path: Path) -> None:
     assert complete_steps(tmp_path) == [6, 5, 4, 3, 2, 1]
     remove_old_checkpoints(tmp_path, keep_last=2, keep_every=3)
     assert complete_steps(tmp_path) == [6, 5, 3]
+    remove_old_checkpoints(tmp_path, keep_last=1, keep_every=None, best=3)
+    assert complete_steps(tmp_path) == [6, 3]
     remove_old_checkpoints(tmp_path, keep_last=1, keep_every=None)
     assert complete_steps(tmp_path) == [6]
 

@@ -105,6 +105,7 @@ def speed_of_a_step(load: Load, folder: Path) -> dict[str, float]:
         max_skipped_in_a_row=0,
         observe=reports.append,
         save=lambda step: None,
+        after_step=lambda step: None,
         should_stop=lambda: False,
         mark=lambda what: None,
     )

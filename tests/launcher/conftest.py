@@ -32,9 +32,10 @@ def train_once(project: Path) -> Callable[[int], tuple[Path, str]]:
 
 @pytest.fixture(scope="session")
 def lora_run(project: Path) -> tuple[str, Path]:
-    """(command, run folder) of a run with adapters, unbroken."""
+    """(command, run folder) of a run with adapters, unbroken and validated."""
     command = f"{train_command(3)} --backbone.lora.rank 2 --run_dir runs/lora --backbone.lora.dropout 0.1"
     command += " --loss.nested_dims [8] --loss.nested_fine [0]"
+    command += " --validate_every 2 --keep_best mmvp --validation.mmvp .cache/quickstart/data/mmvp"
     result = run_command(command, project)
     assert result.returncode == 0, result.stdout
     return command, project / "runs/lora"

@@ -1,0 +1,1 @@
+"""Scoring a model while it trains: what is scored, by whom, and which checkpoint was best."""

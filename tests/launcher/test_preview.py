@@ -28,8 +28,9 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import RawSample, ShardReader
 from data_pipeline.storage import LocalFolder
 from launcher.command_line import parse_train_arguments
+from launcher.pages.pictures import THUMBNAIL_PX, make_thumbnail
 from launcher.preview import main
-from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
+from launcher.previewing.samples import TextView
 from launcher.run.config import BatchConfig, DataConfig, ResolvedRun, RunConfig, resolve
 from launcher.run.data import build_processor, open_data
 from launcher.run.hardware import Hardware

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import jinja2
@@ -50,3 +51,28 @@ def test_a_place_that_cannot_be_written_is_named_with_its_option(folder: Path) -
         write_page(folder / "none/a.html", "t.html.j2", option="--out", title="", words="")
     check_page_place(folder / "a.html", option="--html")
     assert {path.name for path in folder.iterdir()} == {"t.html.j2"}
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_words_have_contrast_on_everything_below_them(mode: str) -> None:
+    """At least 4.5 : 1, WCAG 2.2's level AA."""
+    style = (templates._LAUNCHER / "pages/base.html.j2").read_text()
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", light if mode == "light" else dark))
+    ratios = {
+        (words, below): contrast(colours[words], colours[below])
+        for words in ("text", "quiet", "link", "good", "bad")
+        for below in ("page", "panel")
+    }
+    assert {pair: ratio for pair, ratio in ratios.items() if ratio < 4.5} == {}
+
+
+def contrast(first: str, second: str) -> float:
+    lighter, darker = sorted(map(luminance, (first, second)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour: str) -> float:
+    values = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -8,6 +8,7 @@ DATA := .cache/quickstart
 RUN := runs/quickstart-zero3
 RELEASE := releases/quickstart
 LOG := $(DATA)/demo.log
+REPORT := $(RELEASE)-report.html
 EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp --captions $(DATA)/data/captions
 
 # deepspeed, npm and python of the environment, for the programs that start programs
@@ -38,8 +39,9 @@ demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> release -> s
 	rm -rf $(RELEASE)
 	python launcher/convert_checkpoint.py $(RUN) $(RELEASE) >> $(LOG)
 	phase "5/5 load the release and score it"
-	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 3 2>> $(LOG) | tee -a $(LOG) | grep -v '^\[20' # DeepSpeed's
+	python launcher/evaluate.py $(RELEASE) $(EVAL_DATA) --show 3 --html $(REPORT) 2>> $(LOG) | tee -a $(LOG) | grep -v '^\[20' # DeepSpeed's
 	phase "done; all of the output, DeepSpeed's own lines included: $(LOG)"
+	echo "the report, for a browser: $(CURDIR)/$(REPORT)"
 
 test: lint ## format, lint, types, and every test but the slow ones
 	python -m pytest -m 'not slow'

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from agff.checkpoint_folder import read_state
 from agff.embedder import Embedder
 from agff.errors import AgffError, CheckpointError
 from agff.files import partial_path
 from agff.release import check_golden, load, plain_backbone, save_release
 from launcher.command_line import report
 from launcher.run.config_file import read_run_config
+from launcher.run.origin import origin_of
 from launcher.run.trained_model import load_run
 
 
@@ -39,15 +39,7 @@ def convert(run: Path, out: Path, *, dtype: torch.dtype) -> float:
         with _named_errors(out):
             partial.mkdir(parents=True)
         embedder, step = load_run(run)
-        config = read_run_config(run)
-        origin = {
-            "run": config.name,
-            "objective": config.objective,
-            "step": step,
-            "seed": config.seed,
-            "backbone": Path(config.backbone.path).name,  # not where it is on this machine
-            "backbone_sha256": read_state(run, step).get("backbone_sha256") or "not recorded",
-        }
+        origin = origin_of(run, read_run_config(run), step)
         with _named_errors(out):
             cosine = _write_and_compare(embedder, partial, origin, dtype)
             partial.rename(out)

@@ -49,6 +49,9 @@ from launcher.evaluation.usable import (
     refused,
     unreadable,
 )
+from launcher.reporting.card import refresh_card
+from launcher.reporting.gallery import Gallery
+from launcher.reporting.page import check_report, write_report
 from launcher.run.meeting import from_first_rank, leave, meet, together
 from launcher.run.ranks import rank_from_environment
 from launcher.run.trained_model import load_model
@@ -65,17 +68,36 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tupl
     example_set = text_to_image_set(benchmarks)
     if arguments.example is not None and example_set is not None:
         return free_text_example(model, shown_set(example_set, 1), arguments.example, encode), []
-    examples = []
+    examples, gallery = [], Gallery()
     with contextlib.ExitStack() as held:
         evaluation = _evaluation(arguments, model, encode, benchmarks)
         from_first_rank(lambda: held.enter_context(evaluation.unfinished.held()))
         always = [example_set] if example_set is not None and arguments.show else []
         for benchmark, said in evaluation.sets(benchmarks, always=always):
+            if arguments.html is not None:
+                from_first_rank(functools.partial(gallery.look, model, benchmark, said))
             if isinstance(benchmark, EvalSet | CaptionSet) and _is_in(always, benchmark):
                 examples = _examples(model, shown_set(benchmark, arguments.show), said, arguments.show)
     notes += evaluation.notes
     report = from_first_rank(lambda: _report(evaluation.file, evaluation.scored, notes))
+    if evaluation.scored:
+        from_first_rank(lambda: _publish(arguments, evaluation.file, gallery))
+        examples += [f"report: {arguments.html}"] * (arguments.html is not None)
     return "\n\n".join([*report, *examples]), evaluation.failures
+
+
+def _publish(arguments: argparse.Namespace, file: ScoresFile, gallery: Gallery) -> None:
+    """The scores on the release's card and on the page."""
+    results, _ = file.results()
+    refresh_card(file.path, results)
+    if arguments.html is not None:
+        write_report(
+            arguments.html,
+            model=arguments.model,
+            results=results,
+            gallery=gallery,
+            compared=arguments.compare,
+        )
 
 
 def _is_in(benchmarks: Sequence[Benchmark], benchmark: Benchmark) -> bool:
@@ -118,6 +140,7 @@ def _prepare(
 
     Raises AgffError with all findings: of the place of the scores, of tables, of images, of the processor.
     """
+    from_first_rank(lambda: check_report(arguments.html, arguments.compare))
     benchmarks = together(lambda: read_sets(arguments))
     allow_missing = arguments.allow_missing
     looks = look_at_images(benchmarks)

@@ -62,7 +62,7 @@ def _captions_table(sets: Sequence[JudgedSet]) -> str:
             rows += [
                 [entry.name, direction, name, "", "", f"{published[entry.name][place]:.1f}", "", "", ""]
                 for name, published in ANCHORS.items()
-                if _is_published(entry, published)
+                if is_published(entry, published)
             ]
     return f"{sentence}\n\n{aligned([_RECALL_HEADER, *rows], num_text_columns=3)}"
 
@@ -86,7 +86,7 @@ def _choices_table(sets: Sequence[JudgedSet]) -> str:
             rows += [None, *map(_choice_row, of_view)]
             rows += [_choice_row(mean) for mean in group_means(of_view)]
         for name, published in ANCHORS.items():
-            if _is_published(entry, published):
+            if is_published(entry, published):
                 values = zip(GROUPS, published[entry.name], strict=True)
                 rows += [None, *([f"mean {group}", name, "", f"{value:.1f}", ""] for group, value in values)]
     header = ["subset", "by", "pairs", "score %", "chance %"]
@@ -126,7 +126,7 @@ def _quality_table(sets: Sequence[JudgedSet]) -> str:
     return f"{sentence}\n\n{aligned([header, None, *rows], num_text_columns=2)}"
 
 
-def _is_published(entry: JudgedSet, published: Mapping[str, object]) -> bool:
+def is_published(entry: JudgedSet, published: Mapping[str, object]) -> bool:
     """Whether these scores are of what the published ones are of: of the same set, and of the whole of it."""
     return entry.name in published and entry.note is None and entry.left_out is None
 

@@ -23,6 +23,8 @@ def read_sets(arguments: argparse.Namespace) -> list[Benchmark]:
         raise ConfigError(f"{wanted} {' or '.join(f'--{name} DIR' for name in options)}")
     if arguments.mmeb_eval is None and (arguments.mmeb_images or arguments.max_queries):
         raise ConfigError("--mmeb_images and --max_queries are about MMEB's sets: name --mmeb_eval DIR too")
+    if arguments.example is not None and arguments.html is not None:
+        raise ConfigError("--example scores nothing, so there is no page: leave out --html")
     if arguments.caption_images is not None and not (arguments.captions or arguments.caption_quality):
         raise ConfigError("--caption_images is about caption sets: name --captions or --caption_quality too")
     if arguments.example is None:
@@ -92,6 +94,20 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--out", type=Path, help="JSON file to write (default: scores.json in the model's folder)"
+    )
+    made.add_argument(
+        "--html",
+        type=Path,
+        metavar="OUT",
+        help="page to write: scores with their errors, which vectors decide, mistakes and neighbours",
+    )
+    made.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="SCORES",
+        help="scores.json of other models, or their folders, shown beside these on the page",
     )
     made.add_argument("--batch_size", type=_count(1), default=32, help="items encoded at once")
     made.add_argument(

@@ -15,6 +15,7 @@ from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmvp import MmvpSet
 from launcher.evaluation.benchmarks import Benchmark
 from launcher.evaluation.judges import model_says, score_judged
+from launcher.evaluation.pattern_use import pattern_use
 from launcher.evaluation.scores import Encodes, score_mmvp, score_set
 from launcher.evaluation.scores_file import ScoresFile, Similarity
 from launcher.evaluation.truncated import truncated_scores
@@ -89,7 +90,7 @@ class Evaluation:
         return [each for number, each in enumerate(benchmarks) if number not in done]
 
     def _score(self, benchmark: Benchmark, said: Any) -> None:
-        """Score one set and write it, with what shorter embeddings score."""
+        """Score one set and write it, with what shorter embeddings score and what each pattern gives."""
         model, file = self.model, self.file
 
         def score_and_write() -> None:
@@ -109,6 +110,7 @@ class Evaluation:
             truncated = truncated_scores(model, benchmark, said)
             if writes:
                 file.add_truncated(truncated)
+                file.add_patterns(benchmark.name, pattern_use(model, benchmark, said))
                 self.unfinished.add(benchmark)
 
         together(score_and_write)

@@ -53,7 +53,8 @@ def score_set(model: Embedder, eval_set: EvalSet, items_NMD: Tensor) -> SetScore
     for rows, together in query_blocks(eval_set.candidates):
         queries, candidates = eval_set.queries[rows], eval_set.candidates[rows]
         if together is None:
-            hits += _hits_among_own(model, items_NMD, queries, candidates)
+            for some, similarity_BC in similarities_to_own(model, items_NMD, queries, candidates):
+                hits += precision_at_1_hits(similarity_BC, [range(len(row)) for row in candidates[some]])
             continue
         similarity_BC = model.similarity(items_NMD[list(queries)], items_NMD[together])
         position = {item: column for column, item in enumerate(together)}
@@ -78,26 +79,22 @@ def query_blocks(candidates: Sequence[Sequence[int]]) -> Iterator[tuple[slice, l
         yield slice(start, start + len(block)), together if is_shared else None
 
 
-def _hits_among_own(
+def similarities_to_own(
     model: Embedder, items_NMD: Tensor, queries: Sequence[int], candidates: Sequence[Sequence[int]]
-) -> list[bool]:
-    """Of queries whose candidates are their own: gathered into one piece of memory, which is used again, and
-    compared by one batched product."""
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their (B, C) similarities) of queries whose candidates are their own, C of the longest list:
+    gathered into one piece of memory, which is used again, and compared by one batched product."""
     longest = max(map(len, candidates))
     size = max(1, OWN_BLOCK_BYTES // (longest * items_NMD[0].nbytes))
     own_NMD = items_NMD.new_empty(min(size, len(queries)) * longest, *items_NMD.shape[1:])
-    hits: list[bool] = []
     for start in range(0, len(queries), size):
-        rows = candidates[start : start + size]
-        # the filling is no candidate of any row below
-        index = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+        rows = slice(start, start + size)
+        # the filling is no candidate of any row
+        index = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in candidates[rows]])
         gathered = own_NMD[: index.numel()]
         torch.index_select(items_NMD, 0, index.flatten().to(items_NMD.device), out=gathered)
-        similarity_BC = model.similarity_to_own(
-            items_NMD[list(queries[start : start + size])], gathered.view(*index.shape, *items_NMD.shape[1:])
-        )
-        hits += precision_at_1_hits(similarity_BC, [range(len(row)) for row in rows])
-    return hits
+        own_BCMD = gathered.view(*index.shape, *items_NMD.shape[1:])
+        yield rows, model.similarity_to_own(items_NMD[list(queries[rows])], own_BCMD)
 
 
 def score_mmvp(model: Embedder, mmvp: MmvpSet, items_NMD: Tensor) -> MmvpReport:

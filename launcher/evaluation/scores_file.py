@@ -6,6 +6,7 @@ mixed.
  mmvp: {patterns, average, date} or null,
  captions, choices, regions, caption_quality: [{name, note, date, scores}], see `judged`,
  truncations: [{dim, num_fine, scores: {name: score}}], see `truncated`,
+ patterns: [{name, shares of the four patterns, ...}], see `pattern_use`,
  other: [the same of other weights or settings, newest first]}
 
 The means are those of the sets that are there. A set that is scored again replaces its own score only.
@@ -25,6 +26,7 @@ from agff.errors import ConfigError, StorageError
 from agff.files import locked, partial_path, write_text
 from agff.scoring import MmebReport, MmvpReport, PatternScore, SetScore, mmeb_report
 from launcher.evaluation.judged import Judged, JudgedScore, JudgedSet, judged_values, read_judged
+from launcher.evaluation.pattern_use import Patterns, PatternUse, pattern_values, read_patterns
 from launcher.evaluation.truncated import Truncated, merged, read_truncated, truncated_values
 
 Similarity: TypeAlias = Literal["fused", "global"]
@@ -55,6 +57,7 @@ class Results:
     mmvp_date: str | None = None
     judged: Judged = field(default_factory=dict)
     truncated: Truncated = field(default_factory=dict)
+    patterns: Patterns = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -117,6 +120,14 @@ def check_place(path: Path) -> None:
     _read(path)
 
 
+def read_results(path: Path) -> Results:
+    """The newest scores in a file: of the weights and settings that wrote it last. Raises ConfigError."""
+    entries = _read(path)
+    if not entries:
+        raise ConfigError(f"{path}: no such file of scores; launcher/evaluate.py writes it")
+    return _results(entries[0])
+
+
 class ScoresFile:
     """scores.json of a model; several evaluations may write to it at the same time."""
 
@@ -143,6 +154,11 @@ class ScoresFile:
         """Write what a set scores with each truncation; those of other sets stay."""
         if scores:
             self._merge(lambda results: replace(results, truncated=merged(results.truncated, scores)))
+
+    def add_patterns(self, name: str, use: PatternUse | None) -> None:
+        """Write what one set's fused similarities are made of; None: of global vectors alone, nothing."""
+        if use is not None:
+            self._merge(lambda results: replace(results, patterns={**results.patterns, name: use}))
 
     def results(self) -> tuple[Results, int]:
         """(what is in the file of these weights and settings, how many others are in it)."""
@@ -204,6 +220,7 @@ def _values(results: Results, model: str) -> dict[str, Any]:
         "mmvp": {**asdict(mmvp), "date": results.mmvp_date} if mmvp is not None else None,
         **judged_values(results.judged),
         "truncations": truncated_values(results.truncated),
+        "patterns": pattern_values(results.patterns),
     }
 
 
@@ -228,6 +245,7 @@ def _results(values: Mapping[str, Any]) -> Results:
         mmvp_date=mmvp["date"] if mmvp is not None else None,
         judged=read_judged(values, _from_values),
         truncated=read_truncated(values, _from_values),
+        patterns=read_patterns(values, _from_values),
     )
 
 

@@ -10,7 +10,8 @@ from agff.batch import IMAGE_PLACEHOLDER
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan
 from data_pipeline.reader import PAIR_ROLES, roles_of
-from launcher.previewing.samples import Row, SeenText, ShownItem, Step, SubBatch, Thumbnail
+from launcher.pages.pictures import Thumbnail
+from launcher.previewing.samples import Row, SeenText, ShownItem, Step, SubBatch
 
 STYLE = """
 :root { color-scheme: light; }

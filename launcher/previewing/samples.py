@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import dataclasses
 import functools
-import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from agff.batch import Item
@@ -22,20 +19,7 @@ from agff.processor import ItemProcessor
 from data_pipeline.decode import decode
 from data_pipeline.plan import Plan
 from data_pipeline.reader import PAIR_ROLES, RawSample, ShardReader, negative_role, roles_of
-
-THUMBNAIL_PX = 192
-"""Longer side of a picture on the page, at most."""
-FRAME_COLOUR = "#e3116c"
-"""Of the frame around a region."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thumbnail:
-    """A small copy of an image, as the page holds it."""
-
-    data_uri: str
-    original_size: tuple[int, int]
-    """Width and height that the loader hands on."""
+from launcher.pages.pictures import Thumbnail, make_thumbnail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,24 +192,3 @@ def _texts(record: object) -> dict[str, ShownItem]:
     return {
         role: ShownItem(text=str(sides[role]["text"])) for role in roles_of(sides) if "text" in sides[role]
     }
-
-
-def make_thumbnail(image: Image.Image, box: tuple[float, float, float, float] | None = None) -> Thumbnail:
-    """A copy of at most THUMBNAIL_PX on its longer side, as JPEG or PNG, whichever is smaller, with a frame
-    around the region."""
-    small = image.copy()
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    if box is not None:
-        scales = (small.width / image.width, small.height / image.height) * 2
-        frame = [value * scale for value, scale in zip(box, scales, strict=True)]
-        ImageDraw.Draw(small).rectangle(frame, outline=FRAME_COLOUR, width=2)
-    encoded = {}
-    for name in ("jpeg", "png"):
-        with io.BytesIO() as file:
-            small.save(file, format=name, optimize=True)
-            encoded[name] = file.getvalue()
-    kind, content = min(encoded.items(), key=lambda entry: len(entry[1]))
-    return Thumbnail(
-        data_uri=f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}",
-        original_size=image.size,
-    )

@@ -181,7 +181,7 @@ def test_the_card_describes_the_model_that_was_trained(
     )
     card = model_card(contract)
     assert all(text in card for text in says)
-    assert "| objective | mac |" in card
+    assert "| `objective` | `mac` |" in card
     assert ("model.caption(" in card) == (objective == "mm_gem")
     assert "EGA" not in card
 

@@ -19,6 +19,7 @@ from agff.errors import DataError
 from agff.nested import Truncations
 from agff.processor import ProcessorConfig
 from agff.similarity import FusionConfig
+from data_pipeline.layouts.eval_items import EvalItem
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 NOTE = "these sets imitate the format, not the difficulty."
@@ -112,3 +113,14 @@ def write_benchmarks(tmp_path: Path) -> Path:
         Image.new("RGB", (2, 2), COLOURS[name]).save(mmvp / f"MLLM_VLM Images/Colour/{number}.png")
     (mmvp / "Questions.csv").write_text("\n".join(lines) + "\n")
     return tmp_path
+
+
+def table_of(*items: str) -> dict[str, Any]:
+    """Name, items, addresses and findings of a set: texts, with `@` before the file of an image."""
+    parts = [item.partition("@") for item in items]
+    return {
+        "name": "S",
+        "items": tuple(EvalItem(text, Path(image) if image else None) for text, _, image in parts),
+        "addresses": tuple(f"S/test.parquet:row {number}" for number in range(len(items))),
+        "findings": {},
+    }

@@ -18,6 +18,8 @@ from agff.backbone import load_backbone
 from agff.backbone_folder import backbone_sha256
 from agff.checkpoint import consolidated_weights
 from agff.contract import CONTRACT_FILE
+from data_pipeline.manifest import read_manifest
+from data_pipeline.storage import LocalFolder
 from launcher.convert_checkpoint import main
 
 pytestmark = pytest.mark.timeout(600)
@@ -83,6 +85,18 @@ def test_a_release_equals_the_checkpoint_weight_by_weight(
     origin = contract["origin"]
     assert (origin["step"], origin["objective"]) == (4, "contrastive")
     assert origin["backbone_sha256"] == backbone_sha256(project / BACKBONE)
+    manifest = read_manifest(LocalFolder(project / ".cache/quickstart/shards"))
+    assert origin["data"] == {
+        name: {"samples": source.num_samples, "shards": source.fingerprint}
+        for name, source in manifest.sources.items()
+    }
+    assert origin["backbone_license"] == "not recorded"
+    assert origin["settings"]["optimizer.learning_rate"] == 1e-3
+    assert ("backbone.lora.rank" in origin["settings"]) == (kind == "lora")
+    assert str(project) not in json.dumps(origin), "a path of this machine"
+    card = (release / "README.md").read_text()
+    assert all(source["shards"] in card for source in origin["data"].values())
+    assert "| `optimizer.learning_rate` | `0.001` |" in card
 
 
 def test_a_run_is_converted_from_another_working_folder(

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from agff.batch import Item
+from agff.contract import CONTRACT_FILE
 from agff.embedder import Embedder
 from agff.errors import CheckpointError
+from agff.model_card import SCORES
 from agff.nested import Truncations
 from agff.similarity import fused_similarity
 from data_pipeline.layouts.eval_items import EvalItem
@@ -25,6 +27,7 @@ from launcher.evaluation import scores
 from launcher.evaluation.examples import phrasing
 from launcher.evaluation.scores import query_blocks, score_set
 from tests.launcher.colours import NOTE, ColourModel, write_benchmarks
+from tests.launcher.html_pages import read_page
 
 
 @pytest.fixture
@@ -118,6 +121,53 @@ def test_the_table_says_what_fine_vectors_bring(benchmarks: Path, capsys: pytest
     assert (scores["settings"]["similarity"], scores["truncations"]) == ("global", [])
     assert [other["settings"]["similarity"] for other in scores["other"]] == ["fused"]
     assert "scored by the global vectors alone (--similarity global)." in capsys.readouterr().out
+
+
+def test_page_and_card_come_of_the_one_encoding(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, html, release = ColourModel({"green": "red"}), benchmarks / "report.html", benchmarks / "run"
+    (release / CONTRACT_FILE).write_text("{}")
+    (release / "README.md").write_text("\n".join(SCORES))
+    assert evaluate(benchmarks, "--html", str(html), model=model) == 0
+    assert len(model.encoded) == 12 + 7, "as without a page"
+    page = read_page(html)
+    assert page.one("h1").text == "Scores of run"
+    assert [card.attributes["aria-label"] for card in page.all("article", "card")] == [
+        "mistake 1 of I2T",
+        "mistake 2 of I2T",
+        "mistake 1 of T2I",
+        "mistake 1 of MMVP",
+        "mistake 2 of MMVP",
+    ]
+    assert capsys.readouterr().out.endswith(f"\nreport: {html}\n")
+    card = (release / "README.md").read_text()
+    assert "| `T2I` | `retrieval, out of distribution, 3 queries` | 66.7 | 27.2 | 33.3 |" in card
+
+    content = html.read_bytes()
+    assert evaluate(benchmarks, "--html", str(html), model=model) == 0
+    assert (html.read_bytes(), (release / "README.md").read_text()) == (content, card)
+
+
+def test_page_that_cannot_be_is_refused_before_anything_is_encoded(
+    benchmarks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, page = ColourModel(), str(benchmarks / "page.html")
+    none = str(benchmarks / "none")
+    for options in (
+        ["--html", f"{none}/page.html"],
+        ["--compare", none],
+        ["--html", page, "--compare", none],
+        ["--html", page, "--example", "red"],
+    ):
+        assert evaluate(benchmarks, *options, model=model) == 2
+    assert model.encoded == []
+    errors = errors_of(capsys)
+    assert errors == [
+        f"error: --html {none}/page.html: cannot write the page: No such file or directory; choose another "
+        "file",
+        "error: --compare puts other scores into the HTML report: name its file, --html OUT",
+        f"error: {none}: no such file of scores; launcher/evaluate.py writes it",
+        "error: --example scores nothing, so there is no page: leave out --html",
+    ]
 
 
 def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ def test_every_file_of_every_package_is_in_the_wheel_and_nothing_else(wheel: Pat
     expected = {name for name in files_of_the_project() if name.split("/")[0] in PACKAGES}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {"launcher/recipes/quickstart.yaml", "ds_configs/zero3.json"} <= found
+    assert {"launcher/pages/base.html.j2", "launcher/reporting/report.html.j2"} <= found
     assert found == expected
 
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from html.parser import HTMLParser
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import fsspec
@@ -28,71 +27,16 @@ from data_pipeline.plan import Mixture, Plan
 from data_pipeline.reader import RawSample, ShardReader
 from data_pipeline.storage import LocalFolder
 from launcher.command_line import parse_train_arguments
+from launcher.pages.pictures import THUMBNAIL_PX
 from launcher.preview import main
-from launcher.previewing.samples import THUMBNAIL_PX, TextView, make_thumbnail
+from launcher.previewing.samples import TextView
 from launcher.run.config import BatchConfig, DataConfig, ResolvedRun, RunConfig, resolve
 from launcher.run.data import build_processor, open_data
 from launcher.run.hardware import Hardware
 from tests import mmeb
 from tests.drawings import tiny_backbone, write_drawings
+from tests.launcher.html_pages import Element, read_page
 from tests.launcher.runs import SMALL_RECIPE
-
-VOID = {"meta", "img"}
-
-
-@dataclass
-class Element:
-    """One element of a page, with the elements below it."""
-
-    tag: str
-    attributes: Mapping[str, str | None] = field(default_factory=dict)
-    children: list[Element | str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
-
-    def all(self, tag: str, kind: str | None = None) -> list[Element]:
-        """Those below it with this tag and (if given) class, in the order of the page."""
-        found = []
-        for child in self.children:
-            if isinstance(child, Element):
-                if child.tag == tag and kind in (None, child.attributes.get("class")):
-                    found.append(child)
-                found += child.all(tag, kind)
-        return found
-
-    def one(self, tag: str, kind: str | None = None) -> Element:
-        (found,) = self.all(tag, kind)
-        return found
-
-
-class PageParser(HTMLParser):
-    """Builds the elements of a page; fails when they are not closed in turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = [Element("page")]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, dict(attrs))
-        self.open[-1].children.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(data)
-
-
-def read_page(path: Path) -> Element:
-    parser = PageParser()
-    parser.feed(path.read_text(encoding="utf-8"))
-    parser.close()
-    (page,) = parser.open
-    return page
 
 
 @dataclass(frozen=True)
@@ -400,15 +344,6 @@ def test_every_image_is_a_small_picture_inside_the_page(drawn: Run, tmp_path: Pa
                     assert max(image.size) <= THUMBNAIL_PX
                     assert image.size == (56, 56), "the drawings are small already"
         assert bool(pair.all("td", "negative")) == (source == "Shapes_t2i")
-
-
-@pytest.mark.parametrize("size", [(800, 400), (100, 3000), (5000, 2)])
-def test_thumbnail_is_small_and_the_image_keeps_its_size(size: tuple[int, int]) -> None:
-    image = Image.effect_noise(size, 90).convert("RGB")
-    thumbnail = make_thumbnail(image)
-    with Image.open(io.BytesIO(base64.b64decode(thumbnail.data_uri.partition(",")[2]))) as small:
-        assert max(small.size) == THUMBNAIL_PX
-    assert thumbnail.original_size == image.size == size
 
 
 def test_page_needs_nothing_from_elsewhere(drawn: Run, tmp_path: Path) -> None:

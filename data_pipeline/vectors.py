@@ -1,8 +1,8 @@
 """Vectors of a teacher, made once for every sample of a folder of shards and read beside them.
 
-<vectors>/vectors.json   {"format": 1, "model": which teacher, "dim": E, "sources": {SOURCE: {"shards":
-                         fingerprint of the source (data_pipeline/manifest.py), "samples": N, "sides": 2,
-                         "size_bytes", "sha256"}}}
+<vectors>/vectors.json   {"format": 1, "model": which teacher, "dim": E, "batch_size": of the teacher,
+                         "sources": {SOURCE: {"shards": fingerprint of the source
+                         (data_pipeline/manifest.py), "samples": N, "sides": 2, "size_bytes", "sha256"}}}
           <SOURCE>.npy   (N, 2, E) float16 in the order of the source's samples: query, target
 
 Vectors mean something beside the shards that they were made for only, so those of other shards are refused.
@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from agff.errors import DataError
 from agff.files import hashing_bar, sha256_of
 from data_pipeline.manifest import Manifest
+from data_pipeline.work_blocks import BLOCKS_FOLDER
 
 VECTORS_FILE = "vectors.json"
-BLOCKS_FOLDER = ".blocks"
-"""Of vectors that are being made."""
 FORMAT = 1
 SIDES = 2
 """Query and target. An explicit negative has no vector."""

@@ -17,7 +17,8 @@ VERBS = {
     "doctor": ("launcher.doctor", "will this machine train? Findings with their remedies"),
     "evaluate": ("launcher.evaluate", "score a run or release on public layouts and your own sets"),
     "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
-    "embed": ("launcher.embed", "a teacher's vectors of every sample, for distillation"),
+    "embed": ("launcher.embed", "vectors of a corpus for search, or a teacher's for distillation"),
+    "mine": ("launcher.mine", "hard negatives for MMEB-train, found by a release"),
     "quickstart-data": ("launcher.quickstart_data", "real images and a small backbone for a first run"),
 }
 

@@ -1,4 +1,4 @@
-"""`python launcher/embed.py MODEL SHARDS OUT`: a teacher's vectors for every sample of the shards."""
+"""`python launcher/embed.py MODEL INPUT OUT`: vectors of a corpus for search, or a teacher's of shards."""
 
 from __future__ import annotations
 
@@ -6,47 +6,57 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from agff.collectives import gather_objects, raise_together
-from agff.errors import AgffError, ConfigError, StorageError
-from data_pipeline.manifest import Manifest, read_manifest
-from data_pipeline.reader import ShardReader
-from data_pipeline.remote import CacheConfig, open_folder
-from data_pipeline.vectors import SIDES
-from data_pipeline.vectors_writer import VectorsWriter
+from agff.embedder import Embedder
+from agff.errors import AgffError, ConfigError
+from data_pipeline.corpora.corpus import Corpus
+from data_pipeline.corpora.images import ImageFolder
+from data_pipeline.corpora.pairs import SIDES
 from launcher.command_line import report
-from launcher.embedding.blocks import refuse_images, write_blocks
-from launcher.embedding.teacher import Teacher, open_teacher
-from launcher.run.ranks import RankInfo, export, rank_from_environment
+from launcher.embedding.corpus_vectors import HowToEncode, describe, write_corpus_vectors
+from launcher.embedding.inputs import NAMES, OPTIONS, Kind, kind_of, open_corpus
+from launcher.embedding.teacher import open_embedder
+from launcher.embedding.teacher_vectors import open_teacher_work, write_teacher_vectors
+from launcher.embedding.vectors_folder import DTYPES, REJECTED_FILE, Description
+from launcher.run.meeting import from_first_rank, meet, together
+from launcher.run.ranks import RankInfo, rank_from_environment
 
 ABOUT = """\
-Write a teacher's vectors of the query and the target of every sample, for objective: distillation.
+Write the vectors of everything in INPUT. What INPUT is, is recognised:
 
-MODEL   a release or run of ours (its global vectors; texts and images), or any sentence-transformers folder
-        (texts alone): Transformer, Pooling (mean, cls, lasttoken, max), perhaps Normalize, in safetensors.
-        sentence-transformers itself is not needed, and no code of the folder is run.
-SHARDS  folder written by launcher/prepare.py, or its URL.
-OUT     OUT/<SOURCE>.npy, (samples, 2, E) float16, and vectors.json, which binds them to these shards.
-        Train with --data.vectors OUT.
+a folder of images    every image below it
+FILE.jsonl, .json     rows {"id", "text", "image"}: any of them may be absent, but not text and image both
+FILE.parquet          the same as columns; an image is a path, or {bytes, path}; or MMEB-train's columns:
+                      then each distinct query and target
+SHARDS --all_vectors  folder or URL of shards: the query and the target of each sample
+SHARDS                a teacher's vectors instead, for objective: distillation (below)
+
+MODEL is a release or run of ours. OUT gets vectors.npy, (N, M, D), the global vector and the fine ones;
+items.jsonl, what each row is; rejected.jsonl, items that cannot be used, with their reasons; vectors.json,
+whose vectors these are. launcher/search.py searches them.
+
+For distillation: OUT/<SOURCE>.npy, (samples, 2, E) float16, the teacher's vector of the query and the target
+of every sample, and vectors.json, which binds them to these shards; train with --data.vectors OUT. MODEL is a
+release or run of ours (its global vectors), or for texts any sentence-transformers folder: Transformer,
+Pooling (mean, cls, lasttoken, max), perhaps Normalize, in safetensors. sentence-transformers itself is not
+needed, and no code of the folder is run.
 
 On several GPUs or machines: `torchrun --nproc-per-node 8 launcher/embed.py ...`, `deepspeed launcher/embed.py
-...` or `srun python launcher/embed.py ...`; OUT must be seen by all. The work is cut into fixed blocks of
-1,024 samples, so the vectors do not depend on the number of ranks. After a kill the same command continues.
+...` or `srun python launcher/embed.py ...`; OUT must be seen by all. The work is cut into fixed blocks, so
+the vectors do not depend on the number of ranks. After a kill the same command continues. One command writes
+OUT at a time: a second one waits for the first.
 
+  python launcher/embed.py releases/quickstart photos vectors/photos
   python launcher/embed.py .cache/quickstart/teacher .cache/quickstart/shards vectors --sources Texts
 """
-MEETING_S = 7 * 24 * 3600
-"""A rank that is done waits this long for the others."""
 MOST_SHOWN = 5
-
-Value = TypeVar("Value")
+_OPTIONS_OF_SOME = ("all_vectors", "sources", "sides", "images", "dtype")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.batch_size < 1:
             raise ConfigError(f"--batch_size {arguments.batch_size} must be >= 1")
+        if arguments.num_workers < 0:
+            raise ConfigError(f"--num_workers {arguments.num_workers} must be >= 0")
         rank = rank_from_environment(os.environ)
-        device = _meet(rank)
+        device = meet(rank)
         embed_on_this_rank(arguments, rank, device)
     except AgffError as error:
         return report(error)
@@ -67,116 +79,106 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _meet(rank: RankInfo) -> torch.device:
-    """This rank's device. Collective."""
-    if rank.world_size == 1:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    from agff.engine import start_process_group
-
-    export(rank, os.environ)
-    return start_process_group(rank.local_rank, timeout_s=MEETING_S)
-
-
 def embed_on_this_rank(arguments: argparse.Namespace, rank: RankInfo, device: torch.device) -> None:
     """Write this rank's blocks; rank 0 makes files of all. Collective. Raises AgffError on all ranks."""
+    kind = from_first_rank(lambda: _kind(arguments))
+    if kind == "shards" and not arguments.all_vectors:
+        _embed_for_distillation(arguments, rank, device)
+    else:
+        _embed_corpus(arguments, rank, device, kind)
 
-    def prepare() -> tuple[ShardReader, Teacher, Manifest, list[str]]:
-        folder = open_folder(arguments.shards, CacheConfig())
-        manifest = read_manifest(folder)
-        sources, reader = _sources(arguments.sources, manifest), ShardReader(folder, manifest)
-        teacher = open_teacher(arguments.model, device)
-        refuse_images(teacher, reader, sources)
-        return reader, teacher, manifest, sources
 
-    reader, teacher, manifest, sources = _together(prepare)
-    if rank.rank == 0:
-        _say(_plan(arguments, manifest, sources, teacher, rank.world_size))
+def _kind(arguments: argparse.Namespace) -> Kind:
+    """Of the input. Raises ConfigError, also for an option that is not for it."""
+    kind = kind_of(arguments.input)
+    takes = OPTIONS[kind]
+    if kind == "shards" and not arguments.all_vectors:
+        takes = ("sources",)
+    given = [name for name in _OPTIONS_OF_SOME if getattr(arguments, name) not in (None, False)]
+    if wrong := [name for name in given if name not in takes]:
+        without = " without --all_vectors" * (kind == "shards" and "all_vectors" not in given)
+        raise ConfigError(
+            f"--{wrong[0]} is not for a {NAMES[kind]}{without}, which {arguments.input} is; it takes "
+            f"{', '.join(f'--{name}' for name in takes)}"
+        )
+    return kind
+
+
+def _embed_for_distillation(arguments: argparse.Namespace, rank: RankInfo, device: torch.device) -> None:
+    work = together(lambda: open_teacher_work(arguments.model, arguments.input, arguments.sources, device))
+    _say(rank, _table(work.plan(), arguments, rank))
     if arguments.dry_run:
         return
-
-    def work() -> tuple[VectorsWriter, list[str]]:
-        writer = VectorsWriter(
-            arguments.out, manifest, model=teacher.identity, dim=teacher.dim, sources=sources
-        )
-        blocks = writer.missing_blocks(rank=rank.rank, world_size=rank.world_size)
-        num_samples = sum(block.stop - block.start for block in blocks)
-        with tqdm(total=num_samples, desc="embed", unit="sample", disable=rank.rank > 0) as bar:
-            return writer, write_blocks(
-                teacher, reader, writer, blocks, batch_size=arguments.batch_size, progress=bar.update
-            )
-
-    writer, own_unusable = _together(work)
-    unusable = [line for lines in gather_objects(own_unusable) for line in lines]
-
-    def finish() -> None:
-        if rank.rank == 0:
-            writer.finish()
-
-    _together(finish)
-    if rank.rank == 0:
-        _say(_outcome(arguments.out, unusable))
-
-
-def _together(work: Callable[[], Value]) -> Value:
-    """What it returns; the error of any rank is raised by all. Collective."""
-    error: AgffError | None = None
-    try:
-        value = work()
-    except AgffError as caught:
-        error = caught
-    except OSError as caught:
-        error = StorageError(f"the vectors cannot be written: {caught}")
-    raise_together(error)
-    return value
-
-
-def _sources(wanted: Sequence[str] | None, manifest: Manifest) -> list[str]:
-    if wanted is None:
-        return sorted(manifest.sources)
-    if unknown := sorted(set(wanted) - manifest.sources.keys()):
-        raise ConfigError(
-            f"--sources {' '.join(unknown)}: the shards have no such source; they have "
-            f"{', '.join(sorted(manifest.sources))}"
-        )
-    return sorted(set(wanted))
-
-
-def _plan(
-    arguments: argparse.Namespace,
-    manifest: Manifest,
-    sources: Sequence[str],
-    teacher: Teacher,
-    world_size: int,
-) -> str:
-    counts = {name: manifest.sources[name].num_samples for name in sources}
-    size = sum(counts.values()) * SIDES * teacher.dim * 2
-    rows = {
-        "teacher": teacher.identity,
-        "sees": "texts alone" if teacher.seen_pixels is None else "texts and images",
-        "vectors": f"E = {teacher.dim:,}; query and target of each sample, float16, {size / 2**20:,.1f} MiB",
-        "ranks": f"{world_size}",
-        **{name: f"{count:,} samples" for name, count in counts.items()},
-        "out": str(arguments.out),
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
-
-
-def _outcome(out: Path, unusable: Sequence[str]) -> str:
-    lines = [f"written: {out}; train with --data.vectors {out}"]
-    if unusable:
+    left_out = write_teacher_vectors(work, arguments.out, rank, batch_size=arguments.batch_size)
+    lines = [f"written: {arguments.out}; train with --data.vectors {arguments.out}"]
+    if unusable := left_out.unusable:
         lines.append(
             f"{len(unusable)} samples or sides cannot be used, and have zeros (training skips them):"
         )
         lines += [f"  {line}" for line in unusable[:MOST_SHOWN]]
         if len(unusable) > MOST_SHOWN:
             lines.append(f"  and {len(unusable) - MOST_SHOWN} more; launcher/verify.py --deep lists them")
-    return "\n".join(lines)
+    _say(rank, "\n".join([*lines, *_cut(left_out.num_cut, "sides")]))
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def _embed_corpus(arguments: argparse.Namespace, rank: RankInfo, device: torch.device, kind: Kind) -> None:
+    how = HowToEncode(
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype or DTYPES[0],
+        num_workers=arguments.num_workers,
+    )
+
+    def open_input() -> Corpus:
+        return open_corpus(
+            arguments.input, images=arguments.images, sides=arguments.sides, sources=arguments.sources
+        )
+
+    corpus = from_first_rank(open_input)
+    embedder = together(lambda: open_embedder(arguments.model, device))
+    description = from_first_rank(
+        lambda: describe(embedder, corpus, how, model=arguments.model, location=arguments.input)
+    )
+    _say(rank, _table(_plan(corpus, embedder, description, kind), arguments, rank))
+    if arguments.dry_run:
+        return
+    with tqdm(desc="embed", unit="item", disable=rank.rank > 0) as bar:
+        done = write_corpus_vectors(
+            embedder, corpus, arguments.out, description, how, rank, progress=bar.update
+        )
+    lines = [f"written: {arguments.out}: {done.num_items:,} items"]
+    if done.num_rejected:
+        path = arguments.out / REJECTED_FILE
+        lines.append(f"{done.num_rejected:,} items cannot be used and have no vector: {path} has the reasons")
+    _say(rank, "\n".join([*lines, *_cut(done.num_cut, "items")]))
+
+
+def _plan(corpus: Corpus, embedder: Embedder, description: Description, kind: Kind) -> dict[str, str]:
+    shape = (corpus.num_items, description.num_vectors, description.dim)
+    size = shape[0] * shape[1] * shape[2] * int(description.dtype[-2:]) / 8 / 2**20
+    others = corpus.num_others if isinstance(corpus, ImageFolder) else 0
+    return {
+        "model": f"{embedder.processor.family.name}, weights sha256 {description.weights_sha256[:12]}...",
+        "input": f"{NAMES[kind]}, {corpus.num_items:,} items"
+        + (f"; {others:,} other files there are no images by their names" if others else ""),
+        "vectors": f"{shape} {description.dtype}, {size:,.1f} MiB, and as much again while they are written",
+    }
+
+
+def _table(rows: Mapping[str, str], arguments: argparse.Namespace, rank: RankInfo) -> str:
+    rows = {**rows, "ranks": f"{rank.world_size}", "out": str(arguments.out)}
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _cut(count: int, what: str) -> list[str]:
+    """What to say of texts that are too long."""
+    return [f"{count:,} {what} have a text whose end the model does not read: it is too long"] * (count > 0)
+
+
+def _say(rank: RankInfo, text: str) -> None:
+    if rank.rank == 0:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -184,17 +186,34 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="embed", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("model", type=Path, help="release, run or sentence-transformers folder")
-    made.add_argument("shards", help="folder of shards, or its URL")
+    made.add_argument("model", type=Path, help="release, run or (for distillation) sentence-transformers")
+    made.add_argument("input", help="folder of images, JSON or parquet file, shards or their URL")
     made.add_argument("out", type=Path, help="folder to write; a begun one is continued")
     made.add_argument(
-        "--sources", nargs="+", metavar="SOURCE", help="the sources to embed (default: all of the shards)"
+        "--all_vectors", action="store_true", help="of shards all vectors of the items, not a teacher's"
     )
+    made.add_argument(
+        "--sources", nargs="+", metavar="SOURCE", help="of shards the sources to embed (default: all)"
+    )
+    made.add_argument(
+        "--sides", nargs="+", choices=SIDES, help="of shards and MMEB-train's parquet (default: both)"
+    )
+    made.add_argument(
+        "--images", type=Path, help="folder of a table's images (default: the table's; MMEB-train's: above)"
+    )
+    made.add_argument("--dtype", choices=DTYPES, help=f"number format of all vectors (default: {DTYPES[0]})")
     made.add_argument(
         "--batch_size", type=int, default=32, help="items encoded at once (default: %(default)s)"
     )
     made.add_argument(
-        "--dry-run", action="store_true", help="load the teacher, say what would be written, and stop"
+        "--num_workers",
+        type=int,
+        default=2,
+        help="of all vectors: processes of a rank that load items while the model computes "
+        "(default: %(default)s)",
+    )
+    made.add_argument(
+        "--dry-run", action="store_true", help="load the model, say what would be written, and stop"
     )
     made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     return made

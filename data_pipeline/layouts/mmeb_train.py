@@ -94,21 +94,32 @@ def count_rows(root: Path, subset: str, *, split: str) -> int:
             f"{root / subset}: no {split}-*.parquet, there are {found}; choose another --split, or name the "
             "other subsets with --subsets"
         )
-    findings, total, with_rows = _findings_of_names(paths, split), 0, []
+    findings, counts = _findings_of_names(paths, split), {}
     for path in paths:
         try:
-            with open_table(path) as file:
-                findings += schema_findings(file, _columns(file.schema_arrow.names), path)
-                total += file.metadata.num_rows
-                with_rows += [path] if file.metadata.num_rows else []
-        except (OSError, ValueError) as error:
-            findings.append(f"{path}: cannot read the parquet file: {error}; download it again")
-    findings += copies(with_rows)
-    if not findings and not total:
+            counts[path] = rows_of_table(path)
+        except DataError as error:
+            findings.append(str(error))
+    findings += copies(path for path, count in counts.items() if count)
+    if not findings and not sum(counts.values()):
         findings = [f"{root / subset}: {split}-*.parquet: no rows; name the other subsets with --subsets"]
     if findings:
         raise DataError("\n".join(findings))
-    return total
+    return sum(counts.values())
+
+
+def rows_of_table(path: Path) -> int:
+    """Rows of one table, from its footer. Raises DataError, with a line for each finding, for one that cannot
+    be read or lacks the columns that MMEB-train has."""
+    try:
+        with open_table(path) as file:
+            findings = schema_findings(file, _columns(file.schema_arrow.names), path)
+            count: int = file.metadata.num_rows
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read the parquet file: {error}; download it again") from None
+    if findings:
+        raise DataError("\n".join(findings))
+    return count
 
 
 def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
@@ -132,7 +143,11 @@ def _findings_of_names(paths: Sequence[Path], split: str) -> list[str]:
 
 def read_pairs(root: Path, subset: str, *, split: str, start: int, stop: int) -> Iterator[Pair | str]:
     """Rows start .. stop - 1 of a subset: a Pair, or the reason why the row cannot be used."""
-    paths = _parquet_files(root, subset, split=split)
+    return pairs_of_tables(root, _parquet_files(root, subset, split=split), start=start, stop=stop)
+
+
+def pairs_of_tables(root: Path, paths: Sequence[Path], *, start: int, stop: int) -> Iterator[Pair | str]:
+    """Rows start .. stop - 1 of tables that follow each other, images below `root`."""
     for values in rows_between(paths, lambda names: list(_columns(names)), start=start, stop=stop):
         try:
             yield _pair(root, values)

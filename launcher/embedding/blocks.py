@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from agff.errors import ConfigError, DataError
 from data_pipeline.decode import Example, decode
 from data_pipeline.reader import RawSample, ShardReader
 from data_pipeline.vectors import SIDES
-from data_pipeline.vectors_writer import Block, VectorsWriter
+from data_pipeline.vectors_writer import Block, LeftOut, VectorsWriter
 from launcher.embedding.teacher import Teacher
 
 GROUP = 128
@@ -36,15 +37,17 @@ def write_blocks(
     *,
     batch_size: int,
     progress: Callable[[int], object],
-) -> list[str]:
-    """Write each block; the samples that cannot be used, whose vectors are zero: training leaves them out.
+) -> None:
+    """Write each block, and with it what the teacher could not take: such a side's vectors are zero, and
+    training leaves the sample out.
 
     progress: called with the number of samples that are done. Raises ConfigError for an image that the
     teacher cannot see, DataError for a vector that is not finite.
     """
-    unusable: list[str] = []
     for block in blocks:
         vectors_N2E = np.zeros((block.stop - block.start, SIDES, teacher.dim), dtype=np.float32)
+        unusable: list[str] = []
+        num_cut = 0
         for start in range(block.start, block.stop, GROUP):
             samples = range(start, min(start + GROUP, block.stop))
             examples: dict[int, Example] = {}
@@ -54,9 +57,9 @@ def write_blocks(
                 except DataError as error:
                     unusable.append(str(error))
             unusable += _encode(teacher, examples, vectors_N2E, batch_size=batch_size)
+            num_cut += teacher.num_cut([x for each in examples.values() for x in (each.query, each.target)])
             progress(len(samples))
-        writer.write(block, vectors_N2E)
-    return unusable
+        writer.write(block, vectors_N2E, LeftOut(unusable=tuple(unusable), num_cut=num_cut))
 
 
 def _example(teacher: Teacher, reader: ShardReader, source: str, sample: int) -> Example:
@@ -89,23 +92,33 @@ def _encode(
             items.setdefault(content_id, item)
     order = sorted(items, key=lambda content_id: (len(items[content_id].text), content_id))
     refused: list[str] = []
-    for content_id, vector in zip(
-        order, _vectors(teacher, [items[each] for each in order], batch_size, refused), strict=True
-    ):
+    vectors = encode_or_errors(teacher.encode, [items[each] for each in order], batch_size=batch_size)
+    for content_id, vector in zip(order, vectors, strict=True):
+        if isinstance(vector, DataError):
+            refused.append(str(vector))
+            continue
         for row, side in places[content_id]:
             vectors_N2E[row, side] = vector
     return refused
 
 
-def _vectors(
-    teacher: Teacher, items: Sequence[Item], batch_size: int, refused: list[str]
-) -> Sequence[NDArray[np.float32]]:
-    if not items:
-        return []
-    try:
-        return list(teacher.encode(items, batch_size=batch_size))
-    except DataError as error:
-        if len(items) == 1:
-            refused.append(str(error))
-            return [np.zeros(teacher.dim, dtype=np.float32)]
-    return [_vectors(teacher, [item], batch_size, refused)[0] for item in items]
+class Encodes(Protocol):
+    """A model's encoder."""
+
+    def __call__(self, items: Sequence[Item], *, batch_size: int) -> NDArray[np.float32]:
+        """(N, ...) vectors. Raises DataError for an item that it cannot represent."""
+
+
+def encode_or_errors(
+    encode: Encodes, items: Sequence[Item], *, batch_size: int
+) -> list[NDArray[np.float32] | DataError]:
+    """Of each item what the model makes of it, or why it cannot. `batch_size` items in their order share a
+    batch; one with an item that is refused is encoded item by item."""
+    found: list[NDArray[np.float32] | DataError] = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        try:
+            found += list(encode(batch, batch_size=batch_size))
+        except DataError as error:
+            found += [error] if len(batch) == 1 else encode_or_errors(encode, batch, batch_size=1)
+    return found

@@ -69,13 +69,22 @@ class SentenceModel:
 
     def encode(self, items: Sequence[Item], *, batch_size: int) -> NDArray[np.float32]:
         """(N, E) vectors of the texts; what is beyond the model's length is cut."""
-        texts = [self._settings.prompt + item.text.strip() for item in items]
-        if self._settings.lowers_case:
-            texts = [text.lower() for text in texts]
+        texts = self._texts(items)
         parts = [
             self._encode(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)
         ]
         return torch.cat(parts).numpy()
+
+    def num_cut(self, items: Sequence[Item]) -> int:
+        """See Teacher."""
+        if not items:
+            return 0
+        ids = self._tokenizer(self._texts(items), truncation=False, verbose=False).input_ids
+        return sum(len(each) > self._max_tokens for each in ids)
+
+    def _texts(self, items: Sequence[Item]) -> list[str]:
+        texts = [self._settings.prompt + item.text.strip() for item in items]
+        return [text.lower() for text in texts] if self._settings.lowers_case else texts
 
     def _encode(self, texts: list[str]) -> Tensor:
         inputs = self._tokenizer(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agff.batch import Item
+from agff.batch import IMAGE_PLACEHOLDER, Item
 from agff.contract import CONTRACT_FILE
 from agff.embedder import Embedder
-from agff.errors import ConfigError
+from agff.errors import ConfigError, DataError
+from agff.processor import ItemProcessor
 from launcher.embedding.sentence_model import MODULES_FILE, SentenceModel
 from launcher.run.config_file import CONFIG_FILE
 from launcher.run.trained_model import load_model
@@ -32,6 +35,9 @@ class Teacher(Protocol):
     def encode(self, items: Sequence[Item], *, batch_size: int) -> NDArray[np.float32]:
         """(N, E) vectors. Raises DataError for an item that it cannot represent."""
 
+    def num_cut(self, items: Sequence[Item]) -> int:
+        """How many of the items have a text whose end is beyond what it reads."""
+
 
 class OurModel:
     """A release or run: its global vectors."""
@@ -46,17 +52,53 @@ class OurModel:
         """See Teacher."""
         return self._embedder.encode(list(items), batch_size=batch_size)[:, 0].numpy()
 
+    def num_cut(self, items: Sequence[Item]) -> int:
+        """See Teacher."""
+        return num_cut(self._embedder, items)
+
+
+def num_cut(embedder: Embedder, items: Iterable[Item]) -> int:
+    """How many of the items have a text whose end the model does not see. Those that it refuses do not
+    count."""
+    count = 0
+    for item in items:
+        with contextlib.suppress(DataError):
+            count += _is_cut(embedder.processor, item)
+    return count
+
+
+def _is_cut(processor: ItemProcessor, item: Item) -> bool:
+    most = processor.limits.max_tokens
+    if processor.num_tokens(item) < most:
+        return False
+    texts = [item.text] if item.image is None else item.text.split(IMAGE_PLACEHOLDER)
+    without_text = replace(item, text="" if item.image is None else IMAGE_PLACEHOLDER)
+    of_texts = sum(len(processor.tokenize(text)) for text in texts)
+    return of_texts + processor.num_tokens(without_text) > most
+
 
 def open_teacher(folder: Path, device: torch.device) -> Teacher:
     """The model of the folder, on this device. Raises ConfigError or CheckpointError."""
-    if (folder / CONTRACT_FILE).exists() or (folder / CONFIG_FILE).exists():
-        embedder = load_model(folder)
-        embedder.model.to(device)
-        return OurModel(embedder)
-    if (folder / MODULES_FILE).exists():
+    if not _is_ours(folder) and (folder / MODULES_FILE).exists():
         return SentenceModel(folder, device)
-    reason = "no teacher here" if folder.is_dir() else "no such folder"
-    raise ConfigError(
-        f"{folder}: {reason}; name a release ({CONTRACT_FILE}), a run ({CONFIG_FILE}), or a "
-        f"sentence-transformers folder ({MODULES_FILE})"
-    )
+    if not _is_ours(folder):
+        reason = "no teacher here" if folder.is_dir() else "no such folder"
+        raise ConfigError(
+            f"{folder}: {reason}; name a release ({CONTRACT_FILE}), a run ({CONFIG_FILE}), or a "
+            f"sentence-transformers folder ({MODULES_FILE})"
+        )
+    return OurModel(open_embedder(folder, device))
+
+
+def open_embedder(folder: Path, device: torch.device) -> Embedder:
+    """The release or run of ours in the folder, on this device. Raises ConfigError or CheckpointError."""
+    if not _is_ours(folder):
+        reason = "no release or run of ours" if folder.is_dir() else "no such folder"
+        raise ConfigError(f"{folder}: {reason}; name a release ({CONTRACT_FILE}) or a run ({CONFIG_FILE})")
+    embedder = load_model(folder)
+    embedder.model.to(device)
+    return embedder
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / CONTRACT_FILE).exists() or (folder / CONFIG_FILE).exists()

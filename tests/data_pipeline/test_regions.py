@@ -305,7 +305,7 @@ def test_a_foreign_record_of_regions_is_a_data_error_with_its_address(
 
 def test_a_teacher_s_vectors_are_of_pairs(many: tuple[Path, Manifest], tmp_path: Path) -> None:
     """A vector a sample cannot be that of whichever region a step draws."""
-    writer = VectorsWriter(tmp_path / "v", many[1], model="teacher", dim=2)
+    writer = VectorsWriter(tmp_path / "v", many[1], model="teacher", dim=2, batch_size=2)
     assert writer.missing_blocks(rank=0, world_size=1) == []
     writer.finish()
     with pytest.raises(

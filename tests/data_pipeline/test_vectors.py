@@ -42,7 +42,7 @@ def values_of(source: str, start: int, stop: int) -> np.ndarray:
 def write_vectors(folder: Path, manifest: Manifest, *, world_size: int = 1, until: int | None = None) -> None:
     """By so many ranks in turn, which are killed after `until` blocks."""
     for rank in range(world_size):
-        writer = VectorsWriter(folder, manifest, model="teacher", dim=DIM)
+        writer = VectorsWriter(folder, manifest, model="teacher", dim=DIM, batch_size=2)
         for block in itertools.islice(writer.missing_blocks(rank=rank, world_size=world_size), until):
             writer.write(block, values_of(block.source, block.start, block.stop))
     if until is None:
@@ -73,7 +73,7 @@ def test_the_bytes_depend_neither_on_the_ranks_nor_on_interruptions(
     monkeypatch.setattr(vectors_writer, "BLOCK", 5)
     write_vectors(tmp_path / "v", manifest, until=3)
     write_vectors(tmp_path / "v", manifest, world_size=3, until=1)
-    writer = VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM)
+    writer = VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM, batch_size=2)
     missing = writer.missing_blocks(rank=0, world_size=1)
     assert len(missing) == 35 - 3 - 3
     with pytest.raises(DataError, match=rf"v: {len(missing)} blocks are not written, .* same command again"):
@@ -82,7 +82,7 @@ def test_the_bytes_depend_neither_on_the_ranks_nor_on_interruptions(
         opened(tmp_path / "v", manifest)
     write_vectors(tmp_path / "v", manifest, world_size=2)
     assert contents(tmp_path / "v") == contents(tmp_path / "whole")
-    again = VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM)
+    again = VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM, batch_size=2)
     assert again.missing_blocks(rank=0, world_size=1) == []
 
 
@@ -114,23 +114,26 @@ def test_other_vectors_are_never_continued(shards: tuple[Path, Manifest], tmp_pa
         for choices, what in (
             ({"model": "other"}, "model"),
             ({"dim": 4}, "dim"),
+            ({"batch_size": 3}, "batch_size"),
             ({"sources": ["Shapes_t2i"]}, "sources"),
         ):
             with pytest.raises(ConfigError, match=rf"v holds vectors with other {what}; remove it"):
-                VectorsWriter(tmp_path / "v", manifest, **{"model": "teacher", "dim": DIM, **choices})
+                VectorsWriter(
+                    tmp_path / "v", manifest, **{"model": "teacher", "dim": DIM, "batch_size": 2, **choices}
+                )
     (tmp_path / "v/vectors.json").write_text("{")
     with pytest.raises(ConfigError, match=r"vectors.json is damaged; remove"):
-        VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM)
+        VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM, batch_size=2)
     (tmp_path / "v/vectors.json").unlink()
     with pytest.raises(ConfigError, match=r"Shapes_VQA.npy exists and vectors.json does not"):
-        VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM)
+        VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM, batch_size=2)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e5])
 def test_a_teacher_that_says_no_number_is_refused_where_it_is_written(
     shards: tuple[Path, Manifest], tmp_path: Path, value: float
 ) -> None:
-    writer = VectorsWriter(tmp_path / "v", shards[1], model="teacher", dim=DIM)
+    writer = VectorsWriter(tmp_path / "v", shards[1], model="teacher", dim=DIM, batch_size=2)
     block = Block(source="Shapes_t2i", start=4, stop=12)
     values = values_of("Shapes_t2i", 4, 12)
     values[3, 1, 2] = value
@@ -216,7 +219,9 @@ def test_vectors_that_are_not_those_of_the_shards_are_refused_when_they_are_open
 
 def test_every_source_that_cannot_be_used_is_named(shards: tuple[Path, Manifest], tmp_path: Path) -> None:
     _, manifest = shards
-    writer = VectorsWriter(tmp_path / "v", manifest, model="teacher", dim=DIM, sources=["Shapes_t2i"])
+    writer = VectorsWriter(
+        tmp_path / "v", manifest, model="teacher", dim=DIM, batch_size=2, sources=["Shapes_t2i"]
+    )
     for block in writer.missing_blocks(rank=0, world_size=1):
         writer.write(block, values_of(block.source, block.start, block.stop))
     writer.finish()

@@ -73,7 +73,7 @@ def test_all_ranks_have_the_same_vectors_and_they_are_as_they_were_written(tmp_p
     shards, good, other, bad = (tmp_path / name for name in ("shards", "good", "other", "bad"))
     manifest = prepare(write_drawings(tmp_path / "d").mmeb, shards, rows_per_shard=10)
     for folder, seed in ((good, 0), (other, 1)):
-        writer = VectorsWriter(folder, manifest, model=f"teacher {seed}", dim=4)
+        writer = VectorsWriter(folder, manifest, model=f"teacher {seed}", dim=4, batch_size=2)
         for block in writer.missing_blocks(rank=0, world_size=1):
             writer.write(block, np.full((block.stop - block.start, 2, 4), seed, dtype=np.float32))
         writer.finish()
@@ -107,7 +107,9 @@ def test_an_objective_that_needs_vectors_is_refused_without_them(
     monkeypatch.setattr(Contrastive, "needs_vectors", True)
     with pytest.raises(ConfigError, match=r"learns from a teacher's vectors, and data.vectors is not given"):
         open_data(config)
-    writer = VectorsWriter(tmp_path / "v", read_manifest(LocalFolder(tmp_path / "a")), model="teacher", dim=2)
+    writer = VectorsWriter(
+        tmp_path / "v", read_manifest(LocalFolder(tmp_path / "a")), model="teacher", dim=2, batch_size=2
+    )
     for block in writer.missing_blocks(rank=0, world_size=1):
         writer.write(block, np.zeros((block.stop - block.start, 2, 2), dtype=np.float32))
     writer.finish()

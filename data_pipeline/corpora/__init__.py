@@ -1,0 +1,1 @@
+"""What may be embedded item by item: images, tables, MMEB's pairs, shards."""

@@ -19,7 +19,7 @@ from data_pipeline.convert import prepare
 from data_pipeline.loader import load_batches
 from data_pipeline.manifest import Manifest
 from data_pipeline.vectors import Vectors, open_vectors
-from data_pipeline.vectors_writer import Block, VectorsWriter
+from data_pipeline.vectors_writer import Block, LeftOut, VectorsWriter
 from tests.data_pipeline.test_loader import batches_of, damage
 from tests.drawings import write_drawings
 from tests.mmeb import contents
@@ -335,3 +335,19 @@ def test_a_source_without_samples_needs_no_vectors(shards: tuple[Path, Manifest]
     manifest = Manifest(sources={**manifest.sources, "Shapes_t2i": empty}, settings={})
     write_vectors(tmp_path / "v", manifest)
     open_vectors(tmp_path / "v", manifest, sources=["Shapes_VQA", "Shapes_i2t", "Shapes_text"])
+
+
+def test_what_was_left_out_before_a_kill_is_said_at_the_end(
+    shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors_writer, "BLOCK", 5)
+    for share in (slice(0, 2), slice(2, None)):
+        writer = VectorsWriter(
+            tmp_path / "v", shards[1], model="t", dim=DIM, batch_size=2, sources=["Shapes_t2i"]
+        )
+        for block in writer.missing_blocks(rank=0, world_size=1)[: share.stop]:
+            left_out = LeftOut(unusable=(f"sample {block.start}",), num_cut=1)
+            writer.write(block, values_of(block.source, block.start, block.stop), left_out)
+    found = writer.finish()
+    assert found.num_cut == len(found.unusable) > 2
+    assert found.unusable[:2] == ("sample 0", "sample 5")

@@ -234,3 +234,40 @@ def test_ranks_of_a_launcher_meet(project: Path, folder: Path, tmp_path: Path) -
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("written: ") == 1
     assert (tmp_path / "v" / f"{TEXTS}.npy").exists()
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "release"])
+def test_texts_that_are_too_long_are_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: str
+) -> None:
+    """Of 24 samples the queries of a few have more than `most` tokens."""
+    model = shutil.copytree(folder / teacher, tmp_path / "model")
+    if teacher == "teacher":
+        most = 10
+        values = json.loads((model / "sentence_bert_config.json").read_text()) | {"max_seq_length": most}
+        (model / "sentence_bert_config.json").write_text(json.dumps(values))
+        lengths = SentenceModel(model, torch.device("cpu"))._tokenizer
+        count = sum(
+            len(lengths(item.text.strip()).input_ids) > most
+            for sides in samples_of(folder, TEXTS)
+            for item in sides
+        )
+    else:
+        most = 26
+        values = json.loads((model / "agff_config.json").read_text())
+        values["processor"]["max_tokens"] = most
+        (model / "agff_config.json").write_text(json.dumps(values))
+        processor = agff.load(folder / teacher).processor
+        count = sum(processor.num_tokens(x) > most for sides in samples_of(folder, TEXTS) for x in sides)
+    argv = [str(model), str(folder / "shards"), str(tmp_path / "v"), "--sources", TEXTS]
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr("agff.release.check_golden", lambda *_, **__: None)  # images need more tokens
+        assert main(argv) == 0
+    assert 0 < count < 48
+    assert f"{count} sides have a text whose end the model does not read" in capsys.readouterr().out
+
+
+def test_vectors_of_another_batch_size_are_not_continued(folder: Path, tmp_path: Path) -> None:
+    argv = [str(folder / "teacher"), str(folder / "shards"), str(tmp_path / "v"), "--sources", TEXTS]
+    assert "no space left" in str(embed_in_small_blocks(argv, fail_after=4))
+    assert "other batch_size; remove it" in str(embed_in_small_blocks([*argv, "--batch_size", "31"]))

@@ -132,11 +132,9 @@ def test_shards_and_the_tables_they_come_from_have_equal_vectors(folder: Path, t
     assert main([*argv, "--sources", "Shapes_VQA", "--dtype", "float32", "--sides", "query"]) == 0
     of_table, of_shards = VectorsFolder(tmp_path / "table"), VectorsFolder(tmp_path / "shards")
     assert len(of_shards) == 24
-    by_text = {of_table.item(row).text: of_table.vectors[row] for row in range(len(of_table))}
     ids = [of_table.item(row).id for row in range(len(of_table))]
     assert ids[:3] == ["Shapes_VQA/0:query", "Shapes_VQA/0:target", "Shapes_VQA/1:query"]
     assert len(set(ids)) == len(ids) < 48, "equal answers are one item"
-    assert any("red" in str(text) for text in by_text)
     first = of_shards.item(0)
     assert first.id == "Shapes_VQA/Shapes_VQA-00000.tar:000000000:query"
     assert first.image == "Shapes_VQA/Shapes_VQA-00000.tar:000000000.query.png"
@@ -172,8 +170,8 @@ def embed_in_small_blocks(argv: list[str], fail_after: int | None = None) -> str
 
 
 def embed_twice(argv: list[str]) -> list[str | None]:
-    """Killed, with what is on disk then; continued."""
-    return [embed_in_small_blocks(argv, fail_after=8), embed_in_small_blocks(argv)]
+    """Killed on rank 1 when one of its two blocks is done; continued."""
+    return [embed_in_small_blocks(argv, fail_after=3), embed_in_small_blocks(argv)]
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
@@ -183,7 +181,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 @pytest.mark.timeout(300)
 def test_the_bytes_depend_neither_on_ranks_nor_on_kills(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    table = str(folder / "data/mmeb/Shapes_VQA/original-00000-of-00001.parquet")
+    table = str(folder / "data/mmeb/Shapes_i2t/original-00000-of-00001.parquet")
     argv = [str(folder / "release"), table, str(tmp_path / "ranks"), "--batch_size", "2"]
     argv += ["--num_workers", "0"]  # ranks of a test are daemons, which have no children
     found = run_ranks(embed_twice, argv, world_size=2)

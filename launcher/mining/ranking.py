@@ -34,28 +34,28 @@ def best_candidates(
     candidates that are not looked at; the positive is among them.
     """
     queries = torch.from_numpy(np.asarray(query_BMD, dtype=np.float32)).to(device)
-    row, column = _pairs(excluded)
-    positive = torch.from_numpy(positive_B)
-    best_index = torch.empty(len(queries), 0, dtype=torch.int64)
-    best = torch.empty(len(queries), 0)
-    found_positive_B = torch.full((len(queries),), torch.nan)
+    row, column = (pairs.to(device) for pairs in _pairs(excluded))
+    positive = torch.from_numpy(positive_B).to(device)
+    best_index = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    best = torch.empty(len(queries), 0, device=device)
+    found_positive_B = torch.full((len(queries),), torch.nan, device=device)
     for start in range(0, len(candidates), CANDIDATES):
         rows = candidates[start : start + CANDIDATES]
         block = torch.from_numpy(np.asarray(vectors_NMD[rows], dtype=np.float32)).to(device)
-        similarity_BC = fused_similarity(queries, block, beta=beta).cpu()
+        similarity_BC = fused_similarity(queries, block, beta=beta)
         is_here = (positive >= start) & (positive < start + len(rows))
         found_positive_B[is_here] = similarity_BC[is_here, positive[is_here] - start]
         of_block = (column >= start) & (column < start + len(rows))
         similarity_BC[row[of_block], column[of_block] - start] = -torch.inf
-        index_BC = torch.arange(start, start + len(rows)).expand(len(queries), -1)
+        index_BC = torch.arange(start, start + len(rows), device=device).expand(len(queries), -1)
         # those of earlier blocks are in front, so a stable order leaves the lower index first
         best, best_index = _largest(
             torch.cat([best, similarity_BC], dim=1), torch.cat([best_index, index_BC], dim=1), num_ranks
         )
     return Ranked(
-        index_BR=best_index.masked_fill(best == -torch.inf, -1),
-        similarity_BR=best,
-        positive_B=found_positive_B,
+        index_BR=best_index.masked_fill(best == -torch.inf, -1).cpu(),
+        similarity_BR=best.cpu(),
+        positive_B=found_positive_B.cpu(),
     )
 
 

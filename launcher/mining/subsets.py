@@ -128,9 +128,10 @@ def mine_subset(
     )
     write_corpus_vectors(mining.embedder, pairs, folder, description, mining.how, rank, progress=progress)
 
+    candidates = from_first_rank(lambda: candidates_of(pairs, _vector_of(pairs, folder)))
+
     def write() -> None:
         vectors = VectorsFolder(folder)
-        candidates = candidates_of(pairs, _vector_of(pairs, folder))
         for name in missing[rank.rank :: rank.world_size]:
             note = _negatives(mining, vectors, candidates, blocks[name], device)
             work.write(name, note, b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 import agff
 from agff.embedder import Embedder
 from agff.engine import start_process_group
-from agff.errors import AgffError
+from agff.errors import AgffError, ConfigError
 from agff.release import save_release
 from data_pipeline.convert import prepare
 from launcher.embed import embed_on_this_rank, main, parser
@@ -104,6 +105,22 @@ def test_a_table_has_the_vectors_of_the_model_itself(
     assert "row 4: neither text nor image" in lines[0]
     assert "leaves the folder of the images" in lines[1]
     assert "gone.png: is missing" in lines[2]
+
+
+@pytest.mark.parametrize("what", ["weights", "processor", "fusion"])
+def test_vectors_of_another_model_are_refused(folder: Path, tmp_path: Path, what: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a heart"}')
+    argv = [str(folder / "release"), str(tmp_path / "rows.jsonl"), str(tmp_path / "v"), "--num_workers", "0"]
+    assert main(argv) == 0
+    model = agff.load(folder / "release")
+    if what == "weights":
+        model.model.prompted_embedding.vectors.data.add_(1e-3)
+    elif what == "processor":
+        model.processor.limits = replace(model.processor.limits, max_tokens=99)
+    else:
+        model.fusion = replace(model.fusion, beta=0.1)
+    with pytest.raises(ConfigError, match=rf"made by .*release, and other has other {what}; name that model"):
+        VectorsFolder(tmp_path / "v").check_model(model, name=Path("other"))
 
 
 def test_a_folder_of_images_names_what_it_leaves_out(

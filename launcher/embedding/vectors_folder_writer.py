@@ -4,10 +4,9 @@ processes."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,23 +104,21 @@ class VectorsFolderWriter:
         """
         if self._work.is_finished:
             return VectorsFolder(self.folder).description
-        notes = [self._work.read(_name(block))[0] for block in self._blocks()]
-        items = [item for note in notes for item in note["items"]]
-        rejected = [entry for note in notes for entry in note["rejected"]]
-        if not items:
+        num_items = self._write_lines(ITEMS_FILE, "items")
+        num_rejected = self._write_lines(REJECTED_FILE, "rejected")
+        if not num_items:
+            first = json.loads((self.folder / REJECTED_FILE).read_text(encoding="ascii").partition("\n")[0])
             raise DataError(
-                f"none of the {self._num_input:,} items can be used, the first because of "
-                f"{rejected[0]['reason']}; fix the input and remove {self.folder}"
+                f"none of the {num_rejected:,} items can be used, the first because of {first['reason']}; "
+                f"fix the input and remove {self.folder}"
             )
-        self._write_lines(ITEMS_FILE, items)
-        self._write_lines(REJECTED_FILE, rejected)
-        self._join(len(items))
+        self._join(num_items)
         names = (VECTORS_FILE, ITEMS_FILE, REJECTED_FILE)
         done = replace(
             self._description,
-            num_items=len(items),
-            num_rejected=len(rejected),
-            num_cut=sum(note["num_cut"] for note in notes),
+            num_items=num_items,
+            num_rejected=num_rejected,
+            num_cut=sum(self._work.read(_name(block))[0]["num_cut"] for block in self._blocks()),
             files={name: file_fingerprint(self.folder / name) for name in names},
         )
         self._work.finish(asdict(done))
@@ -151,12 +148,17 @@ class VectorsFolderWriter:
                 file.write(self._work.read(_name(block))[1])
         publish(partial, path)
 
-    def _write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        path = self.folder / name
+    def _write_lines(self, name: str, key: str) -> int:
+        """Write the blocks' notes under that key, one after the other; their number."""
+        path, count = self.folder / name, 0
         partial = partial_path(path)
         with partial.open("w", encoding="ascii") as file:  # JSON's escapes: names of files may be no UTF-8
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            for block in self._blocks():
+                rows = self._work.read(_name(block))[0][key]
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                count += len(rows)
         publish(partial, path)
+        return count
 
 
 def _name(block: range) -> str:

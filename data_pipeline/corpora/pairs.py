@@ -76,5 +76,5 @@ def pair_items(
 
 
 def _entry(name: str, side: Side, folder: Path) -> CorpusItem:
-    found = image_name(side.image, folder) if side.image is not None else None
+    found = image_name(side.image, folder) if isinstance(side.image, Path) else None
     return CorpusItem(id=name, text=side.text, image=side.image, image_name=found)

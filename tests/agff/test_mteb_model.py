@@ -122,7 +122,7 @@ def test_an_item_is_what_our_layout_makes_of_the_same_cells(
     elif instruction is not None:
         prompt = instruction if way == "prompt of queries" else {role: instruction}
     expected = Item(text=items.items[0].text, image=IMAGE if has_image else None)
-    found = encode(model, row, role=role, prompt=prompt if side == "qry" or instruction is not None else None)
+    found = encode(model, row, role=role, prompt=prompt)
     assert_close(torch.as_tensor(found), model.embedder.encode(expected), rtol=0, atol=0)
 
 
@@ -131,8 +131,9 @@ def test_a_prompt_of_the_queries_is_said_of_no_other_item(
 ) -> None:
     for role in ("document", None):
         for prompt in ("Find it.", {"query": "Find it."}):
-            found = encode(model, {"text": ["a dog"]}, role=role, prompt=prompt)
-            assert_close(torch.as_tensor(found), model.embedder.encode("a dog"), rtol=0, atol=0)
+            for row, item in (({"text": ["a dog"]}, "a dog"), ({"image": [IMAGE]}, IMAGE)):
+                found = encode(model, row, role=role, prompt=prompt)
+                assert_close(torch.as_tensor(found), model.embedder.encode(item), rtol=0, atol=0)
 
 
 def test_a_document_with_a_title_is_title_and_text(model: MtebModel) -> None:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from agff.backbone import load_backbone
-from agff.embedder import Embedder
-from agff.embedding_model import EmbeddingModel
 from agff.mteb_model import MtebModel
-from agff.nested import Truncations
-from agff.processor import ItemProcessor, ProcessorConfig
-from agff.prompts import PromptConfig
-from agff.release import load, save_release
+from agff.release import load
 from agff.scoring import precision_at_1_hits
-from agff.similarity import FusionConfig
 from data_pipeline.layouts.mmeb_eval import EvalSet, read_eval_set
 from data_pipeline.layouts.mmeb_sets import find_eval_sets
 from launcher.evaluation.scores import encode_used, score_set
-from tests.drawings import all_scenes, tiny_backbone, write_drawings
 
 mteb = pytest.importorskip("mteb", reason="runs in the environment of `make test-ecosystem`")
 datasets = pytest.importorskip("datasets")
@@ -32,8 +27,9 @@ from mteb.abstasks.image import AbsTaskImageTextPairClassification  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.models import EncoderProtocol  # noqa: E402
 
-PROMPTS = PromptConfig(num_fine=2)
+ROOT = Path(__file__).parent.parent.parent
 MAX_TOKENS = 40
+"""Of the release."""
 INSTRUCTION = {
     "Shapes_t2i-eval": ("t2i", "Find a photo of"),
     "Shapes_i2t-eval": ("i2t", "Name it."),
@@ -44,23 +40,17 @@ Score = Mapping[str, float]
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, whose similarities differ enough for hits and misses."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What write_mteb_release.py writes."""
     folder = tmp_path_factory.mktemp("mteb")
-    backbone = tiny_backbone(folder / "backbone")
-    torch.manual_seed(0)
-    processor = ItemProcessor.from_folder(
-        backbone, prompts=PROMPTS, limits=ProcessorConfig(max_tokens=MAX_TOKENS)
-    )
-    model = EmbeddingModel(load_backbone(backbone, dtype=torch.float32, attention="sdpa"), PROMPTS)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed_tokens" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    truncations = Truncations(dims=[8], fine=[0])
-    save_release(
-        Embedder(model, processor, FusionConfig(), truncations=truncations), folder / "release", origin={}
-    )
-    return folder / "release"
+    python = os.environ.get("AGFF_PYTHON", str(ROOT / ".venv/bin/python"))
+    subprocess.run([python, "-m", "tests.ecosystem.write_mteb_release", str(folder)], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(written: Path) -> Path:
+    return written / "release"
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +59,8 @@ def model(release: Path) -> MtebModel:
 
 
 @pytest.fixture(scope="module")
-def eval_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EvalSet]:
-    root = write_drawings(tmp_path_factory.mktemp("drawings")).mmeb_eval
+def eval_sets(written: Path) -> dict[str, EvalSet]:
+    root = written / "mmeb_eval"
     return {
         name: read_eval_set(root, name, info, images_root=None, max_queries=None)
         for name, info in find_eval_sets(root).items()
@@ -245,10 +235,13 @@ def test_a_search_of_the_whole_corpus_is_by_the_fused_similarity(
     assert 100 * scores["hit_rate_at_1"] == pytest.approx(score, abs=1e-3)
 
 
-def test_a_task_of_pairs_compares_the_global_vectors(model: MtebModel) -> None:
+def test_a_task_of_pairs_compares_the_global_vectors(
+    model: MtebModel, eval_sets: Mapping[str, EvalSet]
+) -> None:
     """SugarCrepe's: the caption and a wrong one of each image."""
-    pictures = [scene.draw() for scene in all_scenes()[:40:4]]
-    captions = [(scene.text, scene.text.replace(scene.color, "pink")) for scene in all_scenes()[:40:4]]
+    eval_set = eval_sets["Shapes_i2t-eval"]
+    pictures = [Image.open(str(eval_set.items[query].image)) for query in eval_set.queries]
+    captions = [[eval_set.items[item].text for item in row[:2]] for row in eval_set.candidates]
 
     class Pairs(AbsTaskImageTextPairClassification):
         metadata = metadata(

@@ -111,9 +111,8 @@ class Embedder:
             while batch := list(itertools.islice(numbered, batch_size)):
                 chunks.append(cut(self._encode_batch(batch)))
                 bar.update()
-        if not chunks:
-            width = self.model.prompted_embedding.vectors.shape[1]
-            return cut(torch.empty(0, self.model.prompts.num_vectors, width))
+        if not chunks:  # a head may make vectors of another width, which only a forward shows
+            return cut(self._encode_batch([(0, Item(text=""))]))[:0].clone()
         return torch.cat(chunks)
 
     def _encode_batch(self, batch: Sequence[tuple[int, AnyItem]]) -> Tensor:

@@ -143,6 +143,7 @@ def test_a_head_that_makes_the_embeddings_is_part_of_the_release(
     assert released.objective == Projected(shared_width=10)
     found = released.encode(list(golden_items().values()))
     assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.999
+    assert released.encode([]).shape == (0, 3, 10)
     loaded = load(tmp_path / "release", check=False)
     assert loaded.model.head is not None
     torch.nn.init.normal_(next(loaded.model.head.parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agff.contract import Contract, released_objective
+from agff.ecosystem_files import how_to_load
 
 TRAINED_BY = {
     "contrastive": "Trained to find each query's target among all others of a batch.",
@@ -37,7 +38,8 @@ def model_card(contract: Contract) -> str:
 |---|---|
 {facts}
 
-{_shorter(contract)}Scores are in scores.json once launcher/evaluate.py has been run on this folder.
+{_shorter(contract)}{how_to_load(contract)}\
+Scores are in scores.json once launcher/evaluate.py has been run on this folder.
 """
 
 

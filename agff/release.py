@@ -6,6 +6,7 @@
           golden.safetensors   embeddings of built-in items, compared at every load
           agff_config.json     the contract: prompts, limits, fusion, versions, origin, hashes of the files
           README.md            the model card
+and, unless it has a head, what other libraries load it by (agff/ecosystem_files.py)
 """
 
 from __future__ import annotations

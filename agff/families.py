@@ -222,6 +222,17 @@ class LlavaOneVision(Family):
         """See Family."""
         return max(height * width for height, width in self.pinpoints)
 
+    def stock_processor(self, model_config: Any) -> dict[str, Any]:
+        """See Family."""
+        return {
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_token": self.image_token,
+            "video_token": "<video>",
+            "num_image_tokens": (self.view_size // self.patch_size) ** 2,
+            "vision_feature_select_strategy": model_config.vision_feature_select_strategy,
+            "vision_aspect_ratio": model_config.vision_aspect_ratio,
+        }
+
     def set_pixel_limits(
         self, image_processor: Any, *, min_pixels: int | None, max_pixels: int | None
     ) -> None:

@@ -105,6 +105,11 @@ class Family(ABC):
     def max_image_pixels(self, image_processor: Any) -> int:
         """Pixels of one image that the model sees at most."""
 
+    def stock_processor(self, model_config: Any) -> dict[str, Any]:
+        """What transformers' own processor must be given beside tokenizer and image processor: the values of
+        its processor_config.json, if it needs one."""
+        return {}
+
     @abstractmethod
     def set_pixel_limits(
         self, image_processor: Any, *, min_pixels: int | None, max_pixels: int | None

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from agff.backbone_folder import ADAPTER_FILE
 from agff.contract import Contract, released_objective
+from agff.ecosystem_files import how_to_load
 
 TRAINED_BY = {
     "contrastive": "Trained to find each query's target among all others of a batch.",
@@ -55,7 +56,7 @@ def model_card(contract: Contract) -> str:
     b = model.encode([{{"image": "picture.jpg", "text": "Represent the given image."}}])
     model.similarity(a, b)
 {_regions_and_captions(contract)}
-{_adapter(contract)}{_shorter(contract)}## Scores
+{how_to_load(contract)}{_adapter(contract)}{_shorter(contract)}## Scores
 
 {SCORES[0]}
 {_NO_SCORES}

@@ -6,6 +6,7 @@
           golden.safetensors   embeddings of built-in items, compared at every load
           agff_config.json     the contract: prompts, limits, fusion, versions, origin, hashes of the files
           README.md            the model card
+and, unless it has a head, what other libraries load it by (agff/ecosystem_files.py)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from agff.contract import (
     released_objective,
     write_contract,
 )
+from agff.ecosystem_files import write_ecosystem_files
 from agff.embedder import AnyItem, Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError, ConfigError
@@ -42,6 +44,7 @@ from agff.model_card import model_card
 from agff.objectives import name_of
 from agff.objectives.objective import Head
 from agff.processor import ItemProcessor
+from agff.vocabulary_prompts import add_to_vocabulary
 
 PROMPTS_FILE, GOLDEN_FILE = "prompts.safetensors", "golden.safetensors"
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
@@ -70,8 +73,15 @@ def save_release(
     if model.head is not None:
         save_file(model.head.state_dict(), folder / HEAD_FILE)
     backbone = plain_backbone(model)
+    vocabulary = None
+    if model.head is None:  # a head is code of ours, and without it these would be other vectors
+        vocabulary = add_to_vocabulary(processor.tokenizer, backbone.config, processor.prompts)
+        table = backbone.get_input_embeddings()
+        table.weight.data = vocabulary.in_table(table.weight.data, vectors)
     backbone.save_pretrained(folder / "backbone")
     processor.save(folder / "backbone")
+    if vocabulary is not None:
+        write_ecosystem_files(folder, vocabulary, backbone.config, embedder.texts)
     contract = Contract(
         prompts=processor.prompts,
         processor=processor.limits,

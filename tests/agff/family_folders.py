@@ -88,7 +88,7 @@ def llava_onevision(folder: Path) -> None:
 
     tiny_backbone(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
     tokenizer.save_pretrained(folder)
     pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
     config = LlavaOnevisionConfig(
@@ -104,6 +104,7 @@ def llava_onevision(folder: Path) -> None:
             "vision_use_head": False,
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
         vision_feature_layer=-1,
     )
@@ -244,6 +245,7 @@ def published_llava(today: dict[str, Any], text: dict[str, Any], rope: dict[str,
         "ignore_index": -100,
         "image_grid_pinpoints": today["image_grid_pinpoints"],
         "image_token_index": today["image_token_index"],
+        "video_token_index": today["video_token_index"],
         "model_type": "llava_onevision",
         "projector_hidden_act": "gelu",
         "text_config": {

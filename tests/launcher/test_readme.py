@@ -23,6 +23,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.
 ELSEWHERE = {
     "make test": "runs this test",
     "make test-full": "this test is part of it",
+    "make test-ecosystem": "wants 5.5 GB of other libraries; `make test-full` runs it",
     "make bench": "tests/benchmarks/test_bench.py tries its parts; its figures are in the READMEs",
     "make family": "tests/benchmarks/family tries its parts; its figures are in the READMEs",
     "make ablation": "tests/benchmarks/ablation tries its parts",

@@ -19,6 +19,7 @@ VERBS = {
     "convert": ("launcher.convert_checkpoint", "ZeRO checkpoint -> release folder"),
     "embed": ("launcher.embed", "vectors of a corpus for search, or a teacher's for distillation"),
     "mine": ("launcher.mine", "hard negatives for MMEB-train, found by a release"),
+    "search": ("launcher.search", "index vectors and find the items that fit a text or an image"),
     "quickstart-data": ("launcher.quickstart_data", "real images and a small backbone for a first run"),
 }
 

@@ -20,15 +20,21 @@ from launcher.run.first_stage import backbone_folder
 from launcher.run.model import untrained_model
 
 
-def load_model(path: Path) -> Embedder:
+def load_model(path: Path, *, dtype: torch.dtype | None = None) -> Embedder:
     """The model of a release folder, or of the newest checkpoint of a run folder: on this rank's GPU where
-    there is one, in bfloat16 where that GPU computes in it."""
+    there is one, in bfloat16 where that GPU computes in it.
+
+    dtype: of the weights, as whoever made the vectors to compare with read them: bfloat16, or float32 for as
+    they are.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (path / CONTRACT_FILE).exists():
         embedder = load(path, device=device)
     else:
         embedder, _ = load_run(path)
-    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if dtype is None and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = torch.bfloat16
+    if dtype == torch.bfloat16:
         embedder.read_in_bfloat16()
     embedder.model.to(device)
     return embedder

@@ -1,0 +1,79 @@
+"""Two stages find what the exhaustive fused search finds, as far as the candidates reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from agff.errors import ConfigError
+from launcher.searching.build import IndexChoice
+from launcher.searching.faiss_part import KINDS, STORAGES, Kind, Storage
+from launcher.searching.searcher import Searcher
+from tests.launcher.searching.vectors import built, random_vectors, slow_scores, write_vectors
+
+
+def searcher_of(folder: Path, vectors_NMD: torch.Tensor, choice: IndexChoice | None = None) -> Searcher:
+    vectors = write_vectors(folder / "vectors", vectors_NMD)
+    return Searcher(built(vectors, folder / "index", choice or IndexChoice()))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_all_items_as_candidates_it_is_the_exhaustive_fused_search(
+    tmp_path: Path, kind: Kind, storage: Storage
+) -> None:
+    corpus_NMD = random_vectors(50)
+    searcher = searcher_of(tmp_path, corpus_NMD, IndexChoice(kind=kind, storage=storage))
+    for query_MD in random_vectors(4, seed=1):
+        expected = slow_scores(query_MD, corpus_NMD).topk(5)
+        hits = searcher.search(query_MD, k=5, factor=10)
+        assert [hit.row for hit in hits] == expected.indices.tolist()
+        found = torch.tensor([hit.score for hit in hits], dtype=torch.float64)
+        torch.testing.assert_close(found, expected.values, atol=1e-6, rtol=0)  # float32
+
+
+def test_an_item_near_in_one_fine_vector_alone_is_found_by_the_fine_vectors(tmp_path: Path) -> None:
+    corpus_NMD, query_MD = random_vectors(50), random_vectors(1, seed=1)[0]
+    hidden = int((corpus_NMD[:, 0] @ query_MD[0]).argmin())  # the last that the global vectors would find
+    corpus_NMD[hidden, 2] = query_MD[1]
+    assert slow_scores(query_MD, corpus_NMD).argmax() == hidden
+    plain = searcher_of(tmp_path / "plain", corpus_NMD)
+    searcher = searcher_of(tmp_path / "fine", corpus_NMD, IndexChoice(with_fine=True))
+    assert plain.search(query_MD, k=1, factor=4)[0].row != hidden
+    assert searcher.search(query_MD, k=1, factor=4)[0].row == hidden
+    by_global, by_every = (set(searcher.candidates(query_MD, 4, with_fine=fine)) for fine in (False, True))
+    assert by_global < by_every
+
+
+def test_equal_items_come_in_the_order_of_their_rows(tmp_path: Path) -> None:
+    corpus_NMD = random_vectors(1).repeat(9, 1, 1)
+    hits = searcher_of(tmp_path, corpus_NMD).search(corpus_NMD[0], k=9, factor=1)
+    assert [hit.row for hit in hits] == list(range(9))
+
+
+def test_items_without_fine_vectors_are_searched_by_their_one_vector(tmp_path: Path) -> None:
+    corpus_NMD = random_vectors(50, 1)
+    (hit,) = searcher_of(tmp_path, corpus_NMD).search(corpus_NMD[7], k=1, factor=1)
+    assert (hit.row, hit.score) == (7, pytest.approx(1, abs=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("k", "factor", "message"),
+    [
+        (51, 1, r"--k 51: .*index has 50 items; give at most that many"),
+        (0, 1, r"--k 0, --factor 1: both must be >= 1"),
+        (1, 0, r"--k 1, --factor 0: both must be >= 1"),
+    ],
+)
+def test_what_the_index_cannot_give_is_refused(tmp_path: Path, k: int, factor: int, message: str) -> None:
+    searcher = searcher_of(tmp_path, random_vectors(50))
+    with pytest.raises(ConfigError, match=message):
+        searcher.search(random_vectors(1)[0], k=k, factor=factor)
+
+
+def test_as_many_as_there_are_can_be_asked_for(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, random_vectors(50))
+    hits = searcher.search(random_vectors(1, seed=1)[0], k=50, factor=16)
+    assert sorted(hit.row for hit in hits) == list(range(50))

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from agff.embedder import Embedder, as_item
 from agff.errors import AgffError, ConfigError
 from agff.images import FORMATS
 from launcher.command_line import report
-from launcher.embedding.vectors_folder import VectorsFolder
+from launcher.embedding.vectors_folder import Description, VectorsFolder
 from launcher.pages.templates import check_page_place
 from launcher.searching.build import IndexChoice, build_index
 from launcher.searching.faiss_part import FLAT_MOST_ROWS, HNSW_MOST_BYTES, KINDS
@@ -118,16 +119,22 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _check_same_model(searcher: Searcher, queries: VectorsFolder) -> None:
-    ours, theirs = searcher.vectors.description, queries.description
+    made_by = searcher.vectors.description.model
+    ours, theirs = (_what_decides(folder.description) for folder in (searcher.vectors, queries))
     if changed := [
-        name
-        for name in ("weights_sha256", "settings", "fusion", "num_vectors", "dim")
-        if getattr(ours, name) != getattr(theirs, name)
+        name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)
     ]:
         raise ConfigError(
             f"--queries {queries.folder}: made by another model than {searcher.folder}: other "
-            f"{', '.join(changed)}; embed the queries with {ours.model}"
+            f"{', '.join(changed)}; embed the queries with {made_by}"
         )
+
+
+def _what_decides(description: Description) -> dict[str, Any]:
+    """All that two folders share whose vectors may be compared; how many items shared a batch is rounding."""
+    settings = {name: value for name, value in description.settings.items() if name != "batch_size"}
+    names = ("weights_sha256", "fusion", "num_vectors", "dim")
+    return {**settings, **{name: getattr(description, name) for name in names}}
 
 
 def _search(arguments: argparse.Namespace) -> None:

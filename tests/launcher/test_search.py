@@ -44,8 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "release"
 
 
-def embed(model: Path, rows: Path, out: Path) -> None:
-    options = ["--dtype", "float32", "--num_workers", "0"]
+def embed(model: Path, rows: Path, out: Path, *more: str) -> None:
+    options = ["--dtype", "float32", "--num_workers", "0", *more]
     assert embed_main([str(model), str(rows), str(out), *options]) == 0
 
 
@@ -89,8 +89,10 @@ def test_recall_is_printed(search: Search) -> None:
     assert "| every vector | 16 | 8.0 (88.9%) | 100.0 % |" in out
 
 
-def test_queries_of_another_folder_are_measured(model: Path, search: Search) -> None:
-    code, out, _ = search("--measure_recall", "--queries", str(model.parent / "vectors"), "--k", "9")
+def test_queries_of_another_folder_are_measured(model: Path, search: Search, tmp_path: Path) -> None:
+    """Embedded in batches of another size, and yet by the same model."""
+    embed(model, model.parent / "corpus/rows.jsonl", tmp_path / "queries", "--batch_size", "4")
+    code, out, _ = search("--measure_recall", "--queries", str(tmp_path / "queries"), "--k", "9")
     assert code == 0
     assert "9 queries of " in out
     assert "| the global vector | 1 | 9.0 (100.0%) | 100.0 % |" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from agff.release import load
 from agff.scoring import precision_at_1_hits
 from data_pipeline.layouts.mmeb_eval import EvalSet, read_eval_set
 from data_pipeline.layouts.mmeb_sets import find_eval_sets
+from launcher.encoding.items import encode_items
 from launcher.evaluation.scores import encode_used, score_set
 
 mteb = pytest.importorskip("mteb", reason="runs in the environment of `make test-ecosystem`")
@@ -187,7 +189,7 @@ def test_every_query_is_a_hit_in_both_or_in_none(
     eval_set, task = eval_sets[name], task_of(eval_sets[name], spelling)
     scores = evaluate(model, task)
     ours = load(release)
-    items_NMD, refused = encode_used(ours, eval_set, batch_size=5)
+    items_NMD, refused = encode_used(functools.partial(encode_items, ours, batch_size=5), eval_set)
     assert not refused
     hits = []
     for number, (query, candidates) in enumerate(zip(eval_set.queries, eval_set.candidates, strict=True)):
@@ -229,7 +231,7 @@ def test_a_search_of_the_whole_corpus_is_by_the_fused_similarity(
     task.load_data()
     task.dataset["default"]["test"]["top_ranked"] = None
     scores = evaluate(model, task)
-    items_NMD, _ = encode_used(model.embedder, eval_set, batch_size=5)
+    items_NMD, _ = encode_used(functools.partial(encode_items, model.embedder, batch_size=5), eval_set)
     assert all(set(candidates) == set(eval_set.candidates[0]) for candidates in eval_set.candidates)
     score = score_set(model.embedder, eval_set, items_NMD).score
     assert 100 * scores["hit_rate_at_1"] == pytest.approx(score, abs=1e-3)

@@ -32,7 +32,7 @@ ELSEWHERE = {
     "make test-slurm": "tests/slurm, by hand; its fast part runs with these tests where Slurm is installed",
     "sbatch slurm/train_8node.sh --recipe mmeb_qwen2vl_2b": "tests/slurm, with the quickstart's recipe",
     "sbatch --partition=cpu slurm/convert.sh runs/mmeb_qwen2vl_2b-zero2 releases/mmeb_qwen2vl_2b": (
-        "tests/slurmtests/slurm"
+        "tests/slurm"
     ),
     "srun -p gpu -A my_project -l --nodes=8 --ntasks-per-node=1 --gpus-per-node=8 "
     ".venv/bin/python launcher/doctor.py --shards shards/mmeb": (
@@ -46,6 +46,22 @@ ELSEWHERE = {
             "mpirun -n 16 --hostfile hosts -x MASTER_ADDR=first python launcher/train.py --deepspeed "
             "ds_configs/zero3.json",
             "deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr first launcher/train.py",
+        )
+    },
+    "sbatch slurm/evaluate.sh releases/mmeb_qwen2vl_2b --mmeb_eval /data/MMEB-eval --mmvp /data/MMVP_VLM "
+    "--cache /scratch/vectors": "tests/slurm, with the quickstart's sets",
+    **{
+        command: "the quickstart's drawings; test_search.py and mining/test_mining.py run these chains"
+        for command in (
+            "python launcher/embed.py releases/quickstart .cache/quickstart/data/mmeb/images/Emoji_t2i "
+            "vectors/drawings",
+            "python launcher/embed.py releases/quickstart "
+            ".cache/quickstart/data/mmeb/Emoji_t2i/original-00000-of-00001.parquet vectors/texts "
+            "--sides query",
+            "python launcher/search.py indexes/drawings --build vectors/drawings --fine",
+            'python launcher/search.py indexes/drawings "a red heart" --html heart.html',
+            "python launcher/search.py indexes/drawings --measure_recall 500 --queries vectors/texts",
+            "python launcher/mine.py releases/quickstart .cache/quickstart/data/mmeb mined --num_negatives 4",
         )
     },
     "deepspeed --hostfile hosts launcher/train.py": "needs pdsh and sshd; run by hand",

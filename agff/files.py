@@ -21,17 +21,28 @@ SILENT_S = 5
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a file among the processes and threads of this machine; False when `wait` is and it is
-    taken."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
+    taken. The holder may remove the file: who waited locks the next one of that name."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            if _is_at(descriptor, path):
+                yield True
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file still has that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def partial_path(path: Path) -> Path:

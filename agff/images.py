@@ -18,6 +18,8 @@ from __future__ import annotations
 import errno
 import io
 import math
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,7 +125,7 @@ def read_image_file(path: Path, address: str) -> bytes:
     """The bytes of an image file. Raises DataError when there is no such file or it is too large, OSError
     when the file system fails, which may be over the next time."""
     with _a_name_in_the_data(address):
-        _check_size(path.stat().st_size, address)
+        _check_size(_size_of_file(path, address), address)
         return path.read_bytes()
 
 
@@ -136,8 +138,20 @@ def read_header(image: bytes | Path, address: str, *, formats: Sequence[str]) ->
     """
     if isinstance(image, bytes):
         return _header(io.BytesIO(image), len(image), address, formats)
-    with _a_name_in_the_data(address), image.open("rb") as file:
-        return _header(file, image.stat().st_size, address, formats)
+    with _a_name_in_the_data(address):
+        size_bytes = _size_of_file(image, address)
+        with image.open("rb") as file:
+            return _header(file, size_bytes, address, formats)
+
+
+def _size_of_file(path: Path, address: str) -> int:
+    """Raises DataError for what is there and no file: a pipe would be waited for, a device has no end."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{address}: is a device, pipe or socket, not a file")
+    return status.st_size
 
 
 def is_as_model_sees(image: Image.Image) -> bool:

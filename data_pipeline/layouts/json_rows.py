@@ -19,6 +19,8 @@ _INDEXED = 256
 """Rows between two whose places are kept."""
 _BETWEEN = re.compile(r"[\s,]*")
 _BEFORE = re.compile(r"\ufeff?\s*\[?[\s,]*")
+MAX_OBJECT_CHARACTERS = 64 * 2**20
+"""Of one object: what is read of it is held. An image is named by its path and is not in the text."""
 _LONGEST_TOKEN = 32
 """An error nearer to the end of what was read may be that of an object that was read in part."""
 
@@ -149,6 +151,7 @@ class _Text:
                 error.pos > len(self._text) - _LONGEST_TOKEN
             )
             if may_go_on and not self._is_end:
+                self._refuse_too_long()
                 return None
             what = f"damaged or cut short behind byte {self.place:,}: {error.msg}"
             raise DataError(f"{self.path}: {what}; download it again") from None
@@ -178,6 +181,15 @@ class _Text:
                     "file holds one list, or one object a line"
                 )
             rest = b""
+
+    def _refuse_too_long(self) -> None:
+        """Raise DataError for an object that goes on and on."""
+        if len(self._text) - self._at > MAX_OBJECT_CHARACTERS:
+            raise DataError(
+                f"{self.path}: the object at byte {self.place:,} is longer than {MAX_OBJECT_CHARACTERS:,} "
+                "characters, the limit of one object; a table of one object a row is expected, and images by "
+                "their paths"
+            )
 
     def _go_to(self, at: int) -> None:
         self.place, self._at = self.place + len(self._text[self._at : at].encode()), at

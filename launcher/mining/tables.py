@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 
 from agff.errors import DataError
 from agff.files import partial_path, publish
+from data_pipeline.work_blocks import BLOCKS_FOLDER
+from launcher.embedding.taken_folder import CLAIM_FILE
 from launcher.mining.subsets import MINING_FILE, Mining
 
 _OWN = ("pos_similarity", "neg_similarity")
@@ -44,6 +46,7 @@ def finish(mining: Mining) -> dict[str, SubsetReport]:
     written. Raises DataError when one is missing, OSError."""
     if mining.work.is_finished:
         values = json.loads((mining.out / MINING_FILE).read_text(encoding="utf-8"))
+        mining.work.clean_up()  # of a process that was killed before it did
         return {name: SubsetReport(**report) for name, report in values["report"].items()}
     notes = {subset: [mining.work.read(name)[0] for name in mining.blocks(subset)] for subset in mining.rows}
     reports = {subset: _report(mining, subset, found) for subset, found in notes.items()}
@@ -87,8 +90,8 @@ def _write_tables(mining: Mining, subset: str, notes: Sequence[dict[str, Any]]) 
         for key in ("negatives", "similarity", "positive")
     }
     tables = [pq.read_table(path) for path in mining.layout.tables(subset)]
-    whole = pa.concat_tables([table.select(_columns_of_targets(table)) for table in tables])
-    start = 0
+    whole = pa.concat_tables(map(_targets, tables), promote_options="default")
+    subsets, start = set(mining.layout.sources()), 0
     (mining.out / subset).mkdir(exist_ok=True)
     for path, table in zip(mining.layout.tables(subset), tables, strict=True):
         rows = range(start, start + table.num_rows)
@@ -96,11 +99,13 @@ def _write_tables(mining: Mining, subset: str, notes: Sequence[dict[str, Any]]) 
         partial = partial_path(mining.out / subset / path.name)
         pq.write_table(_with_negatives(table, whole, rows, found), partial)
         publish(partial, mining.out / subset / path.name)
-        _link_images(mining, table)
+        _link_images(mining, table, subsets)
 
 
-def _columns_of_targets(table: pa.Table) -> list[str]:
-    return [name for name in _COPIED.values() if name in table.column_names]
+def _targets(table: pa.Table) -> pa.Table:
+    """Their cells as strings of one kind: each table may have another."""
+    names = [name for name in _COPIED.values() if name in table.column_names]
+    return pa.table({name: table.column(name).cast(pa.string()) for name in names})
 
 
 def _with_negatives(
@@ -108,14 +113,14 @@ def _with_negatives(
 ) -> pa.Table:
     """The table, its own negatives replaced. whole: targets of all rows of the subset."""
     names = [name for name in table.column_names if not name.startswith("neg_") and name not in _OWN]
-    table = table.select(names)
+    table = table.select(names).replace_schema_metadata(None)  # `datasets` would look for other columns
     lists = [found["negatives"].get(row, []) for row in rows]
     lengths = pa.array([len(each) for each in lists], type=pa.int32())
     offsets = pa.concat_arrays([pa.array([0], type=pa.int32()), pc.cumulative_sum(lengths)])
     taken = whole.take(pa.array([row for each in lists for row in each], type=pa.int64()))
     for name, source in _COPIED.items():
         if source in whole.column_names:
-            cells = taken.column(source).combine_chunks().cast(pa.string())
+            cells = taken.column(source).combine_chunks()
             table = table.append_column(name, pa.ListArray.from_arrays(offsets, cells))
     positive = [found["positive"].get(row) for row in rows]
     table = table.append_column("pos_similarity", pa.array(positive, type=pa.float32()))
@@ -123,25 +128,27 @@ def _with_negatives(
     return table.append_column("neg_similarity", pa.array(similarity, type=pa.list_(pa.float32())))
 
 
-def _link_images(mining: Mining, table: pa.Table) -> None:
+def _link_images(mining: Mining, table: pa.Table, subsets: set[str]) -> None:
     """Make the paths of the table lead to the images where they are."""
     for name in ("qry_image_path", "pos_image_path"):
-        for link in _tops(table.column(name).unique().to_pylist(), set(mining.rows)):
+        for link in _tops(table.column(name).unique().to_pylist(), subsets):
             place, target = mining.out / link, (mining.layout.root / link).resolve()
-            if not place.is_symlink() and target.exists():
+            if not (place.exists() or place.is_symlink()) and target.exists():
                 place.parent.mkdir(exist_ok=True)
                 place.symlink_to(target)
 
 
 def _tops(paths: Iterable[str | None], subsets: set[str]) -> list[str]:
     """The first part of each path; where that is the folder of tables, the first two. Paths that leave the
-    folder are no business of ours: prepare refuses them."""
+    folder or name what is no image are no business of ours: prepare refuses them."""
     tops = set()
-    for path in filter(None, paths):
-        parts = PurePosixPath(path).parts
-        if not parts or PurePosixPath(path).is_absolute() or ".." in parts:
+    for path in map(PurePosixPath, filter(None, paths)):
+        depth = 2 if path.parts and path.parts[0] in subsets else 1
+        top = PurePosixPath(*path.parts[:depth])
+        if len(path.parts) < depth or path.is_absolute() or ".." in path.parts:
             continue
-        tops.add("/".join(parts[: 2 if parts[0] in subsets else 1]))
+        if top.suffix != ".parquet" and top.name not in (MINING_FILE, BLOCKS_FOLDER, CLAIM_FILE):
+            tops.add(str(top))
     return sorted(tops)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 import agff.files
-from agff.files import changed_files, hashing_bar, sha256_of, write_text
+from agff.files import changed_files, hashing_bar, locked, sha256_of, write_text
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**18, 700_001])
@@ -57,3 +58,41 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("file.json", "old")]
+
+
+def test_who_waited_for_a_file_that_its_holder_removed_holds_it_alone(tmp_path: Path) -> None:
+    path, waits, ends = tmp_path / "lock", threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def second() -> None:
+        waits.set()
+        with locked(path):
+            order.append("second")
+            assert ends.wait(60)
+
+    waiting = threading.Thread(target=second)
+    with locked(path):
+        waiting.start()
+        assert waits.wait(60)
+        while len(_open_at(path)) < 2:
+            pass
+        path.unlink()
+        order.append("first")
+    while len(order) < 2:
+        assert waiting.is_alive()
+    with locked(path, wait=False) as is_mine:
+        assert not is_mine, "a third one that comes later"
+    ends.set()
+    waiting.join(60)
+    assert order == ["first", "second"]
+
+
+def _open_at(path: Path) -> list[str]:
+    """Descriptors of this process."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:  # that of the list itself
+            continue
+    return [link for link in found if link == str(path)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import struct
@@ -445,6 +446,16 @@ def test_names_that_are_no_files(tmp_path: Path) -> None:
         for road in (read_image_file, lambda p, a: read_header(p, a, formats=FORMATS), open_image):
             with pytest.raises(DataError, match=f"^a: {words}"):
                 road(path, "a")
+
+
+def test_a_pipe_or_device_is_no_file(tmp_path: Path) -> None:
+    """One would be waited for, the other has no end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "endless.png"):
+        for read in (read_image_file, lambda *what: read_header(*what, formats=FORMATS)):
+            with pytest.raises(DataError, match="here: is a device, pipe or socket, not a file"):
+                read(tmp_path / name, "here")
 
 
 def test_a_failing_file_system_is_no_fault_of_the_row(

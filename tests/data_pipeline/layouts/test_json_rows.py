@@ -89,6 +89,22 @@ def test_what_is_no_list_of_objects_is_refused_with_its_place(
         json_rows(tmp_path / "rows.json")
 
 
+def test_an_object_without_an_end_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_READ_BYTES", 100)
+    monkeypatch.setattr(module, "MAX_OBJECT_CHARACTERS", 1_000)
+    path, read = tmp_path / "rows.json", []
+    right = module._Text.read
+    monkeypatch.setattr(module._Text, "read", lambda self, file: read.append(1) or right(self, file))
+    path.write_text('{"a": 1}\n{"b": "' + "x" * 900 + '"}\n{"a": "' + "x" * 100_000)
+    with pytest.raises(DataError, match=r"object at byte 919 is longer than 1,000 characters"):
+        json_rows(path)
+    assert len(read) < 25
+    path.write_text('{"a": 1}\n' + " " * 5_000 + '{"b": 2}')
+    assert json_rows(path).num_rows == 2, "blanks are no object"
+
+
 def test_a_file_that_cannot_be_read_or_is_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none.json: cannot read it: No such file"):
         json_rows(tmp_path / "none.json")

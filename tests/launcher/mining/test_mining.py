@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -162,6 +163,37 @@ def test_an_answer_of_the_query_is_no_negative_whatever_its_name(
     said = capsys.readouterr().out
     assert main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-6:] == said.splitlines()[-6:], "all is there already"
+
+
+def test_tables_that_differ_and_paths_that_name_no_image_are_written_as_they_are(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Parts of one subset may store texts in other ways; whatever a path names, the tables come out."""
+    mmeb, out = tmp_path / "mmeb", tmp_path / "out"
+    image = next((folder / "data/mmeb/images/Shapes_t2i/Train").iterdir())
+    for name in ("Sub", "Other"):
+        write_subset(mmeb, [row(qry=f"q{i}", pos_text=f"p{i}") for i in range(3)], name)
+        shutil.copy(image, mmeb / name / "a.png")
+    (mmeb / "mining.json").write_text("of before")
+    first, second = (mmeb / f"Sub/original-0000{i}-of-00002.parquet" for i in range(2))
+    (mmeb / "Sub" / TABLE).rename(first)
+    paths = ["Other/a.png", "Sub/a.png", "Sub", f"Sub/{first.name}", "mining.json", ".blocks", "writing.lock"]
+    rows = [
+        row(qry=f"r{i}", pos_text="", pos_image_path=path, pos_inst="Say.") for i, path in enumerate(paths)
+    ]
+    columns = {name: pa.array([each[name] for each in rows], type=pa.large_string()) for name in rows[0]}
+    pq.write_table(pa.table(columns).replace_schema_metadata({"huggingface": "{}"}), second)
+    argv = [str(folder / "release"), str(mmeb), str(out), "--num_workers", "0", "--subsets", "Sub"]
+    assert main([*argv, "--margin", "none", "--num_negatives", "3"]) == 0
+    tables = [pq.read_table(out / "Sub" / path.name) for path in (first, second)]
+    assert [table.num_rows for table in tables] == [3, 7]
+    assert [len(cells) for table in tables for cells in table["neg_text"].to_pylist()] == [3] * 5 + [0] * 5
+    assert tables[1].schema.metadata is None, "it described other columns"
+    assert sorted(path.name for path in out.iterdir()) == ["Other", "Sub", "mining.json"]
+    assert [path.name for path in (out / "Other").iterdir()] == ["a.png"], "its tables were not mined"
+    assert "report" in json.loads((out / "mining.json").read_text())
+    assert (mmeb / "mining.json").read_text() == "of before"
+    assert prepare(out, tmp_path / "shards").sources.keys() == {"Sub"}
 
 
 def test_what_is_mined_is_prepared_and_trained_on(folder: Path, project: Path) -> None:

@@ -134,7 +134,7 @@ class VectorsWriter:
             )
         found = LeftOut()
         if not self._work.is_finished:
-            notes = [self._work.read(block.name)[0] for block in self._blocks()]
+            notes = [self._work.note(block.name) for block in self._blocks()]
             found = LeftOut(
                 unusable=tuple(line for note in notes for line in note["unusable"]),
                 num_cut=sum(note["num_cut"] for note in notes),
@@ -152,7 +152,7 @@ class VectorsWriter:
             np.lib.format.write_array_header_1_0(file, header)
             for block in self._blocks():
                 if block.source == source:
-                    file.write(self._work.read(block.name)[1])
+                    file.write(self._work.content(block.name))
         publish(partial, path)
         described = self._settings["sources"][source]
         return VectorFile(**described, size_bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from agff.errors import ConfigError, DataError
 from agff.files import partial_path, publish, write_text
@@ -77,15 +77,24 @@ class WorkBlocks:
         partial.write_bytes(json.dumps(note).encode() + b"\n" + content)
         publish(partial, path)
 
-    def read(self, name: str) -> tuple[dict[str, Any], bytes]:
-        """(note, content) of a block. Raises DataError for one that is missing."""
+    def note(self, name: str) -> dict[str, Any]:
+        """Of a block. Raises DataError for one that is missing."""
+        with self._open(name) as file:
+            return dict(json.loads(file.readline()))
+
+    def content(self, name: str) -> bytes:
+        """Of a block. Raises DataError for one that is missing."""
+        with self._open(name) as file:
+            file.readline()
+            return file.read()
+
+    def _open(self, name: str) -> BinaryIO:
         try:
-            note, _, content = (self._blocks / name).read_bytes().partition(b"\n")
+            return (self._blocks / name).open("rb")
         except FileNotFoundError:
             raise DataError(
                 f"{self.folder}: block {name} is not written; give the same command again to continue"
             ) from None
-        return json.loads(note), content
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Write the settings file with all that is known at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,8 @@ class Corpus(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Another text for other items or another order. Of images the names and sizes count, not the
-        bytes."""
+        """Another text for other items, another order, or another folder of images. Of a folder of images the
+        names and sizes count, of a table's images the names alone: their bytes are not read."""
 
     def read(self, start: int, stop: int) -> Iterator[CorpusItem | Unusable]:
         """Items start .. stop - 1. Raises DataError or StorageError when the source cannot be read."""
@@ -51,6 +52,11 @@ class Corpus(Protocol):
 def image_name(path: Path, folder: Path) -> str:
     """Relative to the folder of the corpus when it is below it, else absolute."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path.absolute())
+
+
+def place_of(images: Path, folder: Path) -> str:
+    """Where the images of a table are, seen from its folder: both may move together."""
+    return os.path.relpath(images.resolve(), folder.resolve())
 
 
 def fingerprint_of(*parts: str | Iterable[str]) -> str:

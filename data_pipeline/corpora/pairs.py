@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.corpora.corpus import CorpusItem, Unusable, fingerprint_of, image_name
+from data_pipeline.corpora.corpus import CorpusItem, Unusable, fingerprint_of, image_name, place_of
 from data_pipeline.layouts.training_rows import Pair, Side
 
 SIDES = ("query", "target")
@@ -25,6 +25,8 @@ class PairItems:
     target_of_row: tuple[int, ...]
     tables: tuple[str, ...]
     """SHA-256 of the files."""
+    images: str
+    """Where the images are, seen from the folder of the tables."""
 
     @property
     def num_items(self) -> int:
@@ -34,7 +36,7 @@ class PairItems:
     @property
     def fingerprint(self) -> str:
         """See Corpus."""
-        return fingerprint_of("pairs", self.tables, [entry.id for entry in self.entries])
+        return fingerprint_of("pairs", self.tables, [entry.id for entry in self.entries], self.images)
 
     def read(self, start: int, stop: int) -> Iterator[CorpusItem | Unusable]:
         """See Corpus."""
@@ -47,10 +49,11 @@ def pair_items(
     *,
     sides: Sequence[str],
     folder: Path,
+    images: Path,
     tables: Sequence[str],
 ) -> PairItems:
-    """Read all rows. sides: of SIDES, those that become items. folder: of the corpus. A row that cannot be
-    used is an entry with its reason."""
+    """Read all rows. sides: of SIDES, those that become items. folder: of the corpus. images: their folder. A
+    row that cannot be used is an entry with its reason."""
     entries: list[CorpusItem | Unusable] = []
     known: dict[Side, int] = {}
     of_row: dict[str, list[int]] = {side: [] for side in SIDES}
@@ -72,6 +75,7 @@ def pair_items(
         query_of_row=tuple(of_row["query"]),
         target_of_row=tuple(of_row["target"]),
         tables=tuple(tables),
+        images=place_of(images, folder),
     )
 
 

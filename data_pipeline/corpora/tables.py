@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from agff.errors import DataError
-from data_pipeline.corpora.corpus import CorpusItem, Unusable, fingerprint_of, image_name
+from data_pipeline.corpora.corpus import CorpusItem, Unusable, fingerprint_of, image_name, place_of
 from data_pipeline.layouts.columns import (
     ColumnKind,
     image_cell,
@@ -45,7 +45,7 @@ class JsonItems:
     @property
     def fingerprint(self) -> str:
         """See Corpus."""
-        return fingerprint_of("rows", self.sha256)
+        return fingerprint_of("rows", self.sha256, place_of(self.images, self.rows.path.parent))
 
     def read(self, start: int, stop: int) -> Iterator[CorpusItem | Unusable]:
         """See Corpus."""
@@ -65,7 +65,7 @@ class ParquetItems:
     @property
     def fingerprint(self) -> str:
         """See Corpus."""
-        return fingerprint_of("rows", self.sha256)
+        return fingerprint_of("rows", self.sha256, place_of(self.images, self.path.parent))
 
     def read(self, start: int, stop: int) -> Iterator[CorpusItem | Unusable]:
         """See Corpus."""

@@ -113,6 +113,7 @@ def open_corpus(
         pairs_of_tables(root, [path], start=0, stop=num_rows),
         sides=wanted,
         folder=path.parent,
+        images=root,
         tables=[sha256_of(path)],
     )
 

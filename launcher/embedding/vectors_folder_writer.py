@@ -118,7 +118,7 @@ class VectorsFolderWriter:
             self._description,
             num_items=num_items,
             num_rejected=num_rejected,
-            num_cut=sum(self._work.read(_name(block))[0]["num_cut"] for block in self._blocks()),
+            num_cut=sum(self._work.note(_name(block))["num_cut"] for block in self._blocks()),
             files={name: file_fingerprint(self.folder / name) for name in names},
         )
         self._work.finish(asdict(done))
@@ -145,7 +145,7 @@ class VectorsFolderWriter:
             header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for block in self._blocks():
-                file.write(self._work.read(_name(block))[1])
+                file.write(self._work.content(_name(block)))
         publish(partial, path)
 
     def _write_lines(self, name: str, key: str) -> int:
@@ -154,7 +154,7 @@ class VectorsFolderWriter:
         partial = partial_path(path)
         with partial.open("w", encoding="ascii") as file:  # JSON's escapes: names of files may be no UTF-8
             for block in self._blocks():
-                rows = self._work.read(_name(block))[0][key]
+                rows = self._work.note(_name(block))[key]
                 file.writelines(json.dumps(row) + "\n" for row in rows)
                 count += len(rows)
         publish(partial, path)

@@ -83,7 +83,7 @@ class Mining:
         rows = self.layout.rows(subset, start=0, stop=self.rows[subset])
         folder = self.layout.root / subset
         tables = [sha256_of(path) for path in self.layout.tables(subset)]
-        return pair_items(subset, rows, sides=SIDES, folder=folder, tables=tables)
+        return pair_items(subset, rows, sides=SIDES, folder=folder, images=self.layout.root, tables=tables)
 
 
 def chosen_rows(layout: MmebTrain, subsets: Sequence[str] | None, rules: MiningRules) -> dict[str, int]:
@@ -93,7 +93,12 @@ def chosen_rows(layout: MmebTrain, subsets: Sequence[str] | None, rules: MiningR
     findings = []
     for name, count in rows.items():
         found = pair_items(
-            name, layout.rows(name, start=0, stop=count), sides=("target",), folder=layout.root, tables=()
+            name,
+            layout.rows(name, start=0, stop=count),
+            sides=("target",),
+            folder=layout.root,
+            images=layout.root,
+            tables=(),
         )
         num_targets = sum(isinstance(entry, CorpusItem) for entry in found.entries)
         if num_targets - 1 < rules.num_negatives + rules.skip_ranks:

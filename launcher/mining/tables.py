@@ -48,7 +48,7 @@ def finish(mining: Mining) -> dict[str, SubsetReport]:
         values = json.loads((mining.out / MINING_FILE).read_text(encoding="utf-8"))
         mining.work.clean_up()  # of a process that was killed before it did
         return {name: SubsetReport(**report) for name, report in values["report"].items()}
-    notes = {subset: [mining.work.read(name)[0] for name in mining.blocks(subset)] for subset in mining.rows}
+    notes = {subset: [mining.work.note(name) for name in mining.blocks(subset)] for subset in mining.rows}
     reports = {subset: _report(mining, subset, found) for subset, found in notes.items()}
     if not any(report.negatives for report in reports.values()):
         raise DataError(

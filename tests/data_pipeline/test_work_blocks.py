@@ -22,9 +22,9 @@ def test_a_block_is_what_was_written_and_others_are_missing(tmp_path: Path) -> N
     work.write("one", {"lines": ["a\nb"]}, b"bytes\nof two lines")
     again = begun(tmp_path)
     assert again.missing(["one", "two"]) == ["two"]
-    assert again.read("one") == ({"lines": ["a\nb"]}, b"bytes\nof two lines")
+    assert (again.note("one"), again.content("one")) == ({"lines": ["a\nb"]}, b"bytes\nof two lines")
     with pytest.raises(DataError, match="block two is not written; give the same command again"):
-        again.read("two")
+        again.note("two")
 
 
 def test_a_finished_work_misses_nothing_and_leaves_no_block(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
+@pytest.mark.slow  # tests/launcher/mining has the same of two ranks, and the kill of one is tested below
 @pytest.mark.timeout(300)
 def test_the_bytes_depend_neither_on_ranks_nor_on_kills(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)

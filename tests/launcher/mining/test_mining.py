@@ -22,8 +22,10 @@ from agff.release import save_release
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.layouts.mmeb_train import read_pairs
+from data_pipeline.manifest import read_manifest
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import LocalFolder
+from launcher.embedding import vectors_folder_writer
 from launcher.mine import main, mine_on_this_rank, parser
 from launcher.mining import subsets
 from launcher.run.ranks import RankInfo
@@ -67,12 +69,14 @@ def argv_of(folder: Path, out: Path, *more: str) -> list[str]:
 
 
 def mine_in_small_blocks(argv: list[str], fail_after: int | None = None) -> str | None:
-    """Blocks of 3 rows; the error, if there is one. fail_after: blocks of the last rank."""
+    """Blocks of 3 rows and of 3 items; the error, if there is one. fail_after: blocks of rows of the last
+    rank."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world_size > 1:
         start_process_group(rank)
     patch = pytest.MonkeyPatch()
     patch.setattr(subsets, "QUERIES", 3)
+    patch.setattr(vectors_folder_writer, "BLOCK", 3)
     if fail_after is not None and rank == world_size - 1:
         calls, right = [0], subsets.choose
 
@@ -196,20 +200,32 @@ def test_tables_that_differ_and_paths_that_name_no_image_are_written_as_they_are
     assert prepare(out, tmp_path / "shards").sources.keys() == {"Sub"}
 
 
-def test_what_is_mined_is_prepared_and_trained_on(folder: Path, project: Path) -> None:
-    """A step of 8 pairs has 7 other targets a row at most; two more negatives of each make up to 23."""
-    out, shards = project / "mined", project / "mined_shards"
+def mined_shards(folder: Path, root: Path) -> Path:
+    """Two negatives a row, prepared."""
+    out, shards = root / "mined", root / "mined_shards"
     more = ("--subsets", "Shapes_t2i", "--num_negatives", "2", "--margin", "0.5")
     assert main(argv_of(folder, out, *more)) == 0
-    manifest = prepare(out, shards)
+    prepare(out, shards)
+    return shards
+
+
+def test_what_is_mined_is_prepared(folder: Path, tmp_path: Path) -> None:
+    shards = LocalFolder(mined_shards(folder, tmp_path))
+    manifest = read_manifest(shards)
     assert manifest.sources["Shapes_t2i"].num_samples == 8
     assert manifest.sources["Shapes_t2i"].most_negatives == 2
-    reader = ShardReader(LocalFolder(shards), manifest)
-    table = pq.read_table(out / "Shapes_t2i" / TABLE).to_pylist()
+    reader = ShardReader(shards, manifest)
+    table = pq.read_table(tmp_path / "mined/Shapes_t2i" / TABLE).to_pylist()
     for number, expected in enumerate(table):
         example = decode(reader.read("Shapes_t2i", number))
         assert [item.text for item in example.negatives] == expected["neg_text"]
         assert all(item.image is not None for item in example.negatives)
+
+
+@pytest.mark.slow
+def test_what_is_mined_is_trained_on(folder: Path, project: Path) -> None:
+    """A step of 8 pairs has 7 other targets a row at most; two more negatives of each make up to 23."""
+    mined_shards(folder, project)
     command = "python launcher/train.py --run_dir runs/mined --data.shards mined_shards --num_steps 1"
     result = run_command(f"{command} --optimizer.warmup_steps 0 --log_every 1", project)
     assert result.returncode == 0, result.stdout

@@ -176,6 +176,8 @@ The system message `{ALL_VECTORS}` asks for all vectors: the states of the token
 1_MultiVectorMask/config.json lists. All of them are those of `agff.load`, but a text is not cut after
 {contract.processor.max_tokens} tokens, and a text that spells a control token such as `<|im_end|>` is
 refused, as is a prompt of your own. With `use_fast=True` resized images differ by a level here and there.
+Images must be opaque, with 8 bits a level: transparency is white here and whatever lies below it there,
+and 16 bits are cut off there; `agff.images.open_image(path, path)` makes a PIL image that all read alike.
 MaxSim is not the similarity that was trained. vLLM reads the files of `backbone/`; that is untried.
 
 """

@@ -155,11 +155,12 @@ def _embed_corpus(arguments: argparse.Namespace, rank: RankInfo, device: torch.d
 def _plan(corpus: Corpus, embedder: Embedder, description: Description, kind: Kind) -> dict[str, str]:
     shape = (corpus.num_items, description.num_vectors, description.dim)
     size = shape[0] * shape[1] * shape[2] * int(description.dtype[-2:]) / 8 / 2**20
-    others = corpus.num_others if isinstance(corpus, ImageFolder) else 0
+    others, links = (corpus.num_others, corpus.num_links) if isinstance(corpus, ImageFolder) else (0, 0)
     return {
         "model": f"{embedder.processor.family.name}, weights sha256 {description.weights_sha256[:12]}...",
         "input": f"{NAMES[kind]}, {corpus.num_items:,} items"
-        + (f"; {others:,} other files there are no images by their names" if others else ""),
+        + (f"; {others:,} other files there are no images by their names" if others else "")
+        + (f"; {links:,} links to folders there are not followed" if links else ""),
         "vectors": f"{shape} {description.dtype}, {size:,.1f} MiB, and as much again while they are written",
     }
 

@@ -35,10 +35,11 @@ OUT    the same layout: tables with the columns neg_text and neg_image_path as l
        negatives. A table's own negatives are replaced; neg_similarity and pos_similarity are for a look.
 
 The candidates of a query are all distinct targets of its subset, ordered by the fused similarity. Left out
-are, in this order: what is an answer of the query by its content (text and image bytes) in any row, and the
-query itself; the first --skip_ranks; what is below --max_rank; what is more than --margin above the
-positive, which may be an answer that nobody marked. Of the rest the --num_negatives most similar stay, the
-one that comes first in the tables where equal. A query may keep fewer, or none.
+are, in this order: what is an answer of the query by its content (image bytes, and text but for case and
+blanks) in any row, and the query itself; the first --skip_ranks; what is below --max_rank; what is more than
+--margin above the positive, which may be an answer that nobody marked. Of the rest the --num_negatives most
+similar stay, the one that comes first in the tables where equal. A query may keep fewer, or none. A query's
+image with another text beside it is another item, and may become its negative, as in CIRR.
 
 On several GPUs or machines: `torchrun --nproc-per-node 8 launcher/mine.py ...`, `deepspeed` or `srun python`;
 OUT must be seen by all. The same negatives come out on any number of ranks. After a kill the same command

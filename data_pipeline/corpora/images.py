@@ -24,6 +24,8 @@ class ImageFolder:
     """In bytes."""
     num_others: int
     """Files that are no images by their names."""
+    num_links: int
+    """Links to folders, which are not followed: they may lead in a circle."""
 
     @property
     def num_items(self) -> int:
@@ -48,9 +50,10 @@ def find_images(root: Path) -> ImageFolder:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
     found: list[tuple[str, int]] = []
-    num_others = 0
+    num_others = num_links = 0
     for folder, folders, files in os.walk(root, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        num_links += sum(Path(folder, name).is_symlink() for name in folders)
         for name in files:
             path = Path(folder, name)
             if name.startswith("."):
@@ -60,9 +63,12 @@ def find_images(root: Path) -> ImageFolder:
                 continue
             try:
                 found.append((path.relative_to(root).as_posix(), path.stat().st_size))
-            except FileNotFoundError:  # a link to nowhere: it is said when it is opened
+            except OSError:  # a link to nowhere or in a circle: it is said when it is opened
                 found.append((path.relative_to(root).as_posix(), -1))
     if not found:
-        raise DataError(f"{root}: no images here ({', '.join(SUFFIXES)}); name another folder, or a table")
+        links = f"; {num_links:,} links to folders there are not followed" * (num_links > 0)
+        raise DataError(
+            f"{root}: no images here ({', '.join(SUFFIXES)}){links}; name another folder, or a table"
+        )
     names, sizes = zip(*sorted(found), strict=True)
-    return ImageFolder(root=root, names=names, sizes=sizes, num_others=num_others)
+    return ImageFolder(root=root, names=names, sizes=sizes, num_others=num_others, num_links=num_links)

@@ -36,8 +36,9 @@ class Candidates:
 def candidates_of(pairs: PairItems, vector_of: Mapping[int, int]) -> Candidates:
     """vector_of: entry of the pairs -> its vector; entries without one are absent.
 
-    Items of equal text and image bytes are one, whatever the names of their files. Raises DataError or
-    OSError for an image that cannot be read any more.
+    Items of equal text and image bytes are one, whatever the names of their files, and so are texts that
+    differ in case and blanks: `Yes` is no negative of `yes`. Raises DataError or OSError for an image that
+    cannot be read any more.
     """
     content = _contents(pairs, vector_of)
     rows = [
@@ -72,14 +73,15 @@ def candidates_of(pairs: PairItems, vector_of: Mapping[int, int]) -> Candidates:
 def _contents(pairs: PairItems, vector_of: Mapping[int, int]) -> dict[int, int]:
     """Entry -> the first entry of equal content. Images are read where text and size leave a doubt."""
     alike: dict[tuple[str, int], list[int]] = defaultdict(list)
+    texts: dict[str, int] = {}
     first: dict[int, int] = {}
     for place in sorted(vector_of):
         entry = pairs.entries[place]
         assert isinstance(entry, CorpusItem), "what has a vector"
         if isinstance(entry.image, Path):
-            alike[entry.text or "", entry.image.stat().st_size].append(place)
+            alike[_plain(entry), entry.image.stat().st_size].append(place)
         else:
-            first[place] = place  # equal texts are one entry
+            first[place] = texts.setdefault(_plain(entry), place)
     for places in alike.values():
         first |= _of_equal_bytes(pairs, places)
     return first
@@ -93,5 +95,10 @@ def _of_equal_bytes(pairs: PairItems, places: Sequence[int]) -> dict[int, int]:
     for place in places:
         entry = pairs.entries[place]
         assert isinstance(entry, CorpusItem), "what has a vector"
-        found[place] = known.setdefault(EvalItem(entry.text or "", entry.image).digest(), place)
+        found[place] = known.setdefault(EvalItem(_plain(entry), entry.image).digest(), place)
     return found
+
+
+def _plain(entry: CorpusItem) -> str:
+    """The text without case, and with single blanks."""
+    return " ".join((entry.text or "").casefold().split())

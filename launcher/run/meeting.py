@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -39,7 +40,8 @@ def leave() -> None:
 
 def together(work: Callable[[], Value]) -> Value:
     """What `work` returns on this rank; the error of any rank is raised by all, an OSError as StorageError.
-    Collective."""
+    One that nobody expects, as too little memory, is raised as it is where it happens, and ends the others.
+    Collective; `work` calls no collective."""
     error: AgffError | None = None
     try:
         value = work()
@@ -47,6 +49,10 @@ def together(work: Callable[[], Value]) -> Value:
         error = caught
     except OSError as caught:
         error = StorageError(f"{caught.filename or 'input or output'}: {caught.strerror or caught}")
+    except Exception as caught:  # the others would wait for this rank for MEETING_S
+        with contextlib.suppress(AgffError):
+            raise_together(AgffError(f"rank {rank()}: {type(caught).__name__}: {caught}"))
+        raise
     raise_together(error)
     return value
 

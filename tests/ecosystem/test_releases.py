@@ -12,9 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jinja2.exceptions import TemplateError
+from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
@@ -202,6 +204,27 @@ def test_a_release_that_was_moved_loads(releases: Path, tmp_path: Path) -> None:
     assert len(multi_vector_encoder(folder).encode("a red heart")) == 3
     files = (path for path in folder.rglob("*") if path.suffix in (".json", ".jinja"))
     assert not any(str(releases) in path.read_text() for path in files)
+
+
+@pytest.mark.parametrize("kind", ["transparent", "16 bits"])
+def test_images_of_which_the_card_warns_are_seen_in_another_way(
+    releases: Path, tmp_path: Path, kind: str
+) -> None:
+    """agff sees transparency on white and the upper 8 bits of 16. Where these libraries come to do so too,
+    the card's warning is out of date."""
+    levels = np.arange(56 * 84, dtype=np.uint16).reshape(56, 84) % 256
+    if kind == "transparent":
+        image = Image.fromarray(np.stack([levels.astype(np.uint8)] * 4, axis=-1), "RGBA")
+        seen = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        image = Image.fromarray(levels * 256)
+        seen = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    image.save(tmp_path / "image.png")
+    seen.save(tmp_path / "seen.png")
+    model = sentence_transformer(releases / "qwen2_vl-full/release/backbone")
+    found_ND = model.encode([{"image": str(tmp_path / name)} for name in ("image.png", "seen.png")])
+    assert abs(found_ND[0] - found_ND[1]).max() > 1e-2
+    assert "Images must be opaque, with 8 bits" in (releases / "qwen2_vl-full/release/README.md").read_text()
 
 
 def test_a_prompt_or_control_token_is_refused(releases: Path) -> None:

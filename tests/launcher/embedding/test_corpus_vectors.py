@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.open(path).resize((56 + 28 * (number % 3), 84)).save(place)
     (root / "photos/one/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     (root / "photos/notes.md").write_text("not an image")
+    (root / "photos/linked").symlink_to(root / "photos/two")
+    (root / "photos/one/circle.png").symlink_to("circle.png")
     return root
 
 
@@ -128,13 +130,18 @@ def test_a_folder_of_images_names_what_it_leaves_out(
 ) -> None:
     assert main([str(folder / "release"), str(folder / "photos"), str(tmp_path / "v")]) == 0
     said = capsys.readouterr().out
-    assert "folder of images, 7 items; 1 other files there are no images by their names" in said
-    assert "6 items\n1 items cannot be used" in said
+    assert (
+        "folder of images, 8 items; 1 other files there are no images by their names; 1 links to folders "
+        "there are not followed"
+    ) in said
+    assert "6 items\n2 items cannot be used" in said
     assert "damaged PNG" in (tmp_path / "v/rejected.jsonl").read_text()
     found = VectorsFolder(tmp_path / "v")
-    paths = sorted(path.relative_to(folder / "photos").as_posix() for path in folder.glob("photos/*/*.png"))
+    paths = sorted(
+        path.relative_to(folder / "photos").as_posix() for path in folder.glob("photos/[ot][nw][eo]/*.png")
+    )
     names = [found.item(row).image for row in range(len(found))]
-    assert names == [path for path in paths if "damaged" not in path]
+    assert names == [path for path in paths if "damaged" not in path and "circle" not in path]
     assert found.vectors.dtype == np.float16
     model = agff.load(folder / "release")
     expected = model.encode([folder / "photos" / str(name) for name in names])

@@ -178,6 +178,7 @@ The system message `{ALL_VECTORS}` asks for all vectors: the states of the token
 refused, as is a prompt of your own. With `use_fast=True` resized images differ by a level here and there.
 Images must be opaque, with 8 bits a level: transparency is white here and whatever lies below it there,
 and 16 bits are cut off there; `agff.images.open_image(path, path)` makes a PIL image that all read alike.
+A text that is the path of an image file there, or its address on the web, is taken for the image.
 MaxSim is not the similarity that was trained. vLLM reads the files of `backbone/`; that is untried.
 
 """

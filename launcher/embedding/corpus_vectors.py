@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from agff.embedder import Embedder
-from agff.errors import DataError
 from data_pipeline.corpora.corpus import Corpus, CorpusItem, Unusable
 from data_pipeline.layouts.eval_items import EvalItem
 from launcher.embedding.taken_folder import taken
 from launcher.embedding.teacher import num_cut
 from launcher.embedding.vectors_folder import Description, VectorItem, settings_of
 from launcher.embedding.vectors_folder_writer import EncodedBlock, VectorsFolderWriter
+from launcher.encoding.items import length_of
 from launcher.encoding.loading import loaded_batches, outline
 from launcher.run.meeting import from_first_rank, together
 from launcher.run.ranks import RankInfo
@@ -104,7 +104,7 @@ def _encoded(
         if isinstance(entry, CorpusItem)
     }
     order = list(items)
-    length = {place: _length(embedder, item) for place, item in items.items()}
+    length = {place: length_of(embedder, item) for place, item in items.items()}
     batches_of = [_batches(length, block, how.batch_size) for block in blocks]
     position = {place: number for number, place in enumerate(order)}
     loaded = loaded_batches(
@@ -151,14 +151,6 @@ def _batches(length: Mapping[int, int], block: range, batch_size: int) -> list[l
     """The block's usable places, the longest first, in batches."""
     order = sorted((x for x in block if x in length), key=lambda place: (-length[place], place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def _length(embedder: Embedder, item: EvalItem) -> int:
-    """Tokens; 0 where the item cannot be used, which shows when it is loaded."""
-    try:
-        return embedder.processor.num_tokens(outline(item))
-    except (DataError, OSError):
-        return 0
 
 
 def _described(entry: CorpusItem | Unusable) -> VectorItem:

@@ -65,13 +65,13 @@ def batches_by_length(
     model: Embedder, items: Sequence[AnyItem], wanted: Sequence[int], *, batch_size: int
 ) -> list[list[int]]:
     """Positions of the wanted items, the longest first, cut into batches. Collective."""
-    own = {place: _length(model, items[place]) for place in wanted[rank() :: world_size()]}
+    own = {place: length_of(model, items[place]) for place in wanted[rank() :: world_size()]}
     length = {place: value for part in gather_objects(own) for place, value in part.items()}
     order = sorted(wanted, key=lambda place: (-length[place], place))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _length(model: Embedder, item: AnyItem) -> int:
+def length_of(model: Embedder, item: AnyItem) -> int:
     """Tokens of an item; 0 where it cannot be used, which shows when it is loaded."""
     try:
         return model.processor.num_tokens(outline(item))

@@ -227,6 +227,15 @@ def test_images_of_which_the_card_warns_are_seen_in_another_way(
     assert "Images must be opaque, with 8 bits" in (releases / "qwen2_vl-full/release/README.md").read_text()
 
 
+def test_a_text_that_names_an_image_is_taken_for_it(releases: Path) -> None:
+    """The card warns of it: to agff a str is a text."""
+    folder, image = releases / "qwen2_vl-full/release", str(releases / "qwen2_vl-full/2.png")
+    model = sentence_transformer(folder / "backbone")
+    found_ND = torch.from_numpy(model.encode([image, {"image": image}]))
+    torch.testing.assert_close(found_ND[0], found_ND[1], **CLOSE)
+    assert "A text that is the path of an image file there" in (folder / "README.md").read_text()
+
+
 def test_a_prompt_or_control_token_is_refused(releases: Path) -> None:
     model = sentence_transformer(releases / "qwen2_vl-full/release/backbone")
     with pytest.raises(TemplateError, match="an item has no system message or prompt; an instruction"):

@@ -93,7 +93,7 @@ def embed_all(folder: Path, out: Path) -> list[str | None]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_bytes_depend_neither_on_ranks_nor_on_kills(
     folder: Path, tmp_path: Path, world_size: int
 ) -> None:

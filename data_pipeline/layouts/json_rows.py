@@ -125,7 +125,7 @@ class _Text:
         self._text, self._at, self._is_end = "", 0, False
         self._between, self._needs_end = (_BEFORE, False) if place == 0 else (_BETWEEN, False)
         self._to_text = codecs.getincrementaldecoder("utf-8")()
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = json.JSONDecoder(object_pairs_hook=_each_key_once).raw_decode
 
     def read(self, file: IO[bytes]) -> None:
         """Add what comes next."""
@@ -155,7 +155,7 @@ class _Text:
                 return None
             what = f"damaged or cut short behind byte {self.place:,}: {error.msg}"
             raise DataError(f"{self.path}: {what}; download it again") from None
-        except ValueError as error:  # a number of more digits than Python reads
+        except ValueError as error:  # a number of more digits than Python reads, a key twice
             raise DataError(f"{self.path}: the object at byte {self.place:,}: {error}") from None
         place = self.place
         self._go_to(end)

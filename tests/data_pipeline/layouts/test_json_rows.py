@@ -71,6 +71,7 @@ DAMAGED = {
     "a list behind the list": ('[{"a": 1}]\n[{"a": 2}]', "the list ends at byte 9 and .* follows"),
     "an object behind the list": ('[{"a": 1}] ' + " " * 9 + '{"a": 2}', "the list ends at byte 9 and"),
     "a number of 5,000 digits": ('[{"a": 1}, {"a": ' + "9" * 5_000 + "}]", "object at byte 11: Exceeds"),
+    "a key twice": ('[{"a": 1}, {"b": {"c": 1, "c": 2}}]', "object at byte 11: the key 'c' twice"),
     "nested": ('[{"a": ' + "[" * 100_000, "nested too deeply"),
 }
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from launcher.embedding.vectors_folder import Description, VectorItem, settings_
 from launcher.embedding.vectors_folder_writer import EncodedBlock, VectorsFolderWriter
 from launcher.encoding.items import length_of
 from launcher.encoding.loading import loaded_batches, outline
+from launcher.encoding.vector_cache import inputs_key
 from launcher.run.meeting import from_first_rank, together
 from launcher.run.ranks import RankInfo
 
@@ -45,7 +47,7 @@ def describe(
     return Description(
         model=str(model),
         weights_sha256=embedder.weights_sha256,
-        settings={**settings_of(embedder), "batch_size": how.batch_size},
+        settings=settings_of_work(embedder, how),
         fusion={"beta": embedder.fusion.beta},
         input=location if "://" in location else str(Path(location).absolute()),
         input_fingerprint=corpus.fingerprint,
@@ -57,6 +59,16 @@ def describe(
         num_cut=0,
         files={},
     )
+
+
+def settings_of_work(embedder: Embedder, how: HowToEncode) -> dict[str, Any]:
+    """In which a work that is continued must agree: also the tokenizer and image processor, by a hash that
+    another version of transformers may change, so that finished vectors are not refused for it."""
+    return {
+        **settings_of(embedder),
+        "batch_size": how.batch_size,
+        "tokenizer_and_images": inputs_key(embedder),
+    }
 
 
 def write_corpus_vectors(

@@ -18,6 +18,7 @@ from agff.embedder import Embedder
 from agff.errors import ConfigError, DataError
 from agff.processor import ItemProcessor
 from launcher.embedding.sentence_model import MODULES_FILE, SentenceModel
+from launcher.encoding.vector_cache import model_key
 from launcher.run.config_file import CONFIG_FILE
 from launcher.run.trained_model import load_model
 
@@ -44,7 +45,7 @@ class OurModel:
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
-        self.identity = f"{embedder.processor.family.name}, weights sha256 {embedder.weights_sha256}"
+        self.identity = f"{embedder.processor.family.name}, model sha256 {model_key(embedder)}"
         self.dim = embedder.encode("a").shape[-1]
         self.seen_pixels: int | None = embedder.processor.max_image_pixels
 

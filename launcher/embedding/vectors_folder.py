@@ -42,7 +42,8 @@ class Description:
     """Folder of the release or run, as it was named."""
     weights_sha256: str
     settings: Mapping[str, Any]
-    """What decides a vector beside the weights (`settings_of`), and how many items share a batch."""
+    """What decides a vector beside the weights (`settings_of`), how many items share a batch, and a hash of
+    tokenizer and image processor."""
     fusion: Mapping[str, float]
     input: str
     """Absolute path, or URL."""

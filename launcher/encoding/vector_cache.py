@@ -95,8 +95,13 @@ class VectorCache:
 
 
 def model_key(model: Embedder) -> str:
-    """Hash of everything that makes an item's vectors: weights and prompts, tokenizer, image processor,
-    limits."""
+    """Hash of everything that makes an item's vectors: weights and what makes their inputs."""
+    return hashlib.sha256(f"{model.weights_sha256}\0{inputs_key(model)}".encode()).hexdigest()
+
+
+def inputs_key(model: Embedder) -> str:
+    """Hash of everything that makes a model's inputs of an item: tokenizer, image processor, limits, how many
+    prompts."""
     processor = model.processor
     settings = {
         "limits": asdict(processor.limits),
@@ -106,7 +111,7 @@ def model_key(model: Embedder) -> str:
         "family": processor.family.name,
     }
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    parts = (model.weights_sha256, tokenizer, json.dumps(settings, sort_keys=True, default=repr))
+    parts = (tokenizer, json.dumps(settings, sort_keys=True, default=repr))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -19,8 +19,8 @@ from data_pipeline.corpora.corpus import CorpusItem
 from data_pipeline.corpora.pairs import SIDES, PairItems, pair_items
 from data_pipeline.layouts.mmeb_train import MmebTrain
 from data_pipeline.work_blocks import BLOCKS_FOLDER, WorkBlocks
-from launcher.embedding.corpus_vectors import HowToEncode, describe, write_corpus_vectors
-from launcher.embedding.vectors_folder import REJECTED_FILE, VectorsFolder, settings_of
+from launcher.embedding.corpus_vectors import HowToEncode, describe, settings_of_work, write_corpus_vectors
+from launcher.embedding.vectors_folder import REJECTED_FILE, VectorsFolder
 from launcher.mining.candidates import Candidates, candidates_of
 from launcher.mining.ranking import best_candidates
 from launcher.mining.rules import MiningRules, choose
@@ -62,7 +62,7 @@ class Mining:
         values = {
             "format": FORMAT,
             "weights_sha256": self.embedder.weights_sha256,
-            "settings": {**settings_of(self.embedder), "batch_size": self.how.batch_size},
+            "settings": settings_of_work(self.embedder, self.how),
             "fusion": asdict(self.embedder.fusion),
             "rules": asdict(self.rules),
             "split": self.layout.split,

@@ -24,6 +24,8 @@ from agff.release import save_release
 from data_pipeline.convert import prepare
 from launcher.embed import embed_on_this_rank, main, parser
 from launcher.embedding import vectors_folder_writer
+from launcher.embedding.corpus_vectors import HowToEncode, settings_of_work
+from launcher.embedding.teacher import OurModel
 from launcher.embedding.vectors_folder import VectorsFolder
 from launcher.run.ranks import RankInfo
 from tests.agff.test_release import embedder
@@ -232,6 +234,19 @@ def test_a_kill_leaves_the_blocks_that_are_done(folder: Path, tmp_path: Path) ->
     assert "holds vectors with other settings; remove it, or choose another folder" in str(other)
     assert embed_in_small_blocks(argv) is None
     assert len(VectorsFolder(tmp_path / "v")) == 6
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "image processor"])
+def test_what_makes_the_inputs_is_part_of_the_work_and_of_a_teacher(folder: Path, what: str) -> None:
+    """Weights, limits and texts are the same: vectors of both would be mixed without a word."""
+    model, how = agff.load(folder / "release"), HowToEncode(batch_size=2, dtype="float32", num_workers=0)
+    before = settings_of_work(model, how), OurModel(model).identity
+    if what == "tokenizer":
+        model.processor.tokenizer.add_tokens(["heart"])
+    else:
+        model.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    after = settings_of_work(model, how), OurModel(model).identity
+    assert all(one != other for one, other in zip(before, after, strict=True))
 
 
 def empty(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from agff import vision_attention
-from agff.backbone_folder import check_backbone_folder
+from agff.backbone_folder import check_backbone_folder, lazy_tensors
 from agff.errors import ConfigError
 from agff.families import family_of
+from agff.lazy_tensor import LazyTensor
 from agff.patch_projection import project_patches_by_product
+from agff.streamed_model import empty_weights
 from agff.vision import VISION_OUTPUT, tower_of
 
 
@@ -106,6 +108,47 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     _check_takes_features(model)
     _speed_up_vision(model, attention)
     return model
+
+
+def empty_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
+    """As `load_backbone`, but without weights: the parameters are on the meta device, buffers are real. The
+    weights of the folder are not looked at. Raises ConfigError."""
+    from transformers import AutoConfig, AutoModel
+
+    check_backbone_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with empty_weights():
+            model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigError(f"{folder}: cannot load a backbone: {reason}") from None
+    _check_takes_features(model)
+    _speed_up_vision(model, attention)
+    return model.eval()
+
+
+def backbone_tensors(folder: Path, model: Any, shells: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """The weights in the folder by the names that they have in the backbone, to be read one by one.
+
+    shells: its weights by these names, without storage. A language-model head, which a backbone goes without,
+    is left out. Raises ConfigError when some are missing or of another shape."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    found = {
+        rename_source_key(name, conversions, [], model.base_model_prefix, dict(shells))[0]: lazy
+        for name, lazy in lazy_tensors(folder).items()
+    }
+    if missing := sorted(shells.keys() - found.keys()):
+        raise ConfigError(
+            f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
+            "download the folder again"
+        )
+    if others := sorted(name for name in shells if found[name].shape != shells[name].shape):
+        raise ConfigError(_other_shapes(folder, others))
+    return {name: found[name] for name in shells}
 
 
 def _check_takes_features(model: Any) -> None:

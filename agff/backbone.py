@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -111,9 +111,10 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
 
 
 def empty_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
-    """As `load_backbone`, but without weights: the parameters are on the meta device, buffers are real. The
-    weights of the folder are not looked at. Raises ConfigError."""
+    """As `load_backbone`, but without weights: the parameters are on the meta device, buffers are real. Of
+    the folder's weights only the names are read. Raises ConfigError."""
     from transformers import AutoConfig, AutoModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     check_backbone_folder(folder)
     try:
@@ -123,6 +124,10 @@ def empty_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigError(f"{folder}: cannot load a backbone: {reason}") from None
+    conversions = get_model_conversion_mapping(model)
+    _names_in_model(lazy_tensors(folder), model, conversions, model.state_dict())
+    # as from_pretrained leaves it: a model is saved under the names that it was loaded from
+    model._weight_conversions = [each for each in conversions if each.was_used()]
     _check_takes_features(model)
     _speed_up_vision(model, attention)
     return model.eval()
@@ -134,13 +139,10 @@ def backbone_tensors(folder: Path, model: Any, shells: Mapping[str, Tensor]) -> 
     shells: its weights by these names, without storage. A language-model head, which a backbone goes without,
     is left out. Raises ConfigError when some are missing or of another shape."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import rename_source_key
 
-    conversions = get_model_conversion_mapping(model)
-    found = {
-        rename_source_key(name, conversions, [], model.base_model_prefix, dict(shells))[0]: lazy
-        for name, lazy in lazy_tensors(folder).items()
-    }
+    stored = lazy_tensors(folder)
+    names = _names_in_model(stored, model, get_model_conversion_mapping(model), shells)
+    found = {name: stored[in_file] for in_file, name in names.items()}
     if missing := sorted(shells.keys() - found.keys()):
         raise ConfigError(
             f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
@@ -149,6 +151,16 @@ def backbone_tensors(folder: Path, model: Any, shells: Mapping[str, Tensor]) -> 
     if others := sorted(name for name in shells if found[name].shape != shells[name].shape):
         raise ConfigError(_other_shapes(folder, others))
     return {name: found[name] for name in shells}
+
+
+def _names_in_model(
+    names: Iterable[str], model: Any, conversions: list[Any], shells: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Name in a file -> name in the model, as transformers finds it, which notes what conversions it used."""
+    from transformers.core_model_loading import rename_source_key
+
+    prefix, meta = model.base_model_prefix, dict(shells)
+    return {name: rename_source_key(name, conversions, [], prefix, meta)[0] for name in names}
 
 
 def _check_takes_features(model: Any) -> None:

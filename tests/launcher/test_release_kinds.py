@@ -3,7 +3,6 @@ transformers and peft look for, and without the model in memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModel
 
 import agff
@@ -41,14 +39,12 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::User
 
 STEP = 4
 RANK, ALPHA = 2, 16
-STAGES = {"qwen2_vl": (1, 2, 3), "qwen2_5_vl": (3,), "qwen3_vl": (2,), "llava_onevision": (3,)}
 RUNS = [
-    f"{family}-{tuning}-zero{stage}"
-    for family, stages in STAGES.items()
-    for tuning in ("full", "frozen", "lora")
-    for stage in stages
-    if tuning != "frozen" or family == "qwen2_vl"
+    *("qwen2_vl-full-zero1", "qwen2_vl-full-zero2", "qwen2_vl-frozen-zero2", "qwen2_vl-frozen-zero3"),
+    *("qwen2_vl-lora-zero2", "qwen2_5_vl-full-zero1", "qwen2_5_vl-lora-zero3", "qwen3_vl-full-zero2"),
+    *("qwen3_vl-lora-zero1", "llava_onevision-full-zero3", "llava_onevision-lora-zero2"),
 ]
+"""Family, what trained (frozen: all but the vision tower), and the stage that saved it, on two ranks."""
 LORA_RUNS = [name for name in RUNS if "-lora-" in name]
 RELEASED_AS = {"full": ["merged"], "frozen": ["merged"], "lora": ["merged", "adapter", "both"]}
 RELEASES = [(name, kind) for name in RUNS for kind in RELEASED_AS[name.split("-")[1]]]
@@ -175,7 +171,7 @@ def test_plain_peft_loads_the_adapter_on_the_public_backbone(
     assert load_file(folder / "prompts.safetensors")["vectors"].shape == (3, 32)
 
 
-@pytest.mark.parametrize("name", [name for name in LORA_RUNS if name.endswith("zero3")])
+@pytest.mark.parametrize("name", LORA_RUNS)
 def test_merged_is_the_base_and_b_a_alpha_over_r(runs: Path, releases: Path, name: str) -> None:
     saved = consolidated_weights(runs / name, step=STEP)
     base = load_backbone(backbone_of(runs / name), dtype=torch.float32, attention="sdpa").state_dict()
@@ -191,15 +187,15 @@ def test_merged_is_the_base_and_b_a_alpha_over_r(runs: Path, releases: Path, nam
 
 
 def test_an_adapter_finds_no_backbone_of_its_own_and_refuses_another(runs: Path, releases: Path) -> None:
-    release = releases / "qwen2_vl-lora-zero3-adapter"
+    release = releases / "qwen2_vl-lora-zero2-adapter"
     contract = read_contract(release)
     assert (contract.weights, contract.base_model) == ("adapter", None)
     with pytest.raises(ConfigError, match=r'holds an adapter alone.*agff.load\(..., backbone="FOLDER"\)'):
         agff.load(release)
     with pytest.raises(CheckpointError, match="are not those that the adapter was trained on"):
-        agff.load(release, backbone=releases / "qwen2_vl-full-zero3-merged" / "backbone")
-    with pytest.raises(ConfigError, match="has its own backbone"):
-        agff.load(releases / "qwen2_vl-lora-zero3-both", backbone=runs / "qwen2_vl" / "published")
+        agff.load(release, backbone=releases / "qwen2_vl-full-zero1-merged" / "backbone")
+    with pytest.raises(ConfigError, match="holds its own backbone"):
+        agff.load(releases / "qwen2_vl-lora-zero2-both", backbone=runs / "qwen2_vl" / "published")
 
 
 def test_the_hubs_name_of_the_backbone_is_stored_and_its_cache_is_found(
@@ -228,7 +224,9 @@ def universal_of(run: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl-full-zero3", "qwen2_vl-frozen-zero2", "qwen2_vl-lora-zero2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen2_vl-frozen-zero2", marks=pytest.mark.slow), "qwen2_vl-lora-zero2"]
+)
 def test_a_universal_checkpoint_becomes_the_same_release(
     runs: Path, releases: Path, tmp_path: Path, name: str
 ) -> None:

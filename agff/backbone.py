@@ -20,7 +20,6 @@ from agff.errors import ConfigError
 from agff.families import family_of
 from agff.lazy_tensor import LazyTensor
 from agff.patch_projection import project_patches_by_product
-from agff.streamed_model import empty_weights
 from agff.vision import VISION_OUTPUT, tower_of
 
 
@@ -131,6 +130,13 @@ def empty_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     _check_takes_features(model)
     _speed_up_vision(model, attention)
     return model.eval()
+
+
+def empty_weights() -> Any:
+    """A context in which modules are made without memory for their parameters; buffers are real."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
 
 
 def backbone_tensors(folder: Path, model: Any, shells: Mapping[str, Tensor]) -> dict[str, LazyTensor]:

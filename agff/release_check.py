@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from agff.adapter_folder import ADAPTER_FOLDER, released_adapter
-from agff.backbone import backbone_tensors, empty_backbone
+from agff.backbone import backbone_tensors, empty_backbone, empty_weights
 from agff.backbone_folder import HEAD_FILE
 from agff.contract import Contract, read_contract
 from agff.embedding_model import EmbeddingModel
@@ -15,7 +15,7 @@ from agff.lazy_tensor import LazyTensor, of_safetensors
 from agff.release import check_golden, released_embedder
 from agff.release_files import BACKBONE_FOLDER, PROMPTS_FILE
 from agff.release_parts import merged, plain_names
-from agff.streamed_model import empty_weights, streamed
+from agff.streamed_model import streamed
 
 
 def check_golden_streamed(folder: Path, *, base: Path | None) -> float:

@@ -12,19 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from agff.embedding_model import EmbeddingModel
 from agff.lazy_tensor import LazyTensor
 
 RESIDENT_ELEMENTS = 2**16
-"""Tensors of at most this many elements are there all the time: biases, norms, soft tokens; models ask some
-of them for their device and number format."""
+"""Tensors of at most this many elements are there all the time, as biases and norms."""
 
 
 @contextmanager
-def streamed(model: nn.Module, weights: Mapping[str, LazyTensor], *, dtype: torch.dtype) -> Iterator[None]:
+def streamed(
+    model: EmbeddingModel, weights: Mapping[str, LazyTensor], *, dtype: torch.dtype
+) -> Iterator[None]:
     """In here a model whose parameters are on the meta device computes as if it had `weights`, rounded to
     `dtype`; afterwards it has none again.
 
-    weights: by the names of the parameters, all of them.
+    weights: by the names of the parameters, all of them. The soft tokens are there all the time: they say
+    where the model is.
     """
     removers: list[Any] = []
     empty: list[tuple[nn.Module, str, nn.Parameter | None]] = []
@@ -36,7 +39,8 @@ def streamed(model: nn.Module, weights: Mapping[str, LazyTensor], *, dtype: torc
             for name, whole_name in own.items():
                 if module._parameters[name] is None:
                     continue
-                if weights[whole_name].shape.numel() <= RESIDENT_ELEMENTS:
+                is_small = weights[whole_name].shape.numel() <= RESIDENT_ELEMENTS
+                if is_small or module is model.prompted_embedding:
                     module._parameters[name] = _parameter(weights[whole_name], dtype)
                 else:
                     large[name] = weights[whole_name]
@@ -69,10 +73,3 @@ def _hooks(module: nn.Module, large: Mapping[str, LazyTensor], dtype: torch.dtyp
         module.register_forward_pre_hook(fill),
         module.register_forward_hook(release, always_call=True),
     ]
-
-
-def empty_weights() -> Any:
-    """A context in which modules are made without memory for their parameters; buffers are real."""
-    from accelerate import init_empty_weights
-
-    return init_empty_weights(include_buffers=False)

@@ -10,11 +10,10 @@ import torch
 from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from agff.backbone import choose_trainable, empty_backbone, load_backbone
+from agff.backbone import choose_trainable, empty_backbone, empty_weights, load_backbone
 from agff.embedding_model import EmbeddingModel
 from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
-from agff.streamed_model import empty_weights
 from agff.zero3 import leaving_linear
 from launcher.run.config import ResolvedRun, RunConfig
 from launcher.run.first_stage import backbone_folder, start_from_first_stage

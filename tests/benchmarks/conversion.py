@@ -39,12 +39,12 @@ def conversion_rows(*, quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_tiny_qwen2vl(folder / "backbone", seed=0, sizes=QUICK_SIZES if quick else SIZES)
-        run_ranks(one_step_and_a_checkpoint, folder, world_size=1)
+        run_ranks(one_step_and_a_checkpoint, folder, world_size=1, timeout_s=600)
         rows = []
         for what, worker in (("convert_checkpoint", ours), ("DeepSpeed's zero_to_fp32", deepspeeds)):
             with _allocator():
                 times, copies, peak, size, largest = run_ranks(
-                    _measure, worker, folder, rounds, world_size=1
+                    _measure, worker, folder, rounds, world_size=1, timeout_s=600
                 )[0]
             words = {"group": "conversion", "what": what, "case": "", "note": f"{size / 1e6:,.0f} MB"}
             rows += [

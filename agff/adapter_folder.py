@@ -113,7 +113,7 @@ def with_adapter(backbone: Any, folder: Path) -> Any:
     config = peft.LoraConfig.from_pretrained(str(folder))
     model = peft.get_peft_model(backbone, config, autocast_adapter_dtype=False)
     weights = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
-    result = peft.set_peft_model_state_dict(model, weights)
+    result: Any = peft.set_peft_model_state_dict(model, weights)
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if unapplied := [*missing, *result.unexpected_keys]:
         raise CheckpointError(

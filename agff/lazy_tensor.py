@@ -65,7 +65,7 @@ def _read(shape: torch.Size, pieces: Sequence[Piece]) -> Tensor:
         try:
             with piece.path.open("rb", buffering=0) as file:
                 file.seek(piece.start)
-                _fill(file, memoryview(part.view(torch.uint8).numpy()), piece.path)
+                _fill(file, memoryview(part.view(torch.uint8).numpy().data), piece.path)
         except OSError as error:
             raise CheckpointError(f"{piece.path}: cannot be read: {error}") from None
     if done != flat.numel():
@@ -101,13 +101,13 @@ class TorchFile:
     def piece(self, tensor: Tensor) -> Piece:
         """Where a tensor lies."""
         storage: Any = tensor.untyped_storage()
-        start = storage._checkpoint_offset if tensor.numel() else 0
+        start: int = storage._checkpoint_offset if tensor.numel() else 0
         if not tensor.is_contiguous():
             raise CheckpointError(
                 f"{self.path}: holds a tensor of strides {tensor.stride()}, not in one piece"
             )
         return Piece(
-            self.path, start + tensor.storage_offset() * tensor.itemsize, tensor.numel(), tensor.dtype
+            self.path, start + int(tensor.storage_offset()) * tensor.itemsize, tensor.numel(), tensor.dtype
         )
 
 

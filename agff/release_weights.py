@@ -125,7 +125,7 @@ def _checked(name: str, lazy: LazyTensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> bytes:

@@ -40,8 +40,14 @@ __all__ = [
 ]
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    check: bool = True,
+    backbone: str | Path | None = None,
+) -> Embedder:
     """See `agff.release.load`; imported on first use, because it needs transformers."""
     from agff.release import load as load_release
 
-    return load_release(folder, device=device, check=check)
+    return load_release(folder, device=device, check=check, backbone=backbone)

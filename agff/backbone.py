@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from agff import vision_attention
-from agff.backbone_folder import check_backbone_folder
+from agff.backbone_folder import check_backbone_folder, lazy_tensors
 from agff.errors import ConfigError
 from agff.families import family_of
+from agff.lazy_tensor import LazyTensor
 from agff.patch_projection import project_patches_by_product
 from agff.vision import VISION_OUTPUT, tower_of
 
@@ -106,6 +107,66 @@ def load_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
     _check_takes_features(model)
     _speed_up_vision(model, attention)
     return model
+
+
+def empty_backbone(folder: Path, *, dtype: torch.dtype, attention: str) -> Any:
+    """As `load_backbone`, but without weights: the parameters are on the meta device, buffers are real. Of
+    the folder's weights only the names are read. Raises ConfigError."""
+    from transformers import AutoConfig, AutoModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    check_backbone_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with empty_weights():
+            model = AutoModel.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigError(f"{folder}: cannot load a backbone: {reason}") from None
+    conversions = get_model_conversion_mapping(model)
+    _names_in_model(lazy_tensors(folder), model, conversions, model.state_dict())
+    # as from_pretrained leaves it: a model is saved under the names that it was loaded from
+    model._weight_conversions = [each for each in conversions if each.was_used()]
+    _check_takes_features(model)
+    _speed_up_vision(model, attention)
+    return model.eval()
+
+
+def empty_weights() -> Any:
+    """A context in which modules are made without memory for their parameters; buffers are real."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
+
+
+def backbone_tensors(folder: Path, model: Any, shells: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """The weights in the folder by the names that they have in the backbone, to be read one by one.
+
+    shells: its weights by these names, without storage. A language-model head, which a backbone goes without,
+    is left out. Raises ConfigError when some are missing or of another shape."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    stored = lazy_tensors(folder)
+    names = _names_in_model(stored, model, get_model_conversion_mapping(model), shells)
+    found = {name: stored[in_file] for in_file, name in names.items()}
+    if missing := sorted(shells.keys() - found.keys()):
+        raise ConfigError(
+            f"{folder}: the weights lack {len(missing)} parameters of the model, {', '.join(missing[:3])}; "
+            "download the folder again"
+        )
+    if others := sorted(name for name in shells if found[name].shape != shells[name].shape):
+        raise ConfigError(_other_shapes(folder, others))
+    return {name: found[name] for name in shells}
+
+
+def _names_in_model(
+    names: Iterable[str], model: Any, conversions: list[Any], shells: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Name in a file -> name in the model, as transformers finds it, which notes what conversions it used."""
+    from transformers.core_model_loading import rename_source_key
+
+    prefix, meta = model.base_model_prefix, dict(shells)
+    return {name: rename_source_key(name, conversions, [], prefix, meta)[0] for name in names}
 
 
 def _check_takes_features(model: Any) -> None:

@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from agff.checkpoint_folder import checkpoint_folder, complete_steps
-from agff.errors import ConfigError
+from agff.errors import CheckpointError, ConfigError
 from agff.files import hashing_bar, sha256_of
+from agff.lazy_tensor import LazyTensor, TorchFile, of_safetensors
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -114,6 +115,20 @@ def backbone_sha256(folder: Path) -> str:
             lines.append(line)
             bar.update(size)
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def lazy_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """All weights of the folder by their names in its files, to be read one by one. Raises ConfigError."""
+    found: dict[str, LazyTensor] = {}
+    for path in _weight_files(folder):
+        try:
+            if path.suffix == ".safetensors":
+                found |= of_safetensors(path)
+            else:
+                found |= {name: stored.lazy for name, stored in TorchFile(path).content.items()}
+        except (OSError, SafetensorError, CheckpointError) as error:
+            raise ConfigError(f"{path}: cannot read the weights: {error}; download the file again") from None
+    return found
 
 
 def language_model_head(folder: Path, model_config: Any) -> torch.Tensor:

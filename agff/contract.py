@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -24,7 +25,7 @@ from agff.similarity import FusionConfig
 
 CONTRACT_FILE = "agff_config.json"
 CARD_FILE = "README.md"
-FORMAT = 6
+FORMAT = 7
 """Counts up when a field of Contract, of the settings in it, or the golden items change."""
 MAX_HASHED_BYTES = 64 * 2**20
 """Loading compares larger files, the weights, by size: it does not read 15 GB twice, and the golden vectors
@@ -50,6 +51,11 @@ class Contract:
     pooling: str
     dtype: Literal["float32", "bfloat16"]
     """Number format of the weights."""
+    weights: Literal["whole", "adapter", "both"]
+    """A whole backbone, an adapter alone, or both, which are then the same model."""
+    base_model: str | None
+    """Of an adapter, the name on the hub of the backbone that it is of; null: there is no adapter, or the
+    name is not known."""
     versions: dict[str, str]
     """Of the libraries that wrote it."""
     origin: dict[str, Any]
@@ -101,10 +107,12 @@ def read_contract(folder: Path) -> Contract:
         raise CheckpointError(f"{path}: {error}; {CONVERT_AGAIN}") from None
 
 
-def fingerprints(folder: Path) -> dict[str, str]:
-    """Size and SHA-256 of every file there but the card, which no program reads."""
+def fingerprints(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Size and SHA-256 of every file there but the card, which no program reads. known: those that need not
+    be read again."""
+    known = known or {}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: file_fingerprint(folder / name) for name in names if name != CARD_FILE}
+    return {name: known.get(name) or file_fingerprint(folder / name) for name in names if name != CARD_FILE}
 
 
 def check_files(folder: Path, contract: Contract) -> None:

@@ -1,6 +1,8 @@
 """A release folder: everything needed to use a trained model, and vectors that prove it was loaded rightly.
 
 <release>/backbone/            weights, configuration, tokenizer and image processor as Hugging Face has them
+          adapter/             of a run with LoRA, where it is asked for: the adapter as peft has it
+          processor/           of an adapter alone: configuration, tokenizer and image processor
           prompts.safetensors  the soft tokens
           head.safetensors     the head that makes the embeddings, where the objective has one
           golden.safetensors   embeddings of built-in items, compared at every load
@@ -12,18 +14,18 @@ and, unless it has a head, what other libraries load it by (agff/ecosystem_files
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
+from agff.adapter_folder import ADAPTER_FOLDER, base_folder, check_base, with_adapter, write_adapter
 from agff.backbone import load_backbone
 from agff.backbone_folder import HEAD_FILE
 from agff.contract import (
@@ -40,13 +42,25 @@ from agff.ecosystem_files import write_ecosystem_files
 from agff.embedder import AnyItem, Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError, ConfigError
+from agff.lazy_tensor import LazyTensor, of_tensor
 from agff.model_card import model_card
 from agff.objectives import name_of
-from agff.objectives.objective import Head
 from agff.processor import ItemProcessor
-from agff.vocabulary_prompts import add_to_vocabulary
+from agff.release_files import (
+    BACKBONE_FOLDER,
+    GOLDEN_FILE,
+    PROMPTS_FILE,
+    fill_head,
+    read_tensor,
+    settings_folder,
+)
+from agff.release_parts import lora_config, plain_backbone, release_parts
+from agff.release_weights import WrittenWeights, write_weights
+from agff.streamed_model import streamed
+from agff.vocabulary_prompts import VocabularyPrompts, add_to_vocabulary
 
-PROMPTS_FILE, GOLDEN_FILE = "prompts.safetensors", "golden.safetensors"
+Lora = Literal["merged", "adapter", "both"]
+"""What becomes of adapters: merged into the backbone, a folder of their own, or both."""
 MIN_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between a golden vector, the checkpoint's own in float32, and the release's: 0.8 and 2.6 degrees.
 
@@ -57,31 +71,60 @@ float32. With the quickstart's 4 + 4 layers bfloat16 is at 0.0002.
 
 
 def save_release(
-    embedder: Embedder, folder: Path, *, origin: Mapping[str, Any], dtype: torch.dtype = torch.float32
-) -> Any:
-    """Write a release; return the backbone that was written: unwrapped, adapters merged. The embedder is used
-    up by it.
+    embedder: Embedder,
+    folder: Path,
+    *,
+    origin: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    weights: Mapping[str, LazyTensor] | None = None,
+    lora: Lora = "merged",
+    base_model: str | None = None,
+    shard_bytes: int | None = None,
+) -> list[WrittenWeights]:
+    """Write a release, one tensor at a time; return the hashes of what was written (`check_written`).
 
-    The golden vectors are the embedder's as it comes, in float32; then adapters are merged and the weights
-    rounded to `dtype`. origin: JSON values that say where the weights come from (run, step, backbone).
+    The golden vectors are the embedder's as it comes, in float32; the weights are rounded to `dtype`.
+    origin: JSON values that say where the weights come from (run, step, backbone). weights: of a model that
+    is without any (`agff.backbone.empty_backbone`), all of them by the names of its parameters. lora: what
+    becomes of adapters, where there are any. base_model: the hub's name of the backbone they are of. Raises
+    ConfigError where an adapter is asked for and the model has none, CheckpointError for one that is zero or
+    of no layer.
     """
+    model, processor = embedder.model, copy.deepcopy(embedder.processor)  # its tokenizer gets new tokens
+    if lora != "merged" and lora_config(model) is None:
+        raise ConfigError(
+            f"--lora {lora}: the model has no adapters, all of its weights were trained; release it without "
+            "--lora"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"embeddings": embedder.encode(list(golden_items().values()))}, folder / GOLDEN_FILE)
-    model, processor = _merge_adapters(embedder.model).to(dtype), embedder.processor
-    vectors = model.prompted_embedding.vectors.detach().cpu().clone()
-    save_file({"vectors": vectors}, folder / PROMPTS_FILE)
+    with streamed(model, weights, dtype=torch.float32) if weights else contextlib.nullcontext():
+        golden = embedder.encode(list(golden_items().values()))
+    save_file({"embeddings": golden}, folder / GOLDEN_FILE)
+    parts = release_parts(model, weights or _in_memory(model))
+    written = [write_weights(folder, parts.prompts, dtype=dtype, stem=Path(PROMPTS_FILE).stem)]
     if model.head is not None:
-        save_file(model.head.state_dict(), folder / HEAD_FILE)
-    backbone = plain_backbone(model)
-    vocabulary = None
-    if model.head is None:  # a head is code of ours, and without it these would be other vectors
-        vocabulary = add_to_vocabulary(processor.tokenizer, backbone.config, processor.prompts)
-        table = backbone.get_input_embeddings()
-        table.weight.data = vocabulary.in_table(table.weight.data, vectors)
-    backbone.save_pretrained(folder / "backbone")
-    processor.save(folder / "backbone")
+        written.append(write_weights(folder, parts.head, dtype=dtype, stem=Path(HEAD_FILE).stem))
+    if lora != "merged":
+        adapter = folder / ADAPTER_FOLDER
+        written.append(write_adapter(adapter, model, parts, dtype=dtype, base_model=base_model))
+    config, vocabulary = _released_config(model, dtype), None
+    if lora != "adapter":
+        if model.head is None:  # a head is code of ours, and without it these would be other vectors
+            vocabulary = add_to_vocabulary(processor.tokenizer, config, processor.prompts)
+            table, prompts = parts.backbone[parts.embedding], parts.prompts["vectors"]
+            parts.backbone[parts.embedding] = _with_prompts(table, prompts, vocabulary)
+        written.append(
+            write_weights(folder / BACKBONE_FOLDER, parts.backbone, dtype=dtype, shard_bytes=shard_bytes)
+        )
+    config.save_pretrained(folder / settings_folder(lora))
+    processor.save(folder / settings_folder(lora))
     if vocabulary is not None:
-        write_ecosystem_files(folder, vocabulary, backbone.config, embedder.texts)
+        write_ecosystem_files(folder, vocabulary, config, embedder.texts)
+    known = {
+        path.relative_to(folder).as_posix(): each.files[path.name]
+        for each in written
+        for path in each.tensors
+    }
     contract = Contract(
         prompts=processor.prompts,
         processor=processor.limits,
@@ -93,56 +136,106 @@ def save_release(
         pooling="last soft token of each prompt block, L2-normalised"
         + ("; then the head" if model.head is not None else ""),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        weights="whole" if lora == "merged" else lora,
+        base_model=base_model if lora != "merged" else None,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         origin=dict(origin),
-        files=fingerprints(folder),
+        files=fingerprints(folder, known),
     )
     (folder / CARD_FILE).write_text(model_card(contract), encoding="utf-8")
     write_contract(folder, contract)
-    return backbone
+    return written
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu", check: bool = True) -> Embedder:
+def _in_memory(model: EmbeddingModel) -> dict[str, LazyTensor]:
+    return {name: of_tensor(parameter) for name, parameter in model.named_parameters()}
+
+
+def _released_config(model: EmbeddingModel, dtype: torch.dtype) -> Any:
+    backbone = plain_backbone(model)
+    config = copy.deepcopy(backbone.config)
+    config.dtype, config.architectures = str(dtype).removeprefix("torch."), [type(backbone).__name__]
+    return config
+
+
+def _with_prompts(table: LazyTensor, prompts: LazyTensor, vocabulary: VocabularyPrompts) -> LazyTensor:
+    rows, width = table.shape
+    shape = torch.Size((max(rows, vocabulary.vocabulary_size), width))
+    return LazyTensor(shape, lambda: vocabulary.in_table(table.read(), prompts.read()))
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    check: bool = True,
+    backbone: str | Path | None = None,
+) -> Embedder:
     """The model of a release folder, ready for `.encode(items)` and `.similarity(a, b)`. Needs no DeepSpeed.
 
     check: compare the files with those that were released, encode the built-in items and compare them with
-    the release's golden vectors. Raises CheckpointError when the folder is no release, is incomplete, damaged
-    or of another format, or does not reproduce its golden vectors.
+    the release's golden vectors. backbone: of a release that is an adapter alone, the folder of the backbone
+    that it is of; by default the one that is in the hub's cache. Nothing is downloaded. Raises
+    CheckpointError when the folder is no release, is incomplete, damaged or of another format, or does not
+    reproduce its golden vectors; ConfigError when the backbone of an adapter is not found.
     """
     folder = Path(folder)
     contract = read_contract(folder)
     if check:
         check_files(folder, contract)
     dtype = getattr(torch, contract.dtype)
-    with _named_errors(folder / "backbone", contract):
-        objective = released_objective(contract)
-        backbone = load_backbone(folder / "backbone", dtype=dtype, attention="sdpa")
-        head = objective.build_head(backbone.config) if objective else None
-        model = EmbeddingModel(backbone, contract.prompts, head)
-        processor = ItemProcessor.from_folder(
-            folder / "backbone",
-            prompts=contract.prompts,
-            limits=contract.processor,
-            cells=objective.image_cells if objective else None,
+    base = None
+    if contract.weights == "adapter":
+        base = base_folder(contract.base_model, Path(backbone) if backbone is not None else None)
+        if check:
+            check_base(base, contract.origin.get("backbone_sha256"))
+    elif backbone is not None:
+        raise ConfigError(
+            f"{folder}: holds its own backbone; `backbone` is for a release of an adapter alone"
         )
-    vectors = model.prompted_embedding.vectors
+
+    def load_weights() -> Any:
+        if base is None:
+            return load_backbone(folder / BACKBONE_FOLDER, dtype=dtype, attention="sdpa")
+        return with_adapter(load_backbone(base, dtype=dtype, attention="sdpa"), folder / ADAPTER_FOLDER)
+
+    embedder = released_embedder(folder, contract, load_weights)
+    vectors, head = embedder.model.prompted_embedding.vectors, embedder.model.head
     vectors.data.copy_(read_tensor(folder / PROMPTS_FILE, "vectors", vectors.shape))
     if head is not None:
         fill_head(head.to(dtype), folder / HEAD_FILE)
-    embedder = Embedder(
-        model.to(device),
-        processor,
-        contract.fusion,
-        texts=contract.texts,
-        objective=objective,
-        truncations=contract.nested,
-    )
+    embedder.model.to(device)
     if check:
         try:
             check_golden(embedder, folder, dtype=contract.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; to look at it all the same, pass check=False") from None
     return embedder
+
+
+def released_embedder(folder: Path, contract: Contract, load_weights: Callable[[], Any]) -> Embedder:
+    """The model of a release with the backbone that `load_weights` gives, before soft tokens and head are
+    filled in."""
+    settings = folder / settings_folder(contract.weights)
+    with _named_errors(settings, contract):
+        objective = released_objective(contract)
+        backbone = load_weights()
+        head = objective.build_head(backbone.config) if objective else None
+        model = EmbeddingModel(backbone, contract.prompts, head)
+        processor = ItemProcessor.from_folder(
+            settings,
+            prompts=contract.prompts,
+            limits=contract.processor,
+            cells=objective.image_cells if objective else None,
+        )
+    return Embedder(
+        model,
+        processor,
+        contract.fusion,
+        texts=contract.texts,
+        objective=objective,
+        truncations=contract.nested,
+    )
 
 
 def check_golden(embedder: Embedder, folder: Path, *, dtype: str) -> float:
@@ -183,52 +276,6 @@ def golden_items() -> dict[str, AnyItem]:
         "an image": tall,
         "an image with a text": {"image": wide, "text": "What is in the picture?\n"},
     }
-
-
-def _merge_adapters(model: EmbeddingModel) -> EmbeddingModel:
-    """The same model with its adapters, if it has any, merged into the weights."""
-    if hasattr(model.backbone, "merge_and_unload"):
-        model.backbone = model.backbone.merge_and_unload()
-    return model
-
-
-def plain_backbone(model: EmbeddingModel) -> Any:
-    """The backbone with its own embedding, key names as transformers knows them; the model is used up by
-    it."""
-    backbone = _merge_adapters(model).backbone
-    backbone.set_input_embeddings(model.prompted_embedding.base)
-    return backbone
-
-
-def fill_head(head: Head, path: Path) -> None:
-    """Weights of a release's head. Raises CheckpointError when names or shapes differ."""
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; {CONVERT_AGAIN}") from None
-    wanted = head.state_dict()
-    if problems := [
-        f"{name} is {list(found[name].shape) if name in found else 'missing'}, must be "
-        f"{list(wanted[name].shape) if name in wanted else 'absent'}"
-        for name in sorted(wanted.keys() | found.keys())
-        if name not in wanted or name not in found or found[name].shape != wanted[name].shape
-    ]:
-        raise CheckpointError(f"{path}: {'; '.join(problems)}; {CONVERT_AGAIN}")
-    head.load_state_dict(found)
-
-
-def read_tensor(path: Path, name: str, shape: torch.Size) -> Tensor:
-    """One tensor of a release's file. Raises CheckpointError when it is absent or of another shape."""
-    try:
-        tensor = load_file(path)[name]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot read tensor `{name}`: {error}; {CONVERT_AGAIN}") from None
-    if tensor.shape != shape or not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{path}: `{name}` is {tensor.dtype} {list(tensor.shape)}, must be floating-point {list(shape)}; "
-            f"{CONVERT_AGAIN}"
-        )
-    return tensor
 
 
 @contextlib.contextmanager

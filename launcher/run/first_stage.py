@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from agff.backbone_folder import HEAD_FILE
 from agff.contract import CONTRACT_FILE, CONVERT_AGAIN, Contract, check_files, read_contract
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError, ConfigError
-from agff.release import HEAD_FILE, PROMPTS_FILE, fill_head, read_tensor
+from agff.release_files import PROMPTS_FILE, fill_head, read_tensor
 from launcher.run.config import RunConfig
 
 Shape = list[int]

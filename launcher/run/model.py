@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from agff.backbone import choose_trainable, load_backbone
+from agff.backbone import choose_trainable, empty_backbone, empty_weights, load_backbone
 from agff.embedding_model import EmbeddingModel
 from agff.processor import ItemProcessor
 from agff.prompts import initial_vectors
@@ -54,3 +55,13 @@ def untrained_model(config: RunConfig, *, dtype: torch.dtype, attention: str) ->
         head = head.to(dtype)  # ZeRO wants one precision for all
         head.load_from(backbone_folder(config.backbone.path), backbone.config)
     return EmbeddingModel(choose_trainable(backbone, config.backbone), config.prompts.of_model, head)
+
+
+def empty_model(config: RunConfig) -> EmbeddingModel:
+    """As `untrained_model`, but without any weights: the parameters, whose names and shapes are right, are on
+    the meta device."""
+    backbone = empty_backbone(backbone_folder(config.backbone.path), dtype=torch.float32, attention="sdpa")
+    chosen = replace(config.backbone, gradient_checkpointing=False)
+    with empty_weights():
+        head = config.loss.build_head(backbone.config)
+        return EmbeddingModel(choose_trainable(backbone, chosen), config.prompts.of_model, head)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +17,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import agff
+from agff import lazy_tensor
 from agff.backbone import load_backbone
 from agff.backbone_folder import backbone_sha256
 from agff.checkpoint import consolidated_weights
-from agff.contract import CONTRACT_FILE
+from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
+from agff.contract import CONTRACT_FILE, read_contract
+from agff.lazy_tensor import LazyTensor, of_tensor
+from agff.release_check import check_golden_streamed
+from agff.release_parts import ReleaseParts, release_parts
+from agff.zero_weights import ZeroWeights
 from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import LocalFolder
-from launcher.convert_checkpoint import main
+from launcher.convert_checkpoint import convert, main
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -28,7 +38,14 @@ BACKBONE = ".cache/quickstart/backbone"
 
 
 def backbone_weights(folder: Path) -> dict[str, Tensor]:
-    return load_backbone(folder, dtype=torch.float32, attention="sdpa").state_dict()
+    """Of a backbone, or of a release without the rows that its prompts have in the vocabulary."""
+    weights: dict[str, Tensor] = load_backbone(folder, dtype=torch.float32, attention="sdpa").state_dict()
+    if (mask := folder.parent / "1_MultiVectorMask/config.json").exists():
+        [table] = [name for name in weights if name.endswith("embed_tokens.weight")]
+        first = min(json.loads(mask.read_text())["keep_only_token_ids"])
+        assert len(weights[table]) == first + 5, "the table had no unused rows"
+        weights[table] = weights[table][:first]
+    return weights
 
 
 def from_checkpoint(run: Path, base: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -170,7 +187,181 @@ def test_a_full_disk_is_named_and_leaves_nothing(
         raise error
 
     monkeypatch.chdir(project)
-    monkeypatch.setattr("agff.release.save_file", save)
+    monkeypatch.setattr("agff.release.save_file", save)  # of the first file
     assert main([str(train_once(3)[0]), str(tmp_path / "release")]) == 2
     assert "release: cannot be written: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--step", "3"], "no complete checkpoint of step 3; there are those of 2, 4"),
+        (["--lora", "adapter"], "--lora adapter: the model has no adapters, all of its weights were trained"),
+        (["--lora", "both"], "--lora both: the model has no adapters, all of its weights were trained"),
+        (
+            ["--universal", "nowhere"],
+            "nowhere: no checkpoint of ZeRO 1, 2 or 3 (0 files *_optim_states.pt, 0",
+        ),
+    ],
+)
+def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(
+    project: Path,
+    train_once: Callable[[int], tuple[Path, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(project)
+    assert main([str(train_once(3)[0]), str(tmp_path / "release"), *options]) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["5 pears", "0", "-1GB", "GB"])
+def test_a_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "release", f"--shard_size={size}"])
+    assert f"'{size}' is no size; write it as 500MB or 5GB" in capsys.readouterr().err
+
+
+def test_an_older_step_is_released_in_shards_that_transformers_loads(
+    project: Path,
+    train_once: Callable[[int], tuple[Path, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(project)
+    run = train_once(3)[0]
+    assert main([str(run), str(tmp_path / "old"), "--step", "2", "--shard_size", "100KB"]) == 0
+    assert main([str(run), str(tmp_path / "new")]) == 0
+    folder = tmp_path / "old" / "backbone"
+    shards = sorted(folder.glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]
+    assert len(shards) > 1
+    found, saved = backbone_weights(folder), consolidated_weights(run, step=2)
+    for name, weight in found.items():
+        inner = name.replace("embed_tokens.", "embed_tokens.base.")
+        assert torch.equal(weight, saved[f"backbone.{inner}"])
+    newer = backbone_weights(tmp_path / "new" / "backbone")
+    assert any(not torch.equal(found[name], newer[name]) for name in found)
+    assert read_contract(tmp_path / "old").origin["step"] == 2
+    agff.load(tmp_path / "old")
+
+
+DAMAGES = ["a tensor of the checkpoint", "a tensor on the disk", "a layer", "an adapter of zeros"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_not_the_checkpoint_is_never_released(
+    project: Path,
+    train_once: Callable[[int], tuple[Path, str]],
+    lora_run: tuple[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    """A bit of the masters; a bit of what was written; one layer that is another's, which no hash of what was
+    written shows; adapters that were saved before they were gathered."""
+    monkeypatch.chdir(project)
+    run, out = tmp_path / "run", tmp_path / "out" / "release"
+    shutil.copytree(lora_run[1] if damage == "an adapter of zeros" else train_once(3)[0], run)
+    step = checkpoint_folder(run) / checkpoint_name(4)
+    pieces = ZeroWeights(step).pieces
+    if damage == "a tensor of the checkpoint":
+        _flip(pieces[3].path, pieces[3].start)
+        says = [f"{pieces[3].path}: damaged: Bad CRC-32", "convert an older one with --step 2"]
+    elif damage == "an adapter of zeros":
+        monkeypatch.setattr("agff.lazy_tensor.Piece.part", lambda piece, *_: piece)
+        monkeypatch.setattr("agff.zero_weights.of_pieces", _zeros)
+        says = ["adapters are zero: the model is the backbone as it was; nothing was trained"]
+    elif damage == "a tensor on the disk":
+        monkeypatch.setattr("agff.release_weights.sync", lambda path: _flip(path, path.stat().st_size - 5))
+        says = ["read back differs from what was written: sha256 ", "nothing was released"]
+    else:
+        monkeypatch.setattr("agff.release.release_parts", _with_another_layer)
+        says = ["does not reproduce its golden vectors: cosine"]
+    assert main([str(run), str(out)]) == 2
+    errors = capsys.readouterr().err
+    assert all(each in errors for each in says), errors
+    assert list(out.parent.iterdir()) == []
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def _zeros(shape: torch.Size, _: Any) -> LazyTensor:
+    return of_tensor(torch.zeros(shape))
+
+
+def _with_another_layer(*arguments: Any) -> ReleaseParts:
+    parts = release_parts(*arguments)
+    name = next(name for name in parts.backbone if name.endswith("layers.0.mlp.down_proj.weight"))
+    parts.backbone[name] = of_tensor(parts.backbone[name].read().flip(0))
+    return parts
+
+
+def test_of_two_writers_of_a_folder_one_is_refused(
+    project: Path,
+    train_once: Callable[[int], tuple[Path, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The other one is done first."""
+    monkeypatch.chdir(project)
+    run, out = train_once(3)[0], tmp_path / "release"
+    convert_other = partial(convert, run, tmp_path / "other", dtype=torch.float32)
+
+    def check_and_be_overtaken(*arguments: Any, **options: Any) -> float:
+        monkeypatch.undo()
+        monkeypatch.chdir(project)
+        convert_other()
+        (tmp_path / "other").rename(out)
+        return check_golden_streamed(*arguments, **options)
+
+    monkeypatch.setattr("launcher.convert_checkpoint.check_golden_streamed", check_and_be_overtaken)
+    assert main([str(run), str(out)]) == 2
+    assert f"{out} exists by now: another process has written it meanwhile" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
+    agff.load(out)
+
+
+def test_nothing_but_a_tensor_or_two_is_in_memory(
+    project: Path,
+    train_once: Callable[[int], tuple[Path, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bytes of all tensors that live at once, counted where they are made, against the largest tensor."""
+    monkeypatch.chdir(project)
+    alive: dict[int, int] = {}
+    most = [0]
+
+    def read(shape: torch.Size, pieces: Any) -> Tensor:
+        tensor = original(shape, pieces)
+        alive[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, alive.pop, id(tensor))
+        most[0] = max(most[0], sum(alive.values()))
+        return tensor
+
+    original = lazy_tensor._read
+    monkeypatch.setattr(lazy_tensor, "_read", read)
+    monkeypatch.setattr("agff.streamed_model.RESIDENT_ELEMENTS", 64)  # no more than a norm of this tiny model
+    run = train_once(3)[0]
+    convert(run, tmp_path / "release", dtype=torch.float32)
+    sizes = [
+        lazy.shape.numel() * 4
+        for lazy in ZeroWeights(checkpoint_folder(run) / checkpoint_name(4)).tensors.values()
+    ]
+    assert len(sizes) > 40
+    assert sum(sizes) > 3 * max(sizes), "the bound says something"
+    assert most[0] <= 2 * max(sizes)

@@ -18,6 +18,7 @@ from agff.checkpoint import consolidated_weights
 from agff.files import partial_path
 from agff.objectives.objective import Objective
 from agff.objectives.vein import Vein
+from agff.zero_weights import ZeroWeights
 from launcher.command_line import RECIPES, parse_train_arguments
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
@@ -249,14 +250,18 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_old_ones_are_removed(
     names = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert names == ["step-000006", "step-000007", "step-000008"], "keep_last is 3"
     shutil.rmtree(run / LAST)
-    damaged = next((run / "checkpoints/step-000007").glob("*optim_states.pt"))
+    masters = ZeroWeights(run / "checkpoints/step-000007").pieces[0]
+    damaged = masters.path
     content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[masters.start] ^= 1  # where the conversion reads too; of the rest it looks at the size
     damaged.write_bytes(content)
     result = run_command(f"python launcher/convert_checkpoint.py {run} releases/damaged", project)
     assert result.returncode == 2
-    assert f"{damaged}: found " in result.stdout
-    assert f"{run}: the newest checkpoint is damaged; training again falls back" in result.stdout
+    assert f"{damaged}: damaged: Bad CRC-32" in result.stdout
+    assert f"{run}: the newest checkpoint is damaged (step 7); convert an older one with --step 6, or" in (
+        result.stdout
+    )
+    assert not (project / "releases/damaged").exists()
     result = run_command(f"{command} --run_dir runs/damaged --keep_last 1 --keep_every 7", project)
     assert result.returncode == 0, result.stdout
     assert "DAMAGED CHECKPOINT, going back to the one before it" in result.stdout

@@ -1,0 +1,174 @@
+"""Every family, stage of ZeRO and kind of release: what was trained comes out, under the names that
+transformers and peft look for, and without the model in memory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import agff
+from agff.backbone import load_backbone
+from agff.backbone_folder import backbone_sha256
+from agff.checkpoint import consolidated_weights, save_checkpoint
+from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
+from agff.contract import read_contract
+from agff.errors import CheckpointError, ConfigError
+from agff.release import golden_items
+from agff.vocabulary_prompts import add_to_vocabulary
+from agff.zero_weights import ZeroWeights
+from launcher.convert_checkpoint import convert
+from launcher.run.config_file import read_recipe
+from launcher.run.model import untrained_model
+from launcher.run.trained_model import load_run
+from tests.agff.family_folders import BUILDERS, published
+from tests.agff.test_step import OPTIMIZER, zero_config
+from tests.launcher.runs import SMALL_RECIPE
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+STEP = 4
+RANK, ALPHA = 2, 16
+RUNS = [
+    *("qwen2_vl-full-zero1", "qwen2_vl-full-zero2", "qwen2_vl-frozen-zero2", "qwen2_vl-frozen-zero3"),
+    *("qwen2_vl-lora-zero2", "qwen2_5_vl-full-zero1", "qwen2_5_vl-lora-zero3", "qwen3_vl-full-zero2"),
+    *("qwen3_vl-lora-zero1", "llava_onevision-full-zero3", "llava_onevision-lora-zero2"),
+]
+"""Family, what trained (frozen: all but the vision tower), and the stage that saved it, on two ranks."""
+LORA_RUNS = [name for name in RUNS if "-lora-" in name]
+RELEASED_AS = {"full": ["merged"], "frozen": ["merged"], "lora": ["merged", "adapter", "both"]}
+RELEASES = [(name, kind) for name in RUNS for kind in RELEASED_AS[name.split("-")[1]]]
+
+
+def write_run(folder: Path, backbone: Path, tuning: str) -> None:
+    recipe: dict[str, Any] = {**SMALL_RECIPE, "precision": "fp32", "prompts": {"num_fine": 2}}
+    lora = {"rank": RANK, "alpha": ALPHA} if tuning == "lora" else None
+    recipe["backbone"] = {"path": str(backbone), "lora": lora, "freeze_vision": tuning == "frozen"}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def save_checkpoints(runs: Path) -> None:
+    """Of every run, with weights that no run begins with."""
+    from agff.engine import Engine, start_process_group
+
+    device = start_process_group(dist.get_rank())
+    for run in (runs / name for name in RUNS):
+        config = read_recipe(run / "config.yaml")
+        torch.manual_seed(1)
+        model = untrained_model(config, dtype=torch.float32, attention="sdpa")
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        engine = Engine(
+            model,
+            deepspeed_config=zero_config(int(run.name[-1]), 8, clip=0.5),
+            optimizer=OPTIMIZER,
+            num_steps=STEP,
+            autocast_dtype=None,
+            device=device,
+        )
+        state = {"backbone_sha256": backbone_sha256(Path(config.backbone.path))}
+        is_lora = config.backbone.lora is not None
+        save_checkpoint(engine, run, step=STEP, state=state, trainable_only=is_lora)
+        engine.deepspeed.destroy()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA runs began from a backbone in its published layout, the others from today's."""
+    folder = tmp_path_factory.mktemp("release_kinds")
+    for family, build in BUILDERS.items():
+        build(folder / family / "today")
+        published(folder / family / "today", folder / family / "published")
+    for name in RUNS:
+        family, tuning, _ = name.split("-")
+        write_run(folder / name, folder / family / ("published" if tuning == "lora" else "today"), tuning)
+    run_ranks(save_checkpoints, folder, world_size=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def releases(runs: Path) -> Path:
+    for name, kind in RELEASES:
+        convert(runs / name, runs / "releases" / f"{name}-{kind}", dtype=torch.float32, lora=kind)
+    return runs / "releases"
+
+
+def backbone_of(run: Path) -> Path:
+    return Path(read_recipe(run / "config.yaml").backbone.path)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_partitions_are_put_together_as_deepspeed_does(runs: Path, name: str) -> None:
+    found = ZeroWeights(checkpoint_folder(runs / name) / checkpoint_name(STEP)).tensors
+    expected = consolidated_weights(runs / name, step=STEP)
+    assert found.keys() == expected.keys()
+    [table] = [each for each in base if each.endswith("embed_tokens.weight")]
+    in_vocabulary = found.pop(table)[: len(base[table])] != base.pop(table)
+    assert in_vocabulary.any(dim=1).sum() <= 3, "the prompts take unused rows, or new ones"
+    assert all(torch.equal(found[each], base[each]) for each in base)
+
+
+def test_an_adapter_finds_no_backbone_of_its_own_and_refuses_another(runs: Path, releases: Path) -> None:
+    release = releases / "qwen2_vl-lora-zero2-adapter"
+    contract = read_contract(release)
+    assert (contract.weights, contract.base_model) == ("adapter", None)
+    with pytest.raises(ConfigError, match=r'holds an adapter alone.*agff.load\(..., backbone="FOLDER"\)'):
+        agff.load(release)
+    with pytest.raises(CheckpointError, match="are not those that the adapter was trained on"):
+        agff.load(release, backbone=releases / "qwen2_vl-full-zero1-merged" / "backbone")
+    with pytest.raises(ConfigError, match="holds its own backbone"):
+        agff.load(releases / "qwen2_vl-lora-zero2-both", backbone=runs / "qwen2_vl" / "published")
+
+
+def test_the_hubs_name_of_the_backbone_is_stored_and_its_cache_is_found(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    release = tmp_path / "release"
+    name = "Qwen/Qwen2-VL-0B"
+    convert(runs / "qwen2_vl-lora-zero2", release, dtype=torch.float32, lora="adapter", base_model=name)
+    assert read_contract(release).base_model == name
+    assert peft.PeftConfig.from_pretrained(str(release / "adapter")).base_model_name_or_path == name
+    with pytest.raises(ConfigError, match=f"hf download {name} --local-dir FOLDER"):
+        agff.load(release)
+    snapshot = tmp_path / "hub/models--Qwen--Qwen2-VL-0B/snapshots/abc"
+    shutil.copytree(runs / "qwen2_vl" / "published", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    assert len(agff.load(release).encode("a text")) == 1
+
+
+def universal_of(run: Path, out: Path) -> Path:
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint_folder(run) / checkpoint_name(STEP))]
+    command += ["--output_folder", str(out), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen2_vl-frozen-zero2", marks=pytest.mark.slow), "qwen2_vl-lora-zero2"]
+)
+def test_a_universal_checkpoint_becomes_the_same_release(
+    runs: Path, releases: Path, tmp_path: Path, name: str
+) -> None:
+    universal = universal_of(runs / name, tmp_path / "universal")
+    convert(runs / name, tmp_path / "release", dtype=torch.float32, universal=universal)
+    expected = releases / f"{name}-merged"
+    for file in ("backbone/model.safetensors", "prompts.safetensors"):
+        found, wanted = load_file(tmp_path / "release" / file), load_file(expected / file)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[each], wanted[each]) for each in wanted)

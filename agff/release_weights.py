@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from agff.errors import CheckpointError
-from agff.files import sync
 from agff.lazy_tensor import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -52,7 +51,7 @@ def write_weights(
     """Write all tensors, in their order and rounded to `dtype`, to `folder`/`stem`.safetensors, or, where
     they are more than `shard_bytes`, to several files and an index, as transformers names them.
 
-    One tensor is in memory at a time. Returns when the files are on disk. Raises CheckpointError for a tensor
+    One tensor is in memory at a time. The caller syncs the files. Raises CheckpointError for a tensor
     that is not of its shape, OSError where the folder cannot be written.
     """
     shards = _shards(tensors, shard_bytes=shard_bytes, itemsize=dtype.itemsize)
@@ -61,13 +60,9 @@ def write_weights(
     written = WrittenWeights()
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(3) as pool:
-        on_disk = []
         for name, shard in zip(names, shards, strict=True):
             path = folder / f"{name}.safetensors"
             written.files[path.name] = _write_shard(path, shard, dtype, pool, written)
-            on_disk.append(pool.submit(sync, path))
-        for each in on_disk:
-            each.result()
     if len(shards) > 1:
         _write_index(folder / f"{stem}.safetensors.index.json", names, shards, dtype)
     return written

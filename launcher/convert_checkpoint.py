@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from agff.adapter_folder import hub_name
 from agff.errors import AgffError, CheckpointError
-from agff.files import partial_path
+from agff.files import partial_path, sync
 from agff.lazy_tensor import damaged_records
 from agff.release import Lora, save_release
 from agff.release_check import check_golden_streamed
@@ -65,29 +65,35 @@ def convert(
         origin = origin_of(run, read_run_config(run), known) | {"step": trained.step}
         if base_model := base_model or hub_name(trained.backbone):
             origin["base_model"] = base_model
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool, _named_errors(out):
             damage = pool.submit(damaged_records, trained.pieces)  # while the same bytes are copied
-            with _named_errors(out):
-                written = save_release(
-                    trained.embedder,
-                    partial,
-                    origin=origin,
-                    dtype=dtype,
-                    weights=trained.weights,
-                    lora=lora,
-                    base_model=base_model,
-                    shard_bytes=shard_bytes,
-                )
+            written = save_release(
+                trained.embedder,
+                partial,
+                origin=origin,
+                dtype=dtype,
+                weights=trained.weights,
+                lora=lora,
+                base_model=base_model,
+                shard_bytes=shard_bytes,
+            )
+            on_disk = pool.submit(_sync, partial)  # while it is read back
             if problems := damage.result():
                 raise CheckpointError(damaged(run, trained.step, problems))
-        for each in written:
-            check_written(each)
-        cosine = check_golden_streamed(partial, base=trained.backbone)
-        with _named_errors(out):
+            for each in written:
+                check_written(each)
+            cosine = check_golden_streamed(partial, base=trained.backbone)
+            on_disk.result()
             _publish(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return cosine
+
+
+def _sync(folder: Path) -> None:
+    """Wait until all files in it are on disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def _publish(partial: Path, out: Path) -> None:

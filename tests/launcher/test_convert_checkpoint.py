@@ -27,6 +27,7 @@ from agff.contract import CONTRACT_FILE, read_contract
 from agff.lazy_tensor import LazyTensor, of_tensor
 from agff.release_check import check_golden_streamed
 from agff.release_parts import ReleaseParts, release_parts
+from agff.release_weights import WrittenWeights, check_written
 from agff.zero_weights import ZeroWeights
 from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import LocalFolder
@@ -281,7 +282,7 @@ def test_what_is_not_the_checkpoint_is_never_released(
         monkeypatch.setattr("agff.zero_weights.of_pieces", _zeros)
         says = ["adapters are zero: the model is the backbone as it was; nothing was trained"]
     elif damage == "a tensor on the disk":
-        monkeypatch.setattr("agff.release_weights.sync", lambda path: _flip(path, path.stat().st_size - 5))
+        monkeypatch.setattr("launcher.convert_checkpoint.check_written", _check_damaged)
         says = ["read back differs from what was written: sha256 ", "nothing was released"]
     else:
         monkeypatch.setattr("agff.release.release_parts", _with_another_layer)
@@ -296,6 +297,12 @@ def _flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
+
+
+def _check_damaged(written: WrittenWeights) -> None:
+    for path in written.tensors:
+        _flip(path, path.stat().st_size - 5)
+    check_written(written)
 
 
 def _zeros(shape: torch.Size, _: Any) -> LazyTensor:

@@ -115,6 +115,81 @@ def test_partitions_are_put_together_as_deepspeed_does(runs: Path, name: str) ->
     found = ZeroWeights(checkpoint_folder(runs / name) / checkpoint_name(STEP)).tensors
     expected = consolidated_weights(runs / name, step=STEP)
     assert found.keys() == expected.keys()
+    assert all(torch.equal(found[each].read(), expected[each]) for each in expected)
+
+
+@pytest.mark.parametrize(("name", "kind"), RELEASES)
+def test_a_release_makes_the_vectors_of_the_run(runs: Path, releases: Path, name: str, kind: str) -> None:
+    base = backbone_of(runs / name) if kind == "adapter" else None
+    expected = load_run(runs / name)[0].encode(list(golden_items().values()))
+    found = agff.load(releases / f"{name}-{kind}", backbone=base).encode(list(golden_items().values()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # merged adapters sum in another order
+    assert (found[0] - found[1]).norm(dim=-1).min() > 0.01, "the items differ"
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, k in RELEASES if k != "adapter"])
+def test_a_release_is_what_transformers_itself_would_write(
+    runs: Path, releases: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    """Names, shapes and settings, of `save_pretrained` of the run's model with peft's own merge, its prompts
+    in the vocabulary; and transformers loads every weight of it."""
+    embedder = load_run(runs / name)[0]
+    model, processor = embedder.model, embedder.processor
+    table = model.prompted_embedding.base
+    backbone = model.backbone.merge_and_unload() if kind == "both" or "-lora-" in name else model.backbone
+    vocabulary = add_to_vocabulary(processor.tokenizer, backbone.config, processor.prompts)
+    table.weight.data = vocabulary.in_table(table.weight.data, model.prompted_embedding.vectors.data)
+    backbone.set_input_embeddings(table)
+    backbone.save_pretrained(tmp_path)
+    folder = releases / f"{name}-{kind}" / "backbone"
+    found, expected = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for each, weight in expected.items():
+        torch.testing.assert_close(found[each], weight, rtol=1e-6, atol=1e-6 * ("-lora-" in name))
+    assert (folder / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    _, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+
+
+@pytest.mark.parametrize("name", LORA_RUNS)
+@pytest.mark.parametrize("kind", ["adapter", "both"])
+def test_plain_peft_loads_the_adapter_on_the_public_backbone(
+    runs: Path, releases: Path, name: str, kind: str
+) -> None:
+    folder = releases / f"{name}-{kind}"
+    base = AutoModel.from_pretrained(backbone_of(runs / name), dtype=torch.float32)
+    before = {each: weight.clone() for each, weight in base.state_dict().items()}
+    model = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    expected = load_backbone(
+        releases / f"{name}-both" / "backbone", dtype=torch.float32, attention="sdpa"
+    ).state_dict()
+    assert expected.keys() == before.keys()
+    changed = 0
+    for each, weight in model.state_dict().items():
+        if each.endswith("embed_tokens.weight"):  # merged, it has the three prompts too
+            assert (weight != expected[each][: len(weight)]).any(dim=1).sum() <= 3
+            continue
+        torch.testing.assert_close(weight, expected[each], rtol=1e-6, atol=1e-6)
+        changed += not torch.equal(weight, before[each])
+    assert changed == 14, "7 layers of each of the 2 decoder layers"
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(stored) == 28
+    assert all(weight.any() for weight in stored.values())
+    assert load_file(folder / "prompts.safetensors")["vectors"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("name", LORA_RUNS)
+def test_merged_is_the_base_and_b_a_alpha_over_r(runs: Path, releases: Path, name: str) -> None:
+    saved = consolidated_weights(runs / name, step=STEP)
+    base = load_backbone(backbone_of(runs / name), dtype=torch.float32, attention="sdpa").state_dict()
+    found = load_backbone(
+        releases / f"{name}-merged" / "backbone", dtype=torch.float32, attention="sdpa"
+    ).state_dict()
+    for each in [each for each in saved if each.endswith("lora_A.default.weight")]:
+        plain = each.removeprefix("backbone.base_model.model.").replace(".lora_A.default", "")
+        expected = base[plain] + saved[each.replace("lora_A", "lora_B")] @ saved[each] * ALPHA / RANK
+        torch.testing.assert_close(found.pop(plain), expected)
+        base.pop(plain)
     [table] = [each for each in base if each.endswith("embed_tokens.weight")]
     in_vocabulary = found.pop(table)[: len(base[table])] != base.pop(table)
     assert in_vocabulary.any(dim=1).sum() <= 3, "the prompts take unused rows, or new ones"

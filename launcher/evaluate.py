@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tupl
 def _publish(arguments: argparse.Namespace, file: ScoresFile, gallery: Gallery) -> None:
     """The scores on the release's card and on the page."""
     results, _ = file.results()
-    refresh_card(file.path, results)
+    refresh_card(arguments.model, file.path, results)
     if arguments.html is not None:
         write_report(
             arguments.html,
@@ -141,7 +141,7 @@ def _prepare(
 
     Raises AgffError with all findings: of the place of the scores, of tables, of images, of the processor.
     """
-    from_first_rank(lambda: check_report(arguments.html, arguments.compare))
+    from_first_rank(lambda: check_report(arguments.html, arguments.compare, out=out_of(arguments)))
     benchmarks = together(lambda: read_sets(arguments))
     check_same_sets(benchmarks)
     allow_missing = arguments.allow_missing

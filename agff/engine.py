@@ -162,7 +162,8 @@ class Engine:
         """In here the model is in evaluation mode, keeps no graph, and draws from `seed` what it draws.
 
         Afterwards each module is in its mode of before, and so are all random states and the count of
-        gathers: the training goes on as if nothing had been encoded.
+        gathers: the training goes on as if nothing had been encoded. Only DeepSpeed records the order of its
+        gathers again, so the next step may gather the same parameters in more pieces.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         gathers = replace(self.gathers)

@@ -77,14 +77,22 @@ def model_card(contract: Contract) -> str:
 def with_scores(card: str, scores: str) -> str | None:
     """The card with another text between its SCORES lines; None where it has not these lines, as one that a
     person wrote."""
-    before, _, rest = card.partition(SCORES[0])
-    _, end, after = rest.partition(SCORES[1])
-    return f"{before}{SCORES[0]}\n{scores.strip()}\n{SCORES[1]}{after}" if end else None
+    lines = card.splitlines(keepends=True)
+    found = [line.rstrip("\r\n") for line in lines]
+    try:
+        start = found.index(SCORES[0]) + 1
+        end = found.index(SCORES[1], start)
+    except ValueError:
+        return None
+    line_end = lines[start - 1].removeprefix(SCORES[0])
+    written = [f"{line}{line_end}" for line in scores.strip().splitlines()]
+    return "".join([*lines[:start], *written, *lines[end:]])
 
 
 def code(value: object) -> str:
     """A value as Markdown that nothing in it can leave, in a table too."""
-    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    text = " ".join(str(value).split()).replace("`", "'")
+    text = re.sub(r"\\*\|", r"\\|", text)  # a backslash before would escape the one that hides the bar
     return f"`{text}`" if text else ""
 
 

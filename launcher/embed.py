@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from agff.embedder import Embedder
-from agff.errors import AgffError, ConfigError
+from agff.errors import ConfigError
 from data_pipeline.corpora.corpus import Corpus
 from data_pipeline.corpora.images import ImageFolder
 from data_pipeline.corpora.pairs import SIDES
-from launcher.command_line import report
+from launcher.command_line import exit_code_of
 from launcher.embedding.corpus_vectors import HowToEncode, describe, write_corpus_vectors
 from launcher.embedding.inputs import NAMES, OPTIONS, Kind, kind_of, open_corpus
 from launcher.embedding.teacher import open_embedder
 from launcher.embedding.teacher_vectors import open_teacher_work, write_teacher_vectors
 from launcher.embedding.vectors_folder import DTYPES, REJECTED_FILE, Description
-from launcher.run.meeting import from_first_rank, meet, together
+from launcher.run.meeting import from_first_rank, leave, meet, together
 from launcher.run.ranks import RankInfo, rank_from_environment
+from launcher.run.trained_model import load_together
 
 ABOUT = """\
 Write the vectors of everything in INPUT. What INPUT is, is recognised:
@@ -63,19 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of torch's new names
     arguments = parser().parse_args(argv)
-    try:
-        if arguments.batch_size < 1:
-            raise ConfigError(f"--batch_size {arguments.batch_size} must be >= 1")
-        if arguments.num_workers < 0:
-            raise ConfigError(f"--num_workers {arguments.num_workers} must be >= 0")
-        rank = rank_from_environment(os.environ)
-        device = meet(rank)
-        embed_on_this_rank(arguments, rank, device)
-    except AgffError as error:
-        return report(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return exit_code_of(lambda: _embed(arguments))
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch_size {arguments.batch_size} must be >= 1")
+    if arguments.num_workers < 0:
+        raise ConfigError(f"--num_workers {arguments.num_workers} must be >= 0")
+    rank = rank_from_environment(os.environ)
+    embed_on_this_rank(arguments, rank, meet(rank))
+    leave()
     return 0
 
 
@@ -134,7 +132,7 @@ def _embed_corpus(arguments: argparse.Namespace, rank: RankInfo, device: torch.d
         )
 
     corpus = from_first_rank(open_input)
-    embedder = together(lambda: open_embedder(arguments.model, device))
+    embedder = load_together(lambda: open_embedder(arguments.model, device))
     description = from_first_rank(
         lambda: describe(embedder, corpus, how, model=arguments.model, location=arguments.input)
     )

@@ -44,9 +44,10 @@ from launcher.evaluation.tables import mmeb_table, mmvp_table, note_lines, trunc
 from launcher.evaluation.unfinished import Unfinished
 from launcher.evaluation.usable import (
     REMEDY,
+    check_same_sets,
     keep_usable,
+    lengths_of,
     look_at_images,
-    refused,
     unreadable,
 )
 from launcher.reporting.card import refresh_card
@@ -54,7 +55,7 @@ from launcher.reporting.gallery import Gallery
 from launcher.reporting.page import check_report, write_report
 from launcher.run.meeting import from_first_rank, leave, meet, together
 from launcher.run.ranks import rank_from_environment
-from launcher.run.trained_model import load_model
+from launcher.run.trained_model import load_model, load_together
 
 
 def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tuple[str, list[str]]:
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace, load: Callable[[Path], Embedder]) -> tupl
 def _publish(arguments: argparse.Namespace, file: ScoresFile, gallery: Gallery) -> None:
     """The scores on the release's card and on the page."""
     results, _ = file.results()
-    refresh_card(file.path, results)
+    refresh_card(arguments.model, file.path, results)
     if arguments.html is not None:
         write_report(
             arguments.html,
@@ -140,15 +141,19 @@ def _prepare(
 
     Raises AgffError with all findings: of the place of the scores, of tables, of images, of the processor.
     """
-    from_first_rank(lambda: check_report(arguments.html, arguments.compare))
+    from_first_rank(lambda: check_report(arguments.html, arguments.compare, out=out_of(arguments)))
     benchmarks = together(lambda: read_sets(arguments))
+    check_same_sets(benchmarks)
     allow_missing = arguments.allow_missing
     looks = look_at_images(benchmarks)
     findings = [unreadable(benchmark, looks) for benchmark in benchmarks]
     benchmarks, notes = keep_usable(benchmarks, findings, allow_missing=allow_missing)
-    model = together(lambda: load(arguments.model))
+    model = load_together(lambda: load(arguments.model))
     check_model(model, benchmarks)
-    findings = refused(model, benchmarks, looks)
+    lengths = lengths_of(model.processor, benchmarks, looks)
+    findings = [
+        {item: found for item, found in of_set.items() if isinstance(found, str)} for of_set in lengths
+    ]
     benchmarks, more_notes = keep_usable(benchmarks, findings, allow_missing=allow_missing)
     notes += more_notes
     if not benchmarks:

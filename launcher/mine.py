@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from agff.errors import AgffError, ConfigError
+from agff.errors import ConfigError
 from data_pipeline.layouts.mmeb_train import SPLITS, MmebTrain
-from launcher.command_line import report
+from launcher.command_line import exit_code_of
 from launcher.embedding.corpus_vectors import HowToEncode
 from launcher.embedding.taken_folder import CLAIM_FILE, taken
 from launcher.embedding.teacher import open_embedder
 from launcher.mining.rules import MiningRules
 from launcher.mining.subsets import MINING_FILE, Mining, chosen_rows, mine_subset
 from launcher.mining.tables import finish, report_table
-from launcher.run.meeting import from_first_rank, meet, together
+from launcher.run.meeting import from_first_rank, leave, meet, together
 from launcher.run.ranks import RankInfo, rank_from_environment
+from launcher.run.trained_model import load_together
 
 ABOUT = """\
 Find hard negatives for the rows of MMEB-train's tables, and write the tables with them.
@@ -53,14 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's, of torch's new names
     arguments = parser().parse_args(argv)
-    try:
-        rank = rank_from_environment(os.environ)
-        mine_on_this_rank(arguments, rank, meet(rank))
-    except AgffError as error:
-        return report(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return exit_code_of(lambda: _mine(arguments))
+
+
+def _mine(arguments: argparse.Namespace) -> int:
+    rank = rank_from_environment(os.environ)
+    mine_on_this_rank(arguments, rank, meet(rank))
+    leave()
     return 0
 
 
@@ -70,7 +69,7 @@ def mine_on_this_rank(arguments: argparse.Namespace, rank: RankInfo, device: tor
     layout = MmebTrain(root=arguments.mmeb, split=arguments.split)
     rows = from_first_rank(lambda: chosen_rows(layout, arguments.subsets, rules))
     mining = Mining(
-        embedder=together(lambda: open_embedder(arguments.model, device)),
+        embedder=load_together(lambda: open_embedder(arguments.model, device)),
         model=arguments.model,
         layout=layout,
         rows=rows,

@@ -8,6 +8,7 @@ the folder's images/ and in the folder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,8 +79,16 @@ class RegionSet(ItemTable):
                 f"{name}: has {size[0]} x {size[1]} pixels, its boxes are of one of {said[0]} x {said[1]}; "
                 "they must be in pixels of the upright image"
             )
-        found = (box_problem(box, size) for image, box in self.regions if image == item)
+        found = (box_problem(box, size) for box in self._boxes.get(item, ()))
         return next((f"{name}: {problem}" for problem in found if problem), None)
+
+    @functools.cached_property
+    def _boxes(self) -> dict[int, list[Box]]:
+        """By image: Visual Genome has 108,000 images with 5,400,000 regions."""
+        found: dict[int, list[Box]] = {}
+        for image, box in self.regions:
+            found.setdefault(image, []).append(box)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

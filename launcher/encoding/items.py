@@ -6,6 +6,7 @@ are dealt to the ranks. So which items share a batch, and with it the rounding, 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from agff.collectives import gather_objects, raise_together, rank, world_size
+from agff.collectives import gather_objects, rank, world_size
 from agff.embedder import Embedder
-from agff.errors import AgffError, CheckpointError, DataError
+from agff.errors import CheckpointError, DataError
 from launcher.encoding.loading import AnyItem, loaded_batches, outline
 from launcher.encoding.vector_cache import VectorCache
+from launcher.run.meeting import together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +91,9 @@ def _encode_own(
 ) -> tuple[Tensor | None, dict[int, str]]:
     """((n, M, D) vectors of this rank's batches, zero where an item has none; None where there is nothing;
     the refused items of all ranks). Collective."""
-    error: AgffError | None = None
-    own, own_refused = None, dict[int, str]()
-    try:
-        own, own_refused = _encode_batches(model, items, batches, title, num_workers=num_workers)
-    except AgffError as caught:
-        error = caught
-    raise_together(error)
+    own, own_refused = together(
+        lambda: _encode_batches(model, items, batches, title, num_workers=num_workers)
+    )
     refused = {place: reason for part in gather_objects(own_refused) for place, reason in part.items()}
     return own, dict(sorted(refused.items()))
 
@@ -112,7 +110,10 @@ def _encode_batches(
     refused: dict[int, str] = {}
     num_items, start = sum(map(len, batches)), 0
     loaded = loaded_batches(model.processor, items, batches, num_workers=num_workers)
-    with tqdm(total=num_items, desc=title, unit="item", file=sys.stderr, disable=rank() > 0) as bar:
+    with (
+        contextlib.closing(loaded),
+        tqdm(total=num_items, desc=title, unit="item", file=sys.stderr, disable=rank() > 0) as bar,
+    ):
         for positions, batch in zip(batches, loaded, strict=True):
             refused.update(batch.refused)
             if batch.positions:

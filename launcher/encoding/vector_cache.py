@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,13 +67,10 @@ class VectorCache:
         places: list[int] = []
         parts: list[Tensor] = []
         for path in sorted(self._folder.glob("*.safetensors")):
-            rows = []
-            found, vectors_NMD = _read_part(path)
-            for row, key in enumerate(found):
-                if (place := wanted.pop(key, None)) is not None:
-                    places.append(place)
-                    rows.append(row)
-            parts.append(vectors_NMD[rows])
+            found, vectors_NMD = _read_part(path, wanted)
+            places += [wanted.pop(key) for key in found]
+            if vectors_NMD is not None:
+                parts.append(vectors_NMD)
         return places, torch.cat(parts) if places else None
 
     def _write(self, positions: Sequence[int], keys: Sequence[bytes], vectors_NMD: Tensor) -> None:
@@ -122,16 +119,23 @@ def _key(item: AnyItem) -> bytes:
         return _NO_KEY
 
 
-def _read_part(path: Path) -> tuple[list[bytes], Tensor]:
+def _read_part(path: Path, wanted: Container[bytes]) -> tuple[list[bytes], Tensor | None]:
+    """(the keys that are wanted, each once; their vectors, which are not read where there are none)."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys_NB, vectors_NMD = file.get_tensor("keys"), file.get_tensor("vectors")
-        if keys_NB.shape != (len(vectors_NMD), 32) or keys_NB.dtype != torch.uint8 or vectors_NMD.ndim != 3:
-            raise ValueError(f"keys {list(keys_NB.shape)}, vectors {list(vectors_NMD.shape)}")
+            keys_NB, vectors = file.get_tensor("keys"), file.get_slice("vectors")
+            shape = vectors.get_shape()
+            if keys_NB.shape != (shape[0], 32) or keys_NB.dtype != torch.uint8 or len(shape) != 3:
+                raise ValueError(f"keys {list(keys_NB.shape)}, vectors {shape}")
+            keys = [bytes(key) for key in keys_NB.tolist()]
+            row_of = {key: row for row, key in enumerate(keys) if key in wanted}
+            if not row_of:
+                return [], None
+            vectors_NMD = file.get_tensor("vectors")[list(row_of.values())]
         if vectors_NMD.dtype != torch.float32 or not bool(vectors_NMD.isfinite().all()):
             raise ValueError("vectors must be finite float32")
     except (OSError, SafetensorError, ValueError) as error:
         raise StorageError(
             f"{path}: not a part of a cache as this version writes it: {error}; remove this file"
         ) from None
-    return [bytes(key.tolist()) for key in keys_NB], vectors_NMD
+    return list(row_of), vectors_NMD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from agff.collectives import rank
 from agff.errors import ConfigError, DataError
 from data_pipeline.layouts.caption_folders import find_caption_sets
 from data_pipeline.layouts.caption_set import CaptionSet, ReferenceSet, reference_set
-from data_pipeline.layouts.eval_items import refuse_all
+from data_pipeline.layouts.eval_items import EmbeddedImage, refuse_all
 from data_pipeline.layouts.mmeb_eval import EvalSet, read_eval_set
 from data_pipeline.layouts.mmeb_sets import find_eval_sets
 from data_pipeline.layouts.mmvp import MmvpSet, read_mmvp
@@ -76,6 +77,16 @@ def read_benchmarks(
 def text_to_image_set(benchmarks: Sequence[Benchmark]) -> EvalSet | CaptionSet | None:
     """The first set of texts with images as candidates."""
     return next(filter(_is_text_to_image, benchmarks), None)
+
+
+def content_hash(benchmark: Benchmark) -> str:
+    """Of what the tables say, the images that are in them, the places of the others, and what is wrong with
+    them."""
+    digest = hashlib.sha256(repr(benchmark).encode(errors="surrogatepass"))
+    for item in benchmark.items:
+        if isinstance(item.image, EmbeddedImage):  # the bytes are not in its words
+            digest.update(item.image.content)
+    return digest.hexdigest()
 
 
 def _references(read: Callable[[], CaptionSet | ChoiceSet]) -> ReferenceSet:

@@ -33,6 +33,8 @@ Similarity: TypeAlias = Literal["fused", "global"]
 """What the scores of whole items are by: all vectors, or the global ones alone."""
 
 _Score = TypeVar("_Score")
+_MOST = {bool: 1, int: 2**63, float: 100.001}
+"""Counts; percent, with the rounding of a sum of shares."""
 _REASON = "because items are missing, unreadable or refused (--allow_missing)"
 
 
@@ -253,6 +255,9 @@ def _from_values(kind: type[_Score], values: Mapping[str, Any]) -> _Score:
     hints = get_type_hints(kind)
     given = {part.name: values[part.name] for part in fields(cast(Any, kind))}
     if wrong := [name for name, value in given.items() if type(value) is not hints[name]]:
+        raise ValueError(f"{wrong[0]} = {given[wrong[0]]!r}")
+    numbers = [(name, value) for name, value in given.items() if isinstance(value, int | float)]
+    if wrong := [name for name, value in numbers if not 0 <= value <= _MOST[type(value)]]:  # and NaN
         raise ValueError(f"{wrong[0]} = {given[wrong[0]]!r}")
     return kind(**given)
 

@@ -20,8 +20,7 @@ from typing import Any
 
 from agff.errors import ConfigError
 from agff.files import locked
-from data_pipeline.layouts.eval_items import EmbeddedImage
-from launcher.evaluation.benchmarks import Benchmark
+from launcher.evaluation.benchmarks import Benchmark, content_hash
 
 OUTLIVED_S = 10
 """The processes that load items for a process that was killed notice it within five seconds and hold its
@@ -34,7 +33,7 @@ class Unfinished:
     def __init__(
         self, out: Path, benchmarks: Sequence[Benchmark], *, weights_sha256: str, settings: Mapping[str, Any]
     ) -> None:
-        self._hashes = {(type(each), each.name): _hash(each) for each in benchmarks}
+        self._hashes = {(type(each), each.name): content_hash(each) for each in benchmarks}
         what = [weights_sha256, json.dumps(settings, sort_keys=True), *self._hashes.values()]
         name = hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
         self.path = out.with_name(f".{out.name}.{name}.unfinished")
@@ -72,11 +71,3 @@ class Unfinished:
     def finish(self) -> None:
         """All sets are scored."""
         self.path.unlink(missing_ok=True)
-
-
-def _hash(benchmark: Benchmark) -> str:
-    digest = hashlib.sha256(repr(benchmark).encode(errors="surrogatepass"))
-    for item in benchmark.items:
-        if isinstance(item.image, EmbeddedImage):  # the bytes are not in its words
-            digest.update(item.image.content)
-    return digest.hexdigest()

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from agff.batch import Item
 from agff.collectives import gather_objects, rank, world_size
-from agff.embedder import Embedder
 from agff.errors import DataError
 from agff.images import FORMATS, read_header
+from agff.processor import ItemProcessor
 from data_pipeline.layouts.eval_items import MOST_LINES, EmbeddedImage, refuse_all
-from launcher.evaluation.benchmarks import Benchmark
+from launcher.evaluation.benchmarks import Benchmark, content_hash
 
 Size: TypeAlias = tuple[int, int]
 
@@ -25,6 +25,22 @@ REMEDY = (
     "Name the images' folder (--mmeb_images, --caption_images), put these items right, or leave "
     "them out and count them (--allow_missing)."
 )
+
+
+def check_same_sets(benchmarks: Sequence[Benchmark]) -> None:
+    """Raise DataError on every rank unless all of them see the same sets and lack the same images.
+    Collective."""
+    ranks = gather_objects(
+        {each.name: (content_hash(each), next(iter(each.lines(each.findings)), "")) for each in benchmarks}
+    )
+    for name in dict.fromkeys(name for sets in ranks for name in sets):
+        hashes, lines = zip(*(sets.get(name, ("", f"no {name}")) for sets in ranks), strict=True)
+        if others := [str(index) for index, each in enumerate(hashes) if each != hashes[0]]:
+            found = next((f" (rank {index}: {line})" for index, line in enumerate(lines) if line), "")
+            raise DataError(
+                f"{name}: of {len(ranks)} ranks these see another set than rank 0: {', '.join(others)}{found}"
+                "; copy the same folders to every machine"
+            ).shared()
 
 
 def images_of(benchmarks: Sequence[Benchmark]) -> list[Path | EmbeddedImage]:
@@ -64,27 +80,32 @@ def unreadable(benchmark: Benchmark, looks: Mapping[Path | EmbeddedImage, Size |
     return {index: findings[index] for index in benchmark.used if index in findings}
 
 
-def refused(
-    model: Embedder, benchmarks: Sequence[Benchmark], looks: Mapping[Path | EmbeddedImage, Size | str]
-) -> list[dict[int, str]]:
-    """Per set {item: why the model's processor refuses it}, asked with the image's size alone, shared out
-    over the ranks. Collective."""
+def lengths_of(
+    processor: ItemProcessor,
+    benchmarks: Sequence[Benchmark],
+    looks: Mapping[Path | EmbeddedImage, Size | str],
+) -> list[dict[int, int | str]]:
+    """Per set {item: its tokens, or why the processor refuses it} of the used items, asked with the image's
+    size alone, shared out over the ranks. Collective."""
     asked = [(number, index) for number, benchmark in enumerate(benchmarks) for index in benchmark.used]
-    own: list[tuple[int, int, str]] = []
+    own: list[tuple[int, int, int | str]] = []
     for number, index in tqdm(
         asked[rank() :: world_size()], desc="check items", unit="item", file=sys.stderr, disable=rank() > 0
     ):
         item = benchmarks[number].items[index]
-        size = looks[item.image] if item.image is not None else None
+        size = looks.get(item.image) if item.image is not None else None
         blank = Image.new("1", size) if isinstance(size, tuple) else None
         try:
-            model.processor.num_tokens(Item(text=item.text, image=blank, address=item.name))
+            length: int | str = processor.num_tokens(Item(text=item.text, image=blank, address=item.name))
         except DataError as error:
-            own.append((number, index, str(error)))
-    findings: list[dict[int, str]] = [{} for _ in benchmarks]
-    for number, index, reason in sorted(each for part in gather_objects(own) for each in part):
-        findings[number][index] = reason
-    return findings
+            length = str(error)
+        own.append((number, index, length))
+    lengths: list[dict[int, int | str]] = [{} for _ in benchmarks]
+    for number, index, length in sorted(
+        (each for part in gather_objects(own) for each in part), key=lambda each: each[:2]
+    ):
+        lengths[number][index] = length
+    return lengths
 
 
 def keep_usable(

@@ -17,11 +17,12 @@ from launcher.reporting.cells import Row, Section
 from launcher.reporting.sections import sections_of
 
 
-def refresh_card(scores_file: Path, results: Results) -> None:
-    """Write the scores into the card beside the file of scores, where that is a release's. Raises OSError."""
-    card = scores_file.parent / CARD_FILE
-    is_release = (scores_file.parent / CONTRACT_FILE).is_file() and card.is_file()
-    if scores_file.name != "scores.json" or not is_release:
+def refresh_card(model: Path, scores_file: Path, results: Results) -> None:
+    """Write the scores into the card of the model, where that is a release and the file of scores its own.
+    Raises OSError."""
+    card = model / CARD_FILE
+    is_release = (model / CONTRACT_FILE).is_file() and card.is_file()
+    if not is_release or scores_file.resolve() != (model / "scores.json").resolve():
         return
     try:
         old = card.read_bytes().decode("utf-8")  # line ends as they are

@@ -52,16 +52,19 @@ class Tile:
         return ", ".join(filter(None, (error, times)))
 
 
-def check_report(html: Path | None, compared: Sequence[Path]) -> None:
-    """Raise ConfigError unless the page can be written and the files of scores beside it can be read: before
-    anything is encoded."""
+def check_report(html: Path | None, compared: Sequence[Path], *, out: Path) -> None:
+    """Raise ConfigError unless the page can be written, in place of no scores, and the files of scores beside
+    it can be read: before anything is encoded. out: where the scores go."""
     if html is None:
         if compared:
             raise ConfigError("--compare puts other scores into the HTML report: name its file, --html OUT")
         return
+    files = [_scores_file(path) for path in compared]
+    if html.resolve() in [path.resolve() for path in (out, *files)]:
+        raise ConfigError(f"{OPTION} {html}: the scores are there; choose another file")
     check_page_place(html, option=OPTION)
-    for path in compared:
-        read_results(_scores_file(path))
+    for path in files:
+        read_results(path)
 
 
 def write_report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from agff.backbone import backbone_tensors
 from agff.checkpoint_folder import check_checkpoint, checkpoint_folder, checkpoint_name, complete_steps
+from agff.collectives import gather_objects
 from agff.contract import CONTRACT_FILE
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
@@ -24,6 +25,7 @@ from launcher.run.config import RunConfig
 from launcher.run.config_file import CONFIG_FILE, read_run_config
 from launcher.run.data import build_processor
 from launcher.run.first_stage import backbone_folder
+from launcher.run.meeting import together
 from launcher.run.model import empty_model, untrained_model
 
 
@@ -44,6 +46,22 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None) -> Embedder:
     if dtype == torch.bfloat16:
         embedder.read_in_bfloat16()
     embedder.model.to(device)
+    return embedder
+
+
+def load_together(load: Callable[[], Embedder]) -> Embedder:
+    """What `load` makes on each rank, the same model on all of them. Collective.
+
+    Raises on every rank the error of any; CheckpointError where ranks found other weights, as when a run
+    saves meanwhile.
+    """
+    embedder = together(load)
+    hashes = gather_objects(embedder.weights_sha256)
+    if others := [str(index) for index, each in enumerate(hashes) if each != hashes[0]]:
+        raise CheckpointError(
+            f"of {len(hashes)} ranks these read other weights than rank 0: {', '.join(others)}; the run "
+            "saved meanwhile (start again), or machines have other copies (copy the folder to all)"
+        ).shared()
     return embedder
 
 

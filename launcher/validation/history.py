@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from agff.checkpoint_folder import complete_steps
-from agff.collectives import gather_objects, raise_together, rank
 from agff.errors import CheckpointError
 from agff.files import write_text
 from launcher.run.config import ResolvedRun
+from launcher.run.meeting import from_first_rank
 from launcher.validation.scores import is_better
 from launcher.validation.sets import ValidationSets
 
@@ -39,11 +39,13 @@ class History:
         return any((each["step"], each["sets"]) == (step, self._fingerprint) for each in self._validations)
 
     def record(self, step: int, scores: Mapping[str, float]) -> None:
-        """Note a step's scores, in place of those of the same step, and on rank 0 write them."""
+        """Note a step's scores, in place of those of the same step; rank 0 writes them. Collective. Raises
+        StorageError on every rank when they cannot be written."""
         others = [each for each in self._validations if each["step"] != step]
         self._validations = [*others, {"step": step, "sets": self._fingerprint, "scores": dict(scores)}]
-        if rank() != 0:
-            return
+        from_first_rank(self._write)
+
+    def _write(self) -> None:
         values = {
             "keep_best": self._keep_best,
             "best_step": self.best_step(),
@@ -75,19 +77,12 @@ def open_history(run: ResolvedRun, sets: ValidationSets | None, *, start_step: i
     """
     if sets is None:
         return None
-    found: list[dict[str, Any]] = []
-    problem = None
-    if rank() == 0:
-        try:
-            found = _read(run.run_dir / HISTORY_FILE)
-        except CheckpointError as error:
-            problem = error
-    raise_together(problem)
+    found = from_first_rank(lambda: _read(run.run_dir / HISTORY_FILE))
     return History(
         run.run_dir,
         sets,
         keep_best=run.config.keep_best,
-        validations=[each for each in gather_objects(found)[0] if each["step"] <= start_step],
+        validations=[each for each in found if each["step"] <= start_step],
     )
 
 

@@ -7,25 +7,19 @@ import hashlib
 import io
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from tqdm import tqdm
-
-from agff.batch import Item
-from agff.collectives import gather_objects, raise_together, rank, world_size
+from agff.collectives import raise_together, rank
 from agff.errors import AgffError, ConfigError, DataError
 from agff.processor import ItemProcessor
-from data_pipeline.layouts.eval_items import EmbeddedImage, refuse_all
+from data_pipeline.layouts.eval_items import refuse_all
 from data_pipeline.layouts.mmeb_eval import EvalSet
 from data_pipeline.layouts.mmvp import MmvpSet
 from launcher.evaluation.benchmarks import Benchmark, read_benchmarks
-from launcher.evaluation.usable import Size, images_of, look, unreadable
+from launcher.evaluation.usable import check_same_sets, lengths_of, look_at_images, unreadable
 from launcher.run.config import ResolvedRun, RunConfig
 from launcher.run.data import RunData, check_shards_together
 from launcher.validation.held_out import HeldOutData, open_held_out
@@ -114,60 +108,28 @@ def check_sets_together(
 ) -> list[list[int]]:
     """For each benchmark the tokens of its used items, in their order.
 
-    Every image's header is read, by one of the ranks, every item asked whether it fits the model, and a batch
-    of the held-out pairs made. hashes: compare those of the held-out shards. Raises DataError, with all
-    findings, on every rank. Collective; without a process group one process does it all.
+    Do all ranks see the same sets? Every image's header is read and every item asked whether it fits the
+    model, by one of the ranks; a batch of the held-out pairs is made. hashes: compare those of the held-out
+    shards. Raises DataError, with all findings, on every rank. Collective; without a process group one
+    process does it all.
     """
-    fingerprints = gather_objects(sets.fingerprint)
-    if different := [index for index, each in enumerate(fingerprints) if each != fingerprints[0]]:
-        raise DataError(
-            f"validation: {len(different)} ranks see other evaluation sets or held-out shards than rank 0: "
-            f"{', '.join(map(str, different))}; copy the same folders to every machine"
-        ).shared()
+    check_same_sets(sets.benchmarks)
     if sets.held_out is not None:
         check_shards_together(sets.held_out, hashes=hashes)
         first = sets.held_out.step_batches(run, processor, rank=rank())[0]
         is_wrong = isinstance(first, DataError)
         raise_together(DataError(f"validation.shards: {first}") if is_wrong else None)
-    looks = _look_together(images_of(sets.benchmarks))
+    looks = look_at_images(sets.benchmarks)
     lengths, lines = [], []
-    for benchmark in sets.benchmarks:
-        findings = unreadable(benchmark, looks)
-        of_set = []
-        for index in benchmark.used:
-            if index not in findings:
-                try:
-                    of_set.append(processor.num_tokens(_blank(benchmark, index, looks)))
-                except DataError as error:
-                    findings[index] = str(error)
-        lengths.append(of_set)
-        lines += benchmark.lines(findings)
+    for benchmark, of_set in zip(sets.benchmarks, lengths_of(processor, sets.benchmarks, looks), strict=True):
+        refused = {index: found for index, found in of_set.items() if isinstance(found, str)}
+        lines += benchmark.lines({**refused, **unreadable(benchmark, looks)})
+        lengths.append([found for index in benchmark.used if isinstance(found := of_set[index], int)])
     try:
         refuse_all([f"validation: {line}" for line in lines], remedy=REMEDY)
     except DataError as error:
         raise error.shared() from None
     return lengths
-
-
-def _look_together(images: Sequence[Path | EmbeddedImage]) -> dict[Path | EmbeddedImage, Size | str]:
-    """{image: its size, or why it cannot be read}; each rank looks at every `world_size`-th. Collective."""
-    own = tqdm(
-        images[rank() :: world_size()],
-        desc="look at images of the validation",
-        unit="image",
-        file=sys.stderr,
-        disable=rank() != 0 or not images,
-    )
-    found: list[list[Size | str]] = gather_objects([look(image) for image in own])
-    return {image: found[index % len(found)][index // len(found)] for index, image in enumerate(images)}
-
-
-def _blank(benchmark: Benchmark, index: int, looks: dict[Path | EmbeddedImage, Size | str]) -> Item:
-    """The item with an image of its size, which is all that its length depends on."""
-    item: Any = benchmark.items[index]
-    size = looks[item.image] if item.image is not None else None
-    image = Image.new("1", size) if isinstance(size, tuple) else None
-    return Item(text=item.text, image=image, address=item.name)
 
 
 def _described(benchmarks: Sequence[Benchmark]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from data_pipeline.collate import FixedRows, TokenBudget
 from launcher.evaluation.benchmarks import Benchmark
 from launcher.run.config import ResolvedRun
 from launcher.run.data import process_of
+from launcher.run.meeting import from_first_rank
 from launcher.validation.held_out import (
     HeldOutData,
     Pairs,
@@ -104,13 +105,16 @@ class Validator:
                 log.warning("step %d: asked to stop, so its validation is left to the next start", step)
             return
         self._history.record(step, scores)
-        best = None
-        if rank() == 0:
-            best, config = self._history.best_step(), self._run.config
-            remove_old_checkpoints(  # that of the best before it, where this one took its place
-                self._run.run_dir, keep_last=config.keep_last, keep_every=config.keep_every, best=best
-            )
+        best = from_first_rank(self._remove_old)
         self._report(step, scores, time.perf_counter() - started, best)
+
+    def _remove_old(self) -> int | None:
+        """The best step; the checkpoint of the one before it goes where it took its place."""
+        best, config = self._history.best_step(), self._run.config
+        remove_old_checkpoints(
+            self._run.run_dir, keep_last=config.keep_last, keep_every=config.keep_every, best=best
+        )
+        return best
 
     def _scores(self, step: int) -> dict[str, float] | None:
         config = self._run.config

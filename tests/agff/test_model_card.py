@@ -125,3 +125,14 @@ def test_scores_are_put_between_the_marks_only() -> None:
     assert with_scores(scored, "| a table |") == scored
     assert with_scores("# a card of a person", "x") is None
     assert with_scores(f"# half {SCORES[0]}", "x") is None
+
+
+def test_marks_within_the_scores_end_nothing() -> None:
+    """A set may be called like a mark; and a person may write of one within a line."""
+    card = card_of({}).replace("# A multimodal", f"Between {SCORES[0]} and {SCORES[1]}.\n\n# A multimodal")
+    once = with_scores(card, f"| {code(SCORES[1])} | 1.0 |")
+    assert once is not None
+    assert with_scores(once, "new") == with_scores(card, "new")
+    assert f"Between {SCORES[0]} and" in once
+    windows = card_of({}).replace("\n", "\r\n")
+    assert with_scores(windows, "new") == with_scores(card_of({}), "new").replace("\n", "\r\n")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import launcher.embed
+import launcher.evaluate
+import launcher.mine
 from agff.errors import ConfigError
 from launcher.cli import main
 from launcher.command_line import DEEPSPEED_CONFIGS, RECIPES, parse_train_arguments
@@ -166,3 +170,33 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     output = capsys.readouterr().out
     assert [name for name in setting_names(run_config_of("contrastive")) if f"--{name} " not in output] == []
     assert "Optimizer steps of the whole run" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "arguments"),
+    [
+        (launcher.evaluate, "run", ["model"]),
+        (launcher.embed, "embed_on_this_rank", ["model", "input", "out"]),
+        (launcher.mine, "mine_on_this_rank", ["model", "mmeb", "out"]),
+    ],
+    ids=["evaluate", "embed", "mine"],
+)
+def test_a_mistake_of_ours_is_said_at_once_with_its_rank(
+    command: ModuleType,
+    work: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each command on ranks ends by `exit_code_of`, which does not wait for the others."""
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("the roof fell in")
+
+    monkeypatch.setattr(command, work, fails)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert command.main(arguments) == 1
+    printed = capsys.readouterr().err
+    assert "error on rank 0 (" in printed
+    assert "RuntimeError: the roof fell in" in printed

@@ -157,6 +157,7 @@ def test_page_that_cannot_be_is_refused_before_anything_is_encoded(
         ["--compare", none],
         ["--html", page, "--compare", none],
         ["--html", page, "--example", "red"],
+        ["--html", page, "--out", page],
     ):
         assert evaluate(benchmarks, *options, model=model) == 2
     assert model.encoded == []
@@ -167,7 +168,17 @@ def test_page_that_cannot_be_is_refused_before_anything_is_encoded(
         "error: --compare puts other scores into the HTML report: name its file, --html OUT",
         f"error: {none}: no such file of scores; launcher/evaluate.py writes it",
         "error: --example scores nothing, so there is no page: leave out --html",
+        f"error: --html {page}: the scores are there; choose another file",
     ]
+
+
+def test_the_card_of_another_release_stays(benchmarks: Path) -> None:
+    release = benchmarks / "another"
+    release.mkdir()
+    (release / CONTRACT_FILE).write_text("{}")
+    (release / "README.md").write_text("\n".join(SCORES))
+    assert evaluate(benchmarks, "--out", str(release / "scores.json"), model=ColourModel()) == 0
+    assert (release / "README.md").read_text() == "\n".join(SCORES)
 
 
 def test_max_queries_is_said_with_the_scores(benchmarks: Path, capsys: pytest.CaptureFixture[str]) -> None:

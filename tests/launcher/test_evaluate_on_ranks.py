@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and the sets of our own drawings; `gaps` lacks an image."""
     folder = write_tiny(tmp_path_factory.mktemp("ranks"))
     write_drawings(folder / "data", num_images=12)
+    for machine in ("machine0", "machine1"):
+        shutil.copytree(folder / "data", folder / machine)
+    sorted((folder / "machine1/mmvp").rglob("*.jpg"))[3].unlink()
+    table = folder / "machine1/mmeb_eval/sets.json"
+    listed = json.loads(table.read_text())
+    del listed["Shapes_VQA-eval"]
+    table.write_text(json.dumps(listed))
+    shutil.rmtree(table.with_name("Shapes_VQA-eval"))
     for name in ("missing", "damaged"):
         shutil.copytree(folder / "data/mmvp", folder / name)
         image = sorted((folder / name).rglob("*.jpg"))[3]
@@ -86,9 +95,32 @@ def on_a_rank(folder: Path, out: Path) -> list[str]:
     return errors
 
 
+def on_other_machines(folder: Path, out: Path) -> list[str]:
+    """What a rank sees that is not what rank 0 sees: an image fewer, a set fewer, other weights."""
+    errors = []
+    os.chdir(folder / f"machine{min(rank(), 1)}")  # the same paths, as on machines with disks of their own
+    for allowed in ([], ["--allow_missing"]):
+        options = ["--mmvp", "mmvp", "--out", str(out.with_name("never.json")), *allowed]
+        errors.append(error_of(options, folder))
+    errors.append(error_of(["--mmeb_eval", "mmeb_eval", "--out", str(out)], folder))
+    options = ["--mmvp", str(folder / "data/mmvp"), "--out", str(out.with_name("never.json"))]
+    errors.append(error_of(options, folder, seed=min(rank(), 1)))
+    assert not out.with_name("never.json").exists()
+    return errors
+
+
+def error_of(options: list[str], folder: Path, *, seed: int = 0) -> str:
+    try:
+        run(parser().parse_args([str(folder), *options]), lambda path: load_tiny(folder, seed=seed))
+    except AgffError as error:
+        return f"{type(error).__name__}: {error}, {error.on_all_ranks}"
+    return "no error"
+
+
 def everything(folder: Path, out: Path) -> tuple[Any, Any, str, list[str]]:
     cached = cached_twice(folder, out.with_name("cache"))
-    return cases(folder), cached, fails_on_rank_1(folder), on_a_rank(folder, out)
+    errors = on_a_rank(folder, out) + on_other_machines(folder, out)
+    return cases(folder), cached, fails_on_rank_1(folder), errors
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +150,19 @@ def test_ranks_give_the_bits_and_write_the_scores_of_one_process(
         assert errors == returned[0][3], "all stop with the same words"
     assert without_dates(json.loads(out.read_text())) == scores
     assert scores["mmeb"]["sets"]
-    missing, damaged, late = returned[0][3]
+    missing, damaged, late, fewer_images, allowed, fewer_sets, other_weights = returned[0][3]
     assert "not found under" in missing
     assert "is a damaged PNG" in damaged
     assert late == "no weights on this machine"
+    others = ", ".join(map(str, range(1, world_size)))
+    assert fewer_images == allowed
+    assert fewer_images.startswith(
+        f"DataError: MMVP: of {world_size} ranks these see another set than rank 0: {others} (rank 1: "
+    )
+    assert "not found under" in fewer_images
+    assert f"ranks these see another set than rank 0: {others} (rank 1: no " in fewer_sets
+    assert f"ranks these read other weights than rank 0: {others}; the run saved " in other_weights
+    assert all(error.endswith(", True") for error in (fewer_images, fewer_sets, other_weights))
     assert [path.name for path in tmp_path.glob(".scores*unfinished")] == []
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_regions_are_listed_once_with_all_their_phrases(tmp_path: Path, kind: st
     ]
     assert (found.name, len(found.regions), len(found.used)) == ("S", 3, 5)
     assert not found.findings
+
+
+def test_regions_are_gone_through_once_for_all_images(tmp_path: Path) -> None:
+    class Counted(tuple[Any, ...]):
+        num_passes = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            Counted.num_passes += 1
+            return super().__iter__()
+
+    found = read(write_regions(tmp_path / "S", ROWS))
+    images = [image for image, _ in found.regions]
+    found = replace(found, regions=Counted(found.regions))
+    assert [found.misfit(image, (100, 100)) for image in images] == [None, None, None]
+    assert Counted.num_passes == 1
 
 
 @pytest.mark.parametrize(
@@ -156,7 +172,7 @@ def test_box_is_cut_at_the_rim_as_training_does(tmp_path: Path) -> None:
     found = read(write_regions(tmp_path / "S", rows))
     image, box = found.regions[-1]
     assert found.misfit(image, (8, 4)) is None
-    item = dataclasses.replace(found.items[image], box=box)
+    item = replace(found.items[image], box=box)
     assert item.load({}).box == item.outline().box == (0, 0, 8, 4)
 
 

@@ -3,17 +3,22 @@ tests/launcher/test_evaluate_on_ranks.py."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from agff.batch import Item
 from agff.errors import DataError, StorageError
 from data_pipeline.layouts.eval_items import EvalItem
+from launcher.encoding import vector_cache
 from launcher.encoding.items import batches_by_length, encode_items
 from launcher.encoding.vector_cache import VectorCache, model_key
 from tests.launcher.encoding.cases import cases
@@ -148,6 +153,29 @@ class TestCache:
         part.write_bytes(content)
         with pytest.raises(StorageError, match=f"{part.name}: not a part of a cache .*; remove this file"):
             self.encode(folder, tmp_path)
+
+    def test_vectors_of_other_items_are_not_read(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each of a benchmark's sets is a part, and each is looked for in all of them."""
+        model, read = load_tiny(folder), list[str]()
+        cache = VectorCache(tmp_path, model)
+
+        @contextlib.contextmanager
+        def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+            with safe_open(*arguments, **options) as file:
+
+                def get_tensor(name: str) -> Tensor:
+                    read.append(name)
+                    return file.get_tensor(name)
+
+                yield SimpleNamespace(get_tensor=get_tensor, get_slice=file.get_slice)
+
+        monkeypatch.setattr(vector_cache, "safe_open", watched)
+        for text in ("a", "b", "a"):
+            encode_items(model, [EvalItem(text)], batch_size=1, title="x", cache=cache)
+        assert read.count("keys") == 0 + 1 + 2
+        assert read.count("vectors") == 1
 
     def test_a_place_that_cannot_be_written_is_named(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -13,6 +13,7 @@ import launcher.evaluation.unfinished
 from agff.files import locked
 from launcher.evaluate import main
 from tests.launcher.colours import ColourModel, write_benchmarks
+from tests.launcher.test_evaluate_on_ranks import without_dates
 
 
 class Killed(ColourModel):
@@ -66,6 +67,8 @@ def test_the_same_command_continues_at_the_set_it_was_in(
     scores = json.loads((benchmarks / "run/scores.json").read_text())
     assert (scores["num_mmeb_queries"], scores["num_mmvp_pairs"]) == (6, 2)
     assert unfinished(benchmarks) == []
+    assert num_encoded(benchmarks, "--out", str(benchmarks / "whole.json")) == 12 + 7
+    assert without_dates(scores) == without_dates(json.loads((benchmarks / "whole.json").read_text()))
 
 
 def test_an_evaluation_that_ended_well_begins_again(benchmarks: Path) -> None:

@@ -23,7 +23,7 @@ def release(tmp_path: Path) -> Path:
 
 def test_scores_go_between_the_marks_and_the_rest_stays(release: Path) -> None:
     for score in (20.0, 20.0, 30.0):
-        refresh_card(release / "scores.json", results_of(score))
+        refresh_card(release, release / "scores.json", results_of(score))
         card = (release / "README.md").read_bytes().decode()
         before, after = CARD.split("old")
         assert card == before + scores_text(results_of(score)).strip() + after
@@ -43,7 +43,7 @@ def test_every_other_card_stays(release: Path, case: str) -> None:
     elif case == "not UTF-8":
         (release / "README.md").write_bytes(CARD.encode() + b"\xff")
     before = {path.name: path.read_bytes() for path in release.iterdir()}
-    refresh_card(out, results_of())
+    refresh_card(release, out, results_of())
     assert {path.name: path.read_bytes() for path in release.iterdir()} == before
 
 

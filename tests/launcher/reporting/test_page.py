@@ -189,15 +189,22 @@ def test_equal_names_of_models_are_told_apart(gallery: Gallery, tmp_path: Path) 
 
 def test_what_cannot_be_compared_or_written_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[]")
+    write_scores(tmp_path / "nan.json", float("nan"))
+    write_scores(tmp_path / "more.json", 100.5)
     cases = (
         ((None, [tmp_path]), "--compare puts other scores into the HTML report: name its file, --html OUT"),
         ((tmp_path / "a.html", [tmp_path / "none.json"]), "none.json: no such file of scores"),
         ((tmp_path / "a.html", [tmp_path]), "scores.json: no such file of scores"),
         ((tmp_path / "a.html", [tmp_path / "bad.json"]), "bad.json: not a file of scores"),
+        ((tmp_path / "a.html", [tmp_path / "nan.json"]), "nan.json: not a file of scores"),
+        ((tmp_path / "a.html", [tmp_path / "more.json"]), "more.json: not a file of scores"),
+        ((tmp_path / "bad.json", [tmp_path / "bad.json"]), "--html .*bad.json: the scores are there; choose"),
         ((tmp_path / "none/a.html", []), "--html .*none/a.html: cannot write the page"),
     )
     for arguments, message in cases:
         with pytest.raises(ConfigError, match=message):
-            check_report(*arguments)
-    check_report(tmp_path / "a.html", [])
-    check_report(None, [])
+            check_report(*arguments, out=tmp_path / "scores.json")
+    with pytest.raises(ConfigError, match=r"--html .*scores.json: the scores are there; choose another file"):
+        check_report(tmp_path / "x/../scores.json", [], out=tmp_path / "scores.json")
+    check_report(tmp_path / "a.html", [], out=tmp_path / "scores.json")
+    check_report(None, [], out=tmp_path / "scores.json")

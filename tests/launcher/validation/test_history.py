@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from agff.checkpoint_folder import complete_steps, remove_old_checkpoints
-from agff.errors import CheckpointError
+from agff.errors import CheckpointError, StorageError
 from launcher.validation.history import HISTORY_FILE, History, open_history
 
 
@@ -94,3 +94,12 @@ def test_a_file_that_is_not_ours_is_named(tmp_path: Path, text: str) -> None:
     ) as caught:
         opened(tmp_path)
     assert caught.value.on_all_ranks
+
+
+def test_scores_that_cannot_be_written_are_an_error_of_all_ranks(tmp_path: Path) -> None:
+    history = opened(tmp_path)
+    (tmp_path / HISTORY_FILE).mkdir()
+    with pytest.raises(StorageError, match=HISTORY_FILE) as caught:
+        history.record(1, {"mmeb": 1.0})
+    assert caught.value.on_all_ranks
+    assert [path.name for path in tmp_path.iterdir()] == [HISTORY_FILE]

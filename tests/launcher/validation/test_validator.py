@@ -148,14 +148,16 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
     state = {"data_plan": data.description, "backbone_sha256": backbone_of_run(run, start_step=0)}
     if rank == 0:
         write_run_config(run)
-    cuts, saved = [], []
+    cuts, saved, gathers = [], [], []
 
     def after_step(step: int) -> None:
         saved.append(complete_steps(folder))
+        before = engine.gathers.count, engine.gathers.num_bytes
         if validates:
             validator.after_step(step)
             cuts.append((validator.was_cut_short, history.has(step)))
             validator.before_steps(step)
+        gathers.append((before, (engine.gathers.count, engine.gathers.num_bytes)))
 
     assert train(
         engine,
@@ -172,7 +174,6 @@ def trained(project: Path, folder: Path, case: Case, *, validates: bool, stops: 
         should_stop=lambda: False,
         mark=lambda what: None,
     )
-    gathers = engine.gathers.count
     engine.deepspeed.destroy()
     return {
         "steps": watched.steps,
@@ -210,9 +211,9 @@ def test_a_validation_changes_nothing_of_the_training(all_trained: Any, name: st
     for found in all_trained[1]:
         assert found[name]["steps"] == found[f"{name} alone"]["steps"]
         assert len(found[name]["steps"]) == NUM_STEPS
-        assert found[name]["gathers"] == found[f"{name} alone"]["gathers"], (
-            "those of a validation not counted"
-        )
+        for before, after in found[name]["gathers"]:  # between two trainings they differ: DeepSpeed's order
+            assert before == after, "those of a validation not counted"
+            assert (before[0] > 0) == (CASES[name].stage == 3)
     draws = {tuple(found[name]["steps"][step][3] for found in all_trained[1]) for step in range(NUM_STEPS)}
     is_random = name != "mm_gem-zero3"
     assert (len(draws) == NUM_STEPS) == is_random, "the training draws random numbers"

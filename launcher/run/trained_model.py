@@ -116,8 +116,9 @@ def open_run(run: Path, *, step: int | None, universal: Path | None = None) -> T
     folder = _existing_backbone(run, config)
     stored = ZeroWeights(universal or checkpoint_folder(run) / checkpoint_name(step or 0))
     step = stored.step if universal is not None else step
-    embedder = _embedder(config, model := empty_model(config))
+    model = empty_model(config)
     _check_fits(model, stored.tensors, f"{universal or run}: checkpoint of step {step}")
+    embedder = _embedder(config, model)
     names = {name: plain for name, plain in plain_names(model).items() if name not in stored.tensors}
     weights = dict(stored.tensors)
     if names:

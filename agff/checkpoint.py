@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from agff.checkpoint_folder import (
     STATE_FILE,
@@ -216,14 +215,3 @@ def _load(engine: Engine, folder: Path, name: str, *, trainable_only: bool) -> N
     path, _ = engine.deepspeed.load_checkpoint(str(folder), tag=name, load_module_strict=not trainable_only)
     if path is None:
         raise CheckpointError(f"{folder / name}: DeepSpeed found nothing to load there")
-
-
-def consolidated_weights(run: Path, *, step: int) -> dict[str, Tensor]:
-    """The model's parameters in float32 on the CPU, put together from the ZeRO partitions of a checkpoint.
-
-    Reads DeepSpeed's own files, which are pickles: only for runs you trust. Frozen parameters that were left
-    out are absent.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_folder(run)), tag=checkpoint_name(step))

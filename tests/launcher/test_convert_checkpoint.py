@@ -21,7 +21,6 @@ import agff
 from agff import lazy_tensor
 from agff.backbone import load_backbone
 from agff.backbone_folder import backbone_sha256
-from agff.checkpoint import consolidated_weights
 from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
 from agff.contract import CONTRACT_FILE, read_contract
 from agff.lazy_tensor import LazyTensor, of_tensor
@@ -32,6 +31,7 @@ from agff.zero_weights import ZeroWeights
 from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import LocalFolder
 from launcher.convert_checkpoint import convert, main
+from tests.consolidated import consolidated_weights
 
 pytestmark = pytest.mark.timeout(600)
 

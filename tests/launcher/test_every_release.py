@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from agff.backbone_folder import HEAD_FILE, backbone_sha256
-from agff.checkpoint import consolidated_weights, save_checkpoint
+from agff.checkpoint import save_checkpoint
 from agff.contract import read_contract
 from agff.objectives import OBJECTIVES
 from agff.objectives.nested import truncations_of
@@ -29,6 +29,7 @@ from launcher.run.model import untrained_model
 from launcher.run.trained_model import load_run
 from tests.agff.test_every_objective import case_of, optional
 from tests.agff.test_step import OPTIMIZER, zero_config
+from tests.consolidated import consolidated_weights
 from tests.drawings import tiny_backbone
 from tests.launcher.runs import REPOSITORY, SMALL_RECIPE
 from tests.ranks import run_ranks

@@ -20,7 +20,7 @@ from transformers import AutoModel
 import agff
 from agff.backbone import load_backbone
 from agff.backbone_folder import backbone_sha256
-from agff.checkpoint import consolidated_weights, save_checkpoint
+from agff.checkpoint import save_checkpoint
 from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
 from agff.contract import read_contract
 from agff.errors import CheckpointError, ConfigError
@@ -33,6 +33,7 @@ from launcher.run.model import untrained_model
 from launcher.run.trained_model import load_run
 from tests.agff.family_folders import BUILDERS, published
 from tests.agff.test_step import OPTIMIZER, zero_config
+from tests.consolidated import consolidated_weights
 from tests.launcher.runs import SMALL_RECIPE
 from tests.ranks import run_ranks
 

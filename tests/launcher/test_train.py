@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from agff.checkpoint import consolidated_weights
 from agff.files import partial_path
 from agff.objectives.objective import Objective
 from agff.objectives.vein import Vein
@@ -24,6 +23,7 @@ from launcher.convert_checkpoint import main as convert_main
 from launcher.run import hardware
 from launcher.run.stop_request import EXIT_CODE
 from launcher.train import main as train_main
+from tests.consolidated import consolidated_weights
 from tests.data_pipeline.test_remote import FaultyServer
 from tests.launcher.runs import run_command, signal_when_saved, train_command
 from tests.stand_in_vectors import write_stand_in

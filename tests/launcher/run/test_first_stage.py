@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agff.backbone_folder import backbone_sha256
-from agff.checkpoint import consolidated_weights
 from agff.errors import CheckpointError, ConfigError
 from agff.objectives import OBJECTIVES
 from agff.release import load, save_release
@@ -25,6 +24,7 @@ from launcher.run.first_stage import check_first_stage, first_stage_row, start_f
 from launcher.run.model import untrained_model
 from launcher.train import main as train_main
 from tests.agff.test_release import Projected, embedder
+from tests.consolidated import consolidated_weights
 from tests.drawings import tiny_backbone
 from tests.launcher.runs import run_command, train_command
 from tests.launcher.test_train import assert_same_tensors, tensors_of

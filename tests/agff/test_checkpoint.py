@@ -68,6 +68,7 @@ def losses_of_all_cases(folder: Path, start_step: int, save_step: int | None) ->
     return [losses(*case, folder / f"{case[0]}-{case[1]}", start_step, save_step) for case in CASES]
 
 
+@pytest.mark.slow  # of one stage, a whole run does it in every test run (tests/launcher/test_train.py)
 @pytest.mark.timeout(600)
 def test_another_number_of_ranks_continues_with_the_same_losses(tmp_path: Path) -> None:
     unbroken = run_ranks(losses_of_all_cases, tmp_path, 0, 2, world_size=2)[0]

@@ -22,9 +22,9 @@ from agff.adapter_folder import hub_name
 from agff.errors import AgffError, CheckpointError
 from agff.files import partial_path, sync
 from agff.lazy_tensor import damaged_records
-from agff.release import Lora, save_release
 from agff.release_check import check_golden_streamed
 from agff.release_weights import check_written
+from agff.release_writer import Lora, save_release
 from launcher.command_line import report
 from launcher.run.config_file import read_run_config
 from launcher.run.origin import origin_of

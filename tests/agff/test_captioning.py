@@ -20,7 +20,7 @@ from agff.captioning import generate
 from agff.embedder import Embedder, as_item
 from agff.errors import CheckpointError, ConfigError, DataError
 from agff.joined import join_chunks
-from agff.release import save_release
+from agff.release_writer import save_release
 from agff.similarity import FusionConfig
 from tests.agff.family_folders import BUILDERS, published
 from tests.agff.objectives.test_mm_gem_head import FAMILIES, OBJECTIVE, item, model_of, processor_of

@@ -22,7 +22,8 @@ from agff.contract import read_contract
 from agff.embedder import AnyItem
 from agff.families import FAMILIES
 from agff.model_card import model_card
-from agff.release import load, save_release
+from agff.release import load
+from agff.release_writer import save_release
 from tests.agff.family_folders import BUILDERS
 from tests.agff.family_releases import items, trained_embedder
 

@@ -20,7 +20,8 @@ from agff.embedding_model import EmbeddingModel
 from agff.errors import DataError
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import MIN_COSINE, load, save_release
+from agff.release import MIN_COSINE, load
+from agff.release_writer import save_release
 from agff.similarity import FusionConfig
 from data_pipeline.layouts.mmeb_eval import read_eval_set
 from data_pipeline.layouts.mmeb_sets import MMEB_SETS

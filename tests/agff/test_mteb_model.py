@@ -23,7 +23,7 @@ from agff.mteb_model import MtebModel
 from agff.nested import Truncations
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import save_release
+from agff.release_writer import save_release
 from agff.similarity import FusionConfig
 from data_pipeline.layouts.eval_items import UniqueItems
 from tests.drawings import tiny_backbone

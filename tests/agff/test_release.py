@@ -34,7 +34,8 @@ from agff.objectives.contrastive import Contrastive
 from agff.objectives.objective import Head, Objective
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import MIN_COSINE, check_golden, golden_items, load, save_release
+from agff.release import MIN_COSINE, check_golden, golden_items, load
+from agff.release_writer import save_release
 from agff.similarity import FusionConfig
 from tests.drawings import tiny_backbone
 

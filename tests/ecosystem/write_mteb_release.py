@@ -14,7 +14,7 @@ from agff.embedding_model import EmbeddingModel
 from agff.nested import Truncations
 from agff.processor import ItemProcessor, ProcessorConfig
 from agff.prompts import PromptConfig
-from agff.release import save_release
+from agff.release_writer import save_release
 from agff.similarity import FusionConfig
 from tests.drawings import tiny_backbone, write_drawings
 

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import save_file
 
-from agff.release import load, save_release
+from agff.release import load
+from agff.release_writer import save_release
 from tests.agff.family_folders import BUILDERS
 from tests.agff.family_releases import items, trained_embedder
 

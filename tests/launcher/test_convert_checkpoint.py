@@ -188,7 +188,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
         raise error
 
     monkeypatch.chdir(project)
-    monkeypatch.setattr("agff.release.save_file", save)  # of the first file
+    monkeypatch.setattr("agff.release_writer.save_file", save)  # of the first file
     assert main([str(train_once(3)[0]), str(tmp_path / "release")]) == 2
     assert "release: cannot be written: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -285,7 +285,7 @@ def test_what_is_not_the_checkpoint_is_never_released(
         monkeypatch.setattr("launcher.convert_checkpoint.check_written", _check_damaged)
         says = ["read back differs from what was written: sha256 ", "nothing was released"]
     else:
-        monkeypatch.setattr("agff.release.release_parts", _with_another_layer)
+        monkeypatch.setattr("agff.release_writer.release_parts", _with_another_layer)
         says = ["does not reproduce its golden vectors: cosine"]
     assert main([str(run), str(out)]) == 2
     errors = capsys.readouterr().err

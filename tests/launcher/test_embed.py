@@ -17,7 +17,7 @@ import agff
 from agff.batch import Item
 from agff.engine import start_process_group
 from agff.errors import AgffError
-from agff.release import save_release
+from agff.release_writer import save_release
 from data_pipeline import vectors_writer
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode

@@ -13,7 +13,7 @@ from PIL import Image
 
 import agff
 from agff.embedder import Embedder
-from agff.release import save_release
+from agff.release_writer import save_release
 from launcher.embed import main as embed_main
 from launcher.embedding import teacher
 from launcher.embedding.vectors_folder import VectorsFolder

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agff.embedder import Embedder
-from agff.release import save_release
+from agff.release_writer import save_release
 from launcher.command_line import RECIPES, parse_train_arguments
 from launcher.prepare import main as prepare_main
 from launcher.quickstart.eval_sets import write_eval_sets

@@ -20,7 +20,7 @@ import agff
 from agff.embedder import Embedder
 from agff.engine import start_process_group
 from agff.errors import AgffError, ConfigError
-from agff.release import save_release
+from agff.release_writer import save_release
 from data_pipeline.convert import prepare
 from launcher.embed import embed_on_this_rank, main, parser
 from launcher.embedding import vectors_folder_writer

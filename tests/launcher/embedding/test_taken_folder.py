@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agff.release import save_release
+from agff.release_writer import save_release
 from data_pipeline.claim import claimed
 from data_pipeline.convert import prepare
 from launcher import embed, mine

@@ -18,7 +18,7 @@ import agff
 from agff.contract import CONTRACT_FILE
 from agff.engine import start_process_group
 from agff.errors import AgffError
-from agff.release import save_release
+from agff.release_writer import save_release
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
 from data_pipeline.layouts.mmeb_train import read_pairs

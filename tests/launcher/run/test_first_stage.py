@@ -16,7 +16,8 @@ from torch import Tensor
 from agff.backbone_folder import backbone_sha256
 from agff.errors import CheckpointError, ConfigError
 from agff.objectives import OBJECTIVES
-from agff.release import load, save_release
+from agff.release import load
+from agff.release_writer import save_release
 from launcher.convert_checkpoint import main as convert_main
 from launcher.run.config import RunConfig
 from launcher.run.config_file import read_recipe

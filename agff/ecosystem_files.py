@@ -70,7 +70,7 @@ def write_ecosystem_files(
         folder,
         _model_settings(
             "MultiVectorEncoder",
-            # its mask leaves queries whole, whatever it is told
+            # the mask does not apply to queries, so all items are encoded as documents
             prompts={"query": DOCUMENTS_ONLY, "document": ALL_VECTORS},
             default_prompt="document",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -84,19 +84,46 @@ def save_release(
     processor.save(folder / settings_folder(lora))
     if vocabulary is not None:
         write_ecosystem_files(folder, vocabulary, config, embedder.texts)
-    known = {
+    contract = _contract(
+        embedder,
+        dtype=dtype,
+        origin=origin,
+        lora=lora,
+        base_model=base_model,
+        files=fingerprints(folder, _known(folder, written)),
+    )
+    (folder / CARD_FILE).write_text(model_card(contract), encoding="utf-8")
+    write_contract(folder, contract)
+    return written
+
+
+def _known(folder: Path, written: Sequence[WrittenWeights]) -> dict[str, str]:
+    """The fingerprints of the files of weights, made while they were written."""
+    return {
         path.relative_to(folder).as_posix(): each.files[path.name]
         for each in written
         for path in each.tensors
     }
-    contract = Contract(
+
+
+def _contract(
+    embedder: Embedder,
+    *,
+    dtype: torch.dtype,
+    origin: Mapping[str, Any],
+    lora: Lora,
+    base_model: str | None,
+    files: dict[str, str],
+) -> Contract:
+    model, processor, objective = embedder.model, embedder.processor, embedder.objective
+    return Contract(
         prompts=processor.prompts,
         processor=processor.limits,
         fusion=embedder.fusion,
         nested=embedder.truncations,
         texts=embedder.texts,
-        objective=name_of(embedder.objective) if embedder.objective else None,
-        objective_settings=asdict(embedder.objective) if embedder.objective else {},
+        objective=name_of(objective) if objective else None,
+        objective_settings=asdict(objective) if objective else {},
         pooling="last soft token of each prompt block, L2-normalised"
         + ("; then the head" if model.head is not None else ""),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
@@ -104,11 +131,8 @@ def save_release(
         base_model=base_model if lora != "merged" else None,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         origin=dict(origin),
-        files=fingerprints(folder, known),
+        files=files,
     )
-    (folder / CARD_FILE).write_text(model_card(contract), encoding="utf-8")
-    write_contract(folder, contract)
-    return written
 
 
 def _in_memory(model: EmbeddingModel) -> dict[str, LazyTensor]:

@@ -72,36 +72,56 @@ def parser() -> argparse.ArgumentParser:
         prog="evaluate", description="Score a run or a release on public layouts and your own sets."
     )
     made.add_argument("model", type=Path, help="run folder or release folder")
-    made.add_argument("--mmeb_eval", type=Path, help="folder in MMEB-eval's layout")
-    made.add_argument(
+    _add_sets(made.add_argument_group("what to score"))
+    _add_output(made.add_argument_group("what to write and to show"))
+    _add_encoding(made.add_argument_group("how to encode and to compare"))
+    made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
+    return made
+
+
+def _add_sets(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--mmeb_eval", type=Path, help="folder in MMEB-eval's layout")
+    group.add_argument(
         "--mmeb_images", type=Path, help="where its images are (default: its images/, then itself)"
     )
-    made.add_argument("--mmvp", type=Path, help="folder in MMVP-VLM's layout")
-    made.add_argument(
+    group.add_argument(
+        "--max_queries", type=_count(1), metavar="N", help="only the first N queries of each MMEB set"
+    )
+    group.add_argument("--mmvp", type=Path, help="folder in MMVP-VLM's layout")
+    group.add_argument(
         "--captions",
         type=Path,
         help="folder of Flickr30k, COCO, ShareGPT4V, Urban1k, SugarCrepe or a caption set of your own, or of "
         "such folders: retrieval both ways, choices between two captions",
     )
-    made.add_argument(
+    group.add_argument(
         "--caption_images", type=Path, help="where their images are (default: beside the tables)"
     )
-    made.add_argument(
+    group.add_argument(
         "--regions", type=Path, help="folder of images with {box, phrase}: retrieval of regions both ways"
     )
-    made.add_argument(
+    group.add_argument(
         "--caption_quality", type=Path, help="caption set: CIDEr-D of the captions that the model writes"
     )
-    made.add_argument(
+    group.add_argument(
+        "--allow_missing",
+        action="store_true",
+        help="go on without items that are missing, unreadable or refused: queries without their own item or "
+        "truth are left out, other candidates from the lists; both are counted",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--out", type=Path, help="JSON file to write (default: scores.json in the model's folder)"
     )
-    made.add_argument(
+    group.add_argument(
         "--html",
         type=Path,
         metavar="OUT",
         help="page to write: scores with their errors, which vectors decide, mistakes and neighbours",
     )
-    made.add_argument(
+    group.add_argument(
         "--compare",
         type=Path,
         nargs="+",
@@ -109,41 +129,33 @@ def parser() -> argparse.ArgumentParser:
         metavar="SCORES",
         help="scores.json of other models, or their folders, shown beside these on the page",
     )
-    made.add_argument("--batch_size", type=_count(1), default=32, help="items encoded at once")
-    made.add_argument(
+    group.add_argument(
+        "--show", type=_count(0), default=0, metavar="N", help="print N queries of a text-to-image set"
+    )
+    group.add_argument(
+        "--example", metavar="TEXT", help="print the five best images for TEXT and score nothing"
+    )
+
+
+def _add_encoding(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--similarity",
+        choices=("fused", "global"),
+        default="fused",
+        help="score whole items by all their vectors, or by the global ones alone (default: %(default)s)",
+    )
+    group.add_argument("--batch_size", type=_count(1), default=32, help="items encoded at once")
+    group.add_argument(
         "--num_workers",
         type=_count(0),
         metavar="N",
         help="processes of a rank that load and decode items while the model computes (default: its share of "
         "the cores, at most 8, beside a GPU; 0 on a CPU, where the model computes on those cores)",
     )
-    made.add_argument(
+    group.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
         help="keep vectors in DIR and take them from there: only those of equal weights, prompts, tokenizer, "
         "processor, text and image bytes",
     )
-    made.add_argument(
-        "--similarity",
-        choices=("fused", "global"),
-        default="fused",
-        help="score whole items by all their vectors, or by the global ones alone (default: %(default)s)",
-    )
-    made.add_argument(
-        "--max_queries", type=_count(1), metavar="N", help="only the first N queries of each MMEB set"
-    )
-    made.add_argument(
-        "--allow_missing",
-        action="store_true",
-        help="go on without items that are missing, unreadable or refused: queries without their own item or "
-        "truth are left out, other candidates from the lists; both are counted",
-    )
-    made.add_argument(
-        "--show", type=_count(0), default=0, metavar="N", help="print N queries of a text-to-image set"
-    )
-    made.add_argument(
-        "--example", metavar="TEXT", help="print the five best images for TEXT and score nothing"
-    )
-    made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
-    return made

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def is_due(run: ResolvedRun, step: int) -> bool:
-    """Whether a run is validated after so many steps."""
+    """Whether a run is validated after this step."""
     every, num_steps = run.config.validate_every, run.config.num_steps
     return every is not None and step > 0 and (step % every == 0 or step == num_steps)
 
@@ -169,8 +169,8 @@ class Validator:
         return self._processor if has_images else process_of(self._run.config, self._processor)
 
     def _chunks(self, lengths: Sequence[int]) -> list[list[int]]:
-        """As many items at once as pass 1 of a step encodes, without a graph; at least a chunk for each
-        rank, if there are so many items."""
+        """As many items at once as pass 1 of a step encodes, without a graph; a chunk for each rank where
+        there are items enough."""
         at_once, chunking = self._engine.first_pass_chunks, self._run.chunking
         if isinstance(chunking, TokenBudget):
             chunks = TokenBudget(max_tokens=at_once * chunking.max_tokens).cut(lengths)

@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import agff
 from agff.batch import Item
-from agff.engine import start_process_group
-from agff.errors import AgffError
 from agff.release_writer import save_release
 from data_pipeline import vectors_writer
 from data_pipeline.convert import prepare
@@ -28,10 +25,10 @@ from data_pipeline.vectors import open_vectors
 from launcher.embed import embed_on_this_rank, main, parser
 from launcher.embedding import blocks
 from launcher.embedding.sentence_model import SentenceModel
-from launcher.run.ranks import RankInfo
 from tests.agff.test_release import embedder
 from tests.drawings import tiny_backbone, write_drawings
 from tests.launcher.embedding.sentence_folders import write_sentence_model
+from tests.launcher.own_rank import outcome_on_this_rank
 from tests.launcher.runs import run_command
 from tests.ranks import run_ranks
 
@@ -55,30 +52,13 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 def embed_in_small_blocks(argv: list[str], fail_after: int | None = None) -> str | None:
     """Blocks of 7 samples, decoded 3 at a time; the error, if there is one. fail_after: calls of the teacher
     on the last rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world_size > 1:
-        start_process_group(rank)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(vectors_writer, "BLOCK", 7)
-    patch.setattr(blocks, "GROUP", 3)
-    if fail_after is not None and rank == world_size - 1:
-        calls, encode = [0], SentenceModel.encode
-
-        def failing(self: SentenceModel, items: Any, *, batch_size: int) -> Any:
-            calls[0] += 1
-            if calls[0] > fail_after:
-                raise OSError("no space left on device")
-            return encode(self, items, batch_size=batch_size)
-
-        patch.setattr(SentenceModel, "encode", failing)
-    info = RankInfo(rank=rank, local_rank=rank, world_size=world_size, master_addr="127.0.0.1", master_port=0)
-    try:
-        embed_on_this_rank(parser().parse_args(argv), info, torch.device("cpu"))
-    except AgffError as error:
-        return str(error)
-    finally:
-        patch.undo()
-    return None
+    return outcome_on_this_rank(
+        embed_on_this_rank,
+        parser().parse_args(argv),
+        {(vectors_writer, "BLOCK"): 7, (blocks, "GROUP"): 3},
+        works=(SentenceModel, "encode"),
+        fail_after=fail_after,
+    )
 
 
 def embed_all(folder: Path, out: Path) -> list[str | None]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from agff.backbone_folder import HEAD_FILE, backbone_sha256
-from agff.checkpoint import save_checkpoint
+from agff.backbone_folder import HEAD_FILE
 from agff.contract import read_contract
 from agff.objectives import OBJECTIVES
 from agff.objectives.nested import truncations_of
@@ -28,9 +27,9 @@ from launcher.run.config_file import read_recipe
 from launcher.run.model import untrained_model
 from launcher.run.trained_model import load_run
 from tests.agff.test_every_objective import case_of, optional
-from tests.agff.test_step import OPTIMIZER, zero_config
 from tests.consolidated import consolidated_weights
 from tests.drawings import tiny_backbone
+from tests.launcher.first_checkpoints import save_first_checkpoints
 from tests.launcher.runs import REPOSITORY, SMALL_RECIPE
 from tests.ranks import run_ranks
 
@@ -52,39 +51,13 @@ def write_run(folder: Path, backbone: Path, name: str, *, lora: bool) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def save_checkpoints(runs: Path) -> None:
-    """Of every run, with weights that no run begins with. One rank."""
-    from agff.engine import Engine, start_process_group
-
-    device = start_process_group(dist.get_rank())
-    for run in (runs / name for name in RUNS):
-        config = read_recipe(run / "config.yaml")
-        torch.manual_seed(1)
-        model = untrained_model(config, dtype=torch.float32, attention="sdpa")
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
-        engine = Engine(
-            model,
-            deepspeed_config=zero_config(2, 8, clip=0.5),
-            optimizer=OPTIMIZER,
-            num_steps=4,
-            autocast_dtype=None,
-            device=device,
-        )
-        state = {"backbone_sha256": backbone_sha256(Path(config.backbone.path))}
-        is_lora = config.backbone.lora is not None
-        save_checkpoint(engine, run, step=4, state=state, trainable_only=is_lora)
-        engine.deepspeed.destroy()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("every_release")
     backbone = tiny_backbone(folder / "backbone")
     for name in RUNS:
         write_run(folder / name, backbone, name.partition("-")[0], lora=name.endswith("lora"))
-    run_ranks(save_checkpoints, folder, world_size=1)
+    run_ranks(save_first_checkpoints, folder, dict.fromkeys(RUNS, 2), world_size=1)
     return folder
 
 
@@ -99,12 +72,12 @@ LOAD_ALL = """
 import sys
 from pathlib import Path
 sys.modules["deepspeed"] = None
-import torch
+from safetensors.torch import save_file
 import agff
 from agff.release import golden_items
 found = {path.name: agff.load(path).encode(list(golden_items().values())) for path in Path(sys.argv[1]).iterdir()}
 assert sys.modules["deepspeed"] is None
-torch.save(found, sys.argv[2])
+save_file(found, sys.argv[2])
 """  # noqa: E501
 
 
@@ -112,11 +85,11 @@ torch.save(found, sys.argv[2])
 def loaded(releases: Path) -> dict[str, Tensor]:
     """The vectors of every release in a process without DeepSpeed; `agff.load` compares them with the golden
     ones."""
-    out = releases.parent / "vectors.pt"
+    out = releases.parent / "vectors.safetensors"
     command = [sys.executable, "-c", LOAD_ALL, str(releases), str(out)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
-    return torch.load(out)
+    return load_file(out)
 
 
 @pytest.mark.parametrize("name", RUNS)

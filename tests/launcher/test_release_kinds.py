@@ -12,15 +12,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 import agff
 from agff.backbone import load_backbone
-from agff.backbone_folder import backbone_sha256
-from agff.checkpoint import save_checkpoint
 from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
 from agff.contract import read_contract
 from agff.errors import CheckpointError, ConfigError
@@ -29,17 +26,15 @@ from agff.vocabulary_prompts import add_to_vocabulary
 from agff.zero_weights import ZeroWeights
 from launcher.convert_checkpoint import convert
 from launcher.run.config_file import read_recipe
-from launcher.run.model import untrained_model
 from launcher.run.trained_model import load_run
 from tests.agff.family_folders import BUILDERS, published
-from tests.agff.test_step import OPTIMIZER, zero_config
 from tests.consolidated import consolidated_weights
+from tests.launcher.first_checkpoints import STEP, save_first_checkpoints
 from tests.launcher.runs import SMALL_RECIPE
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::UserWarning")]
 
-STEP = 4
 RANK, ALPHA = 2, 16
 RUNS = [
     *("qwen2_vl-full-zero1", "qwen2_vl-full-zero2", "qwen2_vl-frozen-zero2", "qwen2_vl-frozen-zero3"),
@@ -60,32 +55,6 @@ def write_run(folder: Path, backbone: Path, tuning: str) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def save_checkpoints(runs: Path) -> None:
-    """Of every run, with weights that no run begins with."""
-    from agff.engine import Engine, start_process_group
-
-    device = start_process_group(dist.get_rank())
-    for run in (runs / name for name in RUNS):
-        config = read_recipe(run / "config.yaml")
-        torch.manual_seed(1)
-        model = untrained_model(config, dtype=torch.float32, attention="sdpa")
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
-        engine = Engine(
-            model,
-            deepspeed_config=zero_config(int(run.name[-1]), 8, clip=0.5),
-            optimizer=OPTIMIZER,
-            num_steps=STEP,
-            autocast_dtype=None,
-            device=device,
-        )
-        state = {"backbone_sha256": backbone_sha256(Path(config.backbone.path))}
-        is_lora = config.backbone.lora is not None
-        save_checkpoint(engine, run, step=STEP, state=state, trainable_only=is_lora)
-        engine.deepspeed.destroy()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LoRA runs began from a backbone in its published layout, the others from today's."""
@@ -96,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in RUNS:
         family, tuning, _ = name.split("-")
         write_run(folder / name, folder / family / ("published" if tuning == "lora" else "today"), tuning)
-    run_ranks(save_checkpoints, folder, world_size=2)
+    run_ranks(save_first_checkpoints, folder, {name: int(name[-1]) for name in RUNS}, world_size=2)
     return folder
 
 

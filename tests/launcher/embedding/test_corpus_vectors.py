@@ -13,13 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import agff
 from agff.embedder import Embedder
-from agff.engine import start_process_group
-from agff.errors import AgffError, ConfigError
+from agff.errors import ConfigError
 from agff.release_writer import save_release
 from data_pipeline.convert import prepare
 from launcher.embed import embed_on_this_rank, main, parser
@@ -27,9 +25,9 @@ from launcher.embedding import vectors_folder_writer
 from launcher.embedding.corpus_vectors import HowToEncode, settings_of_work
 from launcher.embedding.teacher import OurModel
 from launcher.embedding.vectors_folder import VectorsFolder
-from launcher.run.ranks import RankInfo
 from tests.agff.test_release import embedder
 from tests.drawings import tiny_backbone, write_drawings
+from tests.launcher.own_rank import outcome_on_this_rank
 from tests.ranks import run_ranks
 
 
@@ -170,29 +168,13 @@ def test_shards_and_the_tables_they_come_from_have_equal_vectors(folder: Path, t
 
 def embed_in_small_blocks(argv: list[str], fail_after: int | None = None) -> str | None:
     """Blocks of 3 items; the error, if there is one. fail_after: forwards on the last rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world_size > 1:
-        start_process_group(rank)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(vectors_folder_writer, "BLOCK", 3)
-    if fail_after is not None and rank == world_size - 1:
-        calls, encode = [0], Embedder.encode_inputs
-
-        def failing(self: Embedder, inputs: Any) -> Any:
-            calls[0] += 1
-            if calls[0] > fail_after:
-                raise OSError("no space left on device")
-            return encode(self, inputs)
-
-        patch.setattr(Embedder, "encode_inputs", failing)
-    info = RankInfo(rank=rank, local_rank=rank, world_size=world_size, master_addr="127.0.0.1", master_port=0)
-    try:
-        embed_on_this_rank(parser().parse_args(argv), info, torch.device("cpu"))
-    except AgffError as error:
-        return str(error)
-    finally:
-        patch.undo()
-    return None
+    return outcome_on_this_rank(
+        embed_on_this_rank,
+        parser().parse_args(argv),
+        {(vectors_folder_writer, "BLOCK"): 3},
+        works=(Embedder, "encode_inputs"),
+        fail_after=fail_after,
+    )
 
 
 def embed_twice(argv: list[str]) -> list[str | None]:

@@ -12,12 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 
 import agff
 from agff.contract import CONTRACT_FILE
-from agff.engine import start_process_group
-from agff.errors import AgffError
 from agff.release_writer import save_release
 from data_pipeline.convert import prepare
 from data_pipeline.decode import decode
@@ -28,9 +25,9 @@ from data_pipeline.storage import LocalFolder
 from launcher.embedding import vectors_folder_writer
 from launcher.mine import main, mine_on_this_rank, parser
 from launcher.mining import subsets
-from launcher.run.ranks import RankInfo
 from tests.agff.test_release import embedder
 from tests.drawings import tiny_backbone, write_drawings
+from tests.launcher.own_rank import outcome_on_this_rank
 from tests.launcher.runs import run_command
 from tests.mmeb import contents, row, write_subset
 from tests.ranks import run_ranks
@@ -71,30 +68,13 @@ def argv_of(folder: Path, out: Path, *more: str) -> list[str]:
 def mine_in_small_blocks(argv: list[str], fail_after: int | None = None) -> str | None:
     """Blocks of 3 rows and of 3 items; the error, if there is one. fail_after: blocks of rows of the last
     rank."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world_size > 1:
-        start_process_group(rank)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(subsets, "QUERIES", 3)
-    patch.setattr(vectors_folder_writer, "BLOCK", 3)
-    if fail_after is not None and rank == world_size - 1:
-        calls, right = [0], subsets.choose
-
-        def failing(*arguments: Any, **named: Any) -> Any:
-            calls[0] += 1
-            if calls[0] > fail_after:
-                raise OSError("no space left on device")
-            return right(*arguments, **named)
-
-        patch.setattr(subsets, "choose", failing)
-    info = RankInfo(rank=rank, local_rank=rank, world_size=world_size, master_addr="127.0.0.1", master_port=0)
-    try:
-        mine_on_this_rank(parser().parse_args(argv), info, torch.device("cpu"))
-    except AgffError as error:
-        return str(error)
-    finally:
-        patch.undo()
-    return None
+    return outcome_on_this_rank(
+        mine_on_this_rank,
+        parser().parse_args(argv),
+        {(subsets, "QUERIES"): 3, (vectors_folder_writer, "BLOCK"): 3},
+        works=(subsets, "choose"),
+        fail_after=fail_after,
+    )
 
 
 def mine_twice(argv: list[str]) -> list[str | None]:

@@ -3,9 +3,11 @@ at known places; nothing is mapped, so that memory holds what is in use and no m
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agff.errors import CheckpointError
 
+ROWS_AT_ONCE = 4096
+"""Of a tensor that is read by rows: 16 MiB of an embedding table of width 1,024."""
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -24,6 +29,25 @@ class LazyTensor:
     shape: torch.Size
     read: Callable[[], Tensor]
     """The tensor on the CPU; not to be changed in place, since it may be somebody's."""
+    read_rows: Callable[[int, int], Tensor] | None = None
+    """Rows `start` to `stop` of it, and no others; None: it is read whole."""
+
+    def grown(self, num_rows: int) -> Tensor:
+        """The caller's own copy with this many rows, zeros behind those it has. No second copy is made
+        where it can be read by rows."""
+        whole = self.read() if self.read_rows is None else None
+        first = self._rows(whole, 0, 1)
+        grown = first.new_zeros(num_rows, *self.shape[1:])
+        for start in range(0, self.shape[0], ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, self.shape[0])
+            grown[start:stop] = self._rows(whole, start, stop)
+        return grown
+
+    def _rows(self, whole: Tensor | None, start: int, stop: int) -> Tensor:
+        if self.read_rows is not None:
+            return self.read_rows(start, stop)
+        assert whole is not None
+        return whole[start:stop]
 
 
 def of_tensor(tensor: Tensor) -> LazyTensor:
@@ -53,7 +77,31 @@ class Piece:
 
 def of_pieces(shape: torch.Size, pieces: Sequence[Piece]) -> LazyTensor:
     """The pieces, one behind the other; what the last ones hold beyond the shape is padding."""
-    return LazyTensor(shape, lambda: _read(shape, pieces))
+    width = math.prod(shape[1:])
+
+    def rows(start: int, stop: int) -> Tensor:
+        part = torch.Size((stop - start, *shape[1:]))
+        return _read(part, elements(pieces, start * width, part.numel()))
+
+    return LazyTensor(shape, lambda: _read(shape, pieces), rows)
+
+
+def elements(pieces: Sequence[Piece], start: int, size: int) -> list[Piece]:
+    """Elements `start` to `start + size` of pieces that lie one behind the other. Raises CheckpointError
+    where there are fewer."""
+    found = []
+    for piece in pieces:
+        count = min(size, piece.num_elements - start)
+        if count > 0:
+            found.append(piece.part(start, count))
+            size -= count
+        start = max(0, start - piece.num_elements)
+    if size:
+        raise CheckpointError(
+            f"{pieces[-1].path}: ends {size} elements before the parameters do that it should hold; it is of "
+            "another model or damaged"
+        )
+    return found
 
 
 def _read(shape: torch.Size, pieces: Sequence[Piece]) -> Tensor:
@@ -185,9 +233,12 @@ def of_safetensors(path: Path) -> dict[str, LazyTensor]:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
+    def rows(name: str, start: int, stop: int) -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_slice(name)[start:stop]
+
     with safe_open(path, "pt") as file:
         shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return {
-        name: LazyTensor(shape, lambda name=name: tensor(name))  # type: ignore[misc]
-        for name, shape in shapes.items()
+        name: LazyTensor(shape, partial(tensor, name), partial(rows, name)) for name, shape in shapes.items()
     }

@@ -149,4 +149,4 @@ def _released_config(model: EmbeddingModel, dtype: torch.dtype) -> Any:
 def _with_prompts(table: LazyTensor, prompts: LazyTensor, vocabulary: VocabularyPrompts) -> LazyTensor:
     rows, width = table.shape
     shape = torch.Size((max(rows, vocabulary.vocabulary_size), width))
-    return LazyTensor(shape, lambda: vocabulary.in_table(table.read(), prompts.read()))
+    return LazyTensor(shape, lambda: vocabulary.put_into(table.grown(shape[0]), prompts.read()))

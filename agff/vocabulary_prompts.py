@@ -49,13 +49,10 @@ class VocabularyPrompts:
         """M ids, of the last token of each block."""
         return list(self.ids[self.tokens_per_prompt - 1 :: self.tokens_per_prompt])
 
-    def in_table(self, table_VH: Tensor, vectors_PH: Tensor) -> Tensor:
-        """(vocabulary_size, H) table with the soft tokens in it, of the table's dtype; zeros where it grew
-        for no token. The table that is given stays as it is."""
-        grown_VH = table_VH.new_zeros(max(self.vocabulary_size, len(table_VH)), table_VH.shape[1])
-        grown_VH[: len(table_VH)] = table_VH
-        grown_VH[list(self.ids)] = vectors_PH.to(table_VH)
-        return grown_VH
+    def put_into(self, table_VH: Tensor, vectors_PH: Tensor) -> Tensor:
+        """The table, which has `vocabulary_size` rows or more, with the soft tokens put into it in place."""
+        table_VH[list(self.ids)] = vectors_PH.to(table_VH)
+        return table_VH
 
 
 def add_to_vocabulary(tokenizer: Any, model_config: Any, prompts: PromptConfig) -> VocabularyPrompts:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from agff.errors import CheckpointError
-from agff.lazy_tensor import LazyTensor, Piece, StoredTensor, TorchFile, of_pieces
+from agff.lazy_tensor import LazyTensor, Piece, StoredTensor, TorchFile, elements, of_pieces
 
 OTHER_VERSION = "it was written by a DeepSpeed that this version does not know (requirements.txt)"
 
@@ -79,7 +79,7 @@ class ZeroWeights:
             partitions = [state["single_partition_of_fp32_groups"][group].piece for state in states]
             start = 0
             for index, (name, shape) in enumerate(shapes.items()):
-                found[name] = self._tensor(shape, _slice(partitions, start, math.prod(shape)))
+                found[name] = self._tensor(shape, elements(partitions, start, math.prod(shape)))
                 start += math.prod(shape) + (paddings[group][index] if paddings is not None else 0)
         frozen: Mapping[str, StoredTensor] = models[0].get("frozen_param_fragments") or {}
         for name, stored in frozen.items():
@@ -93,7 +93,7 @@ class ZeroWeights:
         own = [[flat.piece for flat in state["fp32_flat_groups"]] for state in states]
         for name, shape in (item for shapes in models[0]["param_shapes"] for item in shapes.items()):
             size = math.ceil(math.prod(shape) / len(states))
-            pieces = [piece for partitions in own for piece in _slice(partitions, start, size)]
+            pieces = [piece for partitions in own for piece in elements(partitions, start, size)]
             found[name] = self._tensor(shape, pieces)
             start += size
         for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
@@ -114,23 +114,6 @@ class ZeroWeights:
         if not found:
             raise CheckpointError(f"{self.folder / 'zero'}: holds no parameter (NAME/fp32.pt)")
         return found
-
-
-def _slice(partitions: Sequence[Piece], start: int, size: int) -> list[Piece]:
-    """Elements `start` to `start + size` of partitions that lie one behind the other."""
-    pieces = []
-    for partition in partitions:
-        count = min(size, partition.num_elements - start)
-        if count > 0:
-            pieces.append(partition.part(start, count))
-            size -= count
-        start = max(0, start - partition.num_elements)
-    if size:
-        raise CheckpointError(
-            f"{partitions[-1].path}: ends {size} elements before the parameters do that it should hold; it "
-            "is of another model or damaged"
-        )
-    return pieces
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:

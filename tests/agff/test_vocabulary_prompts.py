@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from agff.errors import ConfigError
+from agff.lazy_tensor import of_tensor
 from agff.prompts import PromptConfig
 from agff.vocabulary_prompts import add_to_vocabulary
 from tests.drawings import tiny_backbone
@@ -29,7 +30,8 @@ def test_a_table_takes_the_soft_tokens(tmp_path: Path, spare: int, grown: int, d
     assert tokenizer(f"a{vocabulary.global_text}").input_ids[1:] == [size, size + 1]
     table_VH, vectors_PH = torch.randn(size + spare, 4, dtype=dtype), torch.randn(6, 4)
     before_VH = table_VH.clone()
-    found_VH = vocabulary.in_table(table_VH, vectors_PH)
+    rows = max(len(table_VH), vocabulary.vocabulary_size)
+    found_VH = vocabulary.put_into(of_tensor(table_VH).grown(rows), vectors_PH)
     assert torch.equal(table_VH, before_VH)
     assert found_VH.dtype == dtype
     assert len(found_VH) == size + spare + grown

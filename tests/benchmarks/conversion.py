@@ -42,10 +42,9 @@ def conversion_rows(*, quick: bool) -> list[Row]:
         run_ranks(one_step_and_a_checkpoint, folder, world_size=1, timeout_s=600)
         rows = []
         for what, worker in (("convert_checkpoint", ours), ("DeepSpeed's zero_to_fp32", deepspeeds)):
+            times, copies, size = run_ranks(_times, worker, folder, rounds, world_size=1, timeout_s=600)[0]
             with _allocator():
-                times, copies, peak, size, largest = run_ranks(
-                    _measure, worker, folder, rounds, world_size=1, timeout_s=600
-                )[0]
+                peak, largest = run_ranks(_memory, worker, folder, world_size=1, timeout_s=600)[0]
             words = {"group": "conversion", "what": what, "case": "", "note": f"{size / 1e6:,.0f} MB"}
             rows += [
                 Row.of(
@@ -63,7 +62,7 @@ def conversion_rows(*, quick: bool) -> list[Row]:
 
 @contextlib.contextmanager
 def _allocator() -> Iterator[None]:
-    """Freed blocks go back to the system, so that resident bytes are those in use."""
+    """Freed blocks go back to the system, so that resident bytes are those in use; that takes its time."""
     os.environ |= ALLOCATOR
     try:
         yield
@@ -101,31 +100,42 @@ def deepspeeds(folder: Path, out: Path) -> None:
         )
 
 
-def _measure(
+def _times(
     write: Callable[[Path, Path], None], folder: Path, rounds: int
-) -> tuple[list[float], list[float], int, int, int]:
-    """(seconds of each conversion, of each copy, bytes that the second conversion, of a process that has
-    loaded what it needs, adds at its peak, bytes written, bytes of the largest tensor)."""
+) -> tuple[list[float], list[float], int]:
+    """(seconds of each conversion, of each copy, bytes written)."""
     torch.set_num_threads(2)
-    out, times, copies, peak = folder / "out", [], [], 0
+    out, times, copies = folder / "out", [], []
     write(folder, out)  # it also imports
-    for turn in range(rounds):
+    for _ in range(rounds):
         shutil.rmtree(out)
         os.sync()  # nothing of an earlier turn is still on its way to the disk
-        before, start = reset_peak(), time.perf_counter()
+        start = time.perf_counter()
         write(folder, out)
         times.append(time.perf_counter() - start)
-        peak = peak_bytes() - before if turn == 0 else peak
         start = time.perf_counter()
         _copy(out, folder / "copy")
         copies.append(time.perf_counter() - start)
         shutil.rmtree(folder / "copy")
-    files = [path for path in out.rglob("*") if path.is_file()]
-    tensors = [of_safetensors(path) for path in files if path.suffix == ".safetensors"]
-    largest = max(4 * lazy.shape.numel() for found in tensors for lazy in found.values())
-    size = sum(path.stat().st_size for path in files)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     shutil.rmtree(out)
-    return times, copies, peak, size, largest
+    return times, copies, size
+
+
+def _memory(write: Callable[[Path, Path], None], folder: Path) -> tuple[int, int]:
+    """(bytes that the second conversion, of a process that has loaded what it needs, adds at its peak, bytes
+    of the largest tensor)."""
+    torch.set_num_threads(2)
+    out = folder / "out"
+    write(folder, out)
+    shutil.rmtree(out)
+    before = reset_peak()
+    write(folder, out)
+    peak = peak_bytes() - before
+    tensors = [of_safetensors(path) for path in out.rglob("*.safetensors")]
+    largest = max(4 * lazy.shape.numel() for found in tensors for lazy in found.values())
+    shutil.rmtree(out)
+    return peak, largest
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ from agff.backbone import load_backbone
 from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
 from agff.contract import read_contract
 from agff.errors import CheckpointError, ConfigError
+from agff.lazy_tensor import of_tensor
 from agff.release import golden_items
 from agff.vocabulary_prompts import add_to_vocabulary
 from agff.zero_weights import ZeroWeights
@@ -108,7 +109,8 @@ def test_a_release_is_what_transformers_itself_would_write(
     table = model.prompted_embedding.base
     backbone = model.backbone.merge_and_unload() if kind == "both" or "-lora-" in name else model.backbone
     vocabulary = add_to_vocabulary(processor.tokenizer, backbone.config, processor.prompts)
-    table.weight.data = vocabulary.in_table(table.weight.data, model.prompted_embedding.vectors.data)
+    grown = of_tensor(table.weight).grown(max(len(table.weight), vocabulary.vocabulary_size))
+    table.weight.data = vocabulary.put_into(grown, model.prompted_embedding.vectors.data)
     backbone.set_input_embeddings(table)
     backbone.save_pretrained(tmp_path)
     folder = releases / f"{name}-{kind}" / "backbone"

@@ -104,7 +104,7 @@ def test_the_other_commands_run_as_they_stand(
         result = run_command(command, project)
         assert result.returncode == 0, f"{command}\n{result.stdout}"
         assert "Traceback" not in result.stdout
-    assert (project / "releases/quickstart/agff_config.json").exists()
+    assert (project / "releases/mine/agff_config.json").exists()
     assert (project / "runs/quickstart-zero3/scores.json").exists()
     images = project / ".cache/quickstart/data/mmeb_eval/images/Emoji_t2i-fxemoji"
     images.mkdir(parents=True)

@@ -7,7 +7,9 @@ first. The format: https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,8 +36,8 @@ Transform = Callable[[LazyTensor], LazyTensor]
 class WrittenWeights:
     """What is now in a folder."""
 
-    tensors: dict[Path, dict[str, str]] = field(default_factory=dict)
-    """SHA-256 of the bytes of each tensor of a file, by its name."""
+    tensors: dict[Path, dict[str, int]] = field(default_factory=dict)
+    """CRC-32 of the bytes of each tensor of a file, by its name, as torch.save keeps it of its own."""
     files: dict[str, str] = field(default_factory=dict)
     """Size and SHA-256 of each file, as `agff.files.file_fingerprint`, by its name in the folder."""
 
@@ -51,15 +53,16 @@ def write_weights(
     """Write all tensors, in their order and rounded to `dtype`, to `folder`/`stem`.safetensors, or, where
     they are more than `shard_bytes`, to several files and an index, as transformers names them.
 
-    One tensor is in memory at a time. The caller syncs the files. Raises CheckpointError for a tensor
-    that is not of its shape, OSError where the folder cannot be written.
+    One tensor is in memory at a time, or two that together are no larger than the largest. The caller syncs
+    the files. Raises CheckpointError for a tensor that is not of its shape, OSError where the folder cannot
+    be written.
     """
     shards = _shards(tensors, shard_bytes=shard_bytes, itemsize=dtype.itemsize)
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}" for number in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [stem]
     written = WrittenWeights()
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for name, shard in zip(names, shards, strict=True):
             path = folder / f"{name}.safetensors"
             written.files[path.name] = _write_shard(path, shard, dtype, pool, written)
@@ -92,22 +95,34 @@ def _write_shard(
     pool: ThreadPoolExecutor,
     written: WrittenWeights,
 ) -> str:
-    """Its fingerprint. The two hashes of a tensor's bytes are made while they are written."""
+    """Its fingerprint. Both hashes of a tensor's bytes are made while they are written."""
     whole = hashlib.sha256()
-    digests = written.tensors[path] = {}
+    hashes = written.tensors[path] = {}
     with path.open("wb") as file:
         header = _header(tensors, dtype)
         file.write(header)
         whole.update(header)
-        for name, lazy in tensors.items():
-            content = _bytes(_checked(name, lazy).to(dtype))
+        for name, tensor in _read_ahead(tensors, pool):
+            content = _bytes(tensor.to(dtype))
             of_whole: Future[Any] = pool.submit(whole.update, content)
-            of_tensor = pool.submit(hashlib.sha256, content)
             file.write(content)
+            hashes[name] = zlib.crc32(content)
             of_whole.result()
-            digests[name] = of_tensor.result().hexdigest()
         size = file.tell()
     return f"{size} bytes, sha256 {whole.hexdigest()}"
+
+
+def _read_ahead(tensors: Mapping[str, LazyTensor], pool: ThreadPoolExecutor) -> Iterator[tuple[str, Tensor]]:
+    """Each of them; the next one is read while the caller has this one, where there is room for it."""
+    items = list(tensors.items())
+    largest = max((lazy.shape.numel() for lazy in tensors.values()), default=0)
+    ahead: Future[Tensor] | None = None
+    for (name, lazy), following in itertools.zip_longest(items, items[1:]):
+        tensor = _checked(name, lazy) if ahead is None else ahead.result()
+        ahead = None
+        if following and lazy.shape.numel() + following[1].shape.numel() <= largest:
+            ahead = pool.submit(_checked, *following)
+        yield name, tensor
 
 
 def _checked(name: str, lazy: LazyTensor) -> Tensor:
@@ -154,29 +169,26 @@ def check_written(written: WrittenWeights) -> None:
     """Read every tensor back by its name, as any program would, and compare its hash with that of what was
     written. Two are in memory at a time. Raises CheckpointError, with a line for each that differs."""
     with ThreadPoolExecutor(2) as pool:
-        places = [(path, name) for path, digests in written.tensors.items() for name in digests]
-        found = pool.map(lambda place: _digest(*place), places)
+        places = [(path, *each) for path, hashes in written.tensors.items() for each in hashes.items()]
+        found = pool.map(lambda place: _difference(*place), places)
         if problems := [
             f"{path}: {name} read back differs from what was written: {problem}"
-            for (path, name), digest in zip(places, found, strict=True)
-            if (problem := _difference(digest, written.tensors[path][name]))
+            for (path, name, _), problem in zip(places, found, strict=True)
+            if problem
         ]:
             raise CheckpointError("\n".join(problems) + "\nnothing was released; is the disk sound?")
-    for path, digests in written.tensors.items():
-        if unknown := [name for name in _names(path) if name not in digests]:
+    for path, hashes in written.tensors.items():
+        if unknown := [name for name in _names(path) if name not in hashes]:
             raise CheckpointError(f"{path}: holds {', '.join(unknown)}, which was not written")
 
 
-def _difference(found: str, expected: str) -> str:
-    return "" if found == expected else f"sha256 {found:.12}... is not {expected:.12}..."
-
-
-def _digest(path: Path, name: str) -> str:
+def _difference(path: Path, name: str, expected: int) -> str:
     try:
-        with safe_open(path, "pt") as file:  # opened anew for each: no page of another tensor stays mapped
-            return hashlib.sha256(_bytes(file.get_tensor(name))).hexdigest()
+        with safe_open(path, "pt") as file:  # opened again for each: no page of another tensor stays mapped
+            found = zlib.crc32(_bytes(file.get_tensor(name)))
     except (OSError, SafetensorError) as error:
         return f"cannot be read ({error})"
+    return "" if found == expected else f"CRC-32 {found:08x} is not {expected:08x}"
 
 
 def _names(path: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ import errno
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,9 @@ from launcher.command_line import report
 from launcher.run.config_file import read_run_config
 from launcher.run.origin import origin_of
 from launcher.run.trained_model import damaged, open_run, step_of
+
+SYNC_EVERY_S = 0.2
+"""Of the weights that are being written, so that the disk works from the first of them on."""
 
 
 def convert(
@@ -67,16 +71,17 @@ def convert(
             origin["base_model"] = base_model
         with ThreadPoolExecutor(2) as pool, _named_errors(out):
             damage = pool.submit(damaged_records, trained.pieces)  # while the same bytes are copied
-            written = save_release(
-                trained.embedder,
-                partial,
-                origin=origin,
-                dtype=dtype,
-                weights=trained.weights,
-                lora=lora,
-                base_model=base_model,
-                shard_bytes=shard_bytes,
-            )
+            with _syncing(partial, pool):
+                written = save_release(
+                    trained.embedder,
+                    partial,
+                    origin=origin,
+                    dtype=dtype,
+                    weights=trained.weights,
+                    lora=lora,
+                    base_model=base_model,
+                    shard_bytes=shard_bytes,
+                )
             on_disk = pool.submit(_sync, partial)  # while it is read back
             if problems := damage.result():
                 raise CheckpointError(damaged(run, trained.step, problems))
@@ -88,6 +93,24 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return cosine
+
+
+@contextlib.contextmanager
+def _syncing(folder: Path, pool: ThreadPoolExecutor) -> Iterator[None]:
+    """In here the weights that `folder` has by now go to the disk while others are read and written."""
+    over = threading.Event()
+
+    def keep_syncing() -> None:
+        while not over.wait(SYNC_EVERY_S):
+            for path in folder.rglob("*.safetensors"):
+                sync(path)
+
+    done = pool.submit(keep_syncing)
+    try:
+        yield
+    finally:
+        over.set()
+    done.result()
 
 
 def _sync(folder: Path) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def conversion_rows(*, quick: bool) -> list[Row]:
             times, copies, size = run_ranks(_times, worker, folder, rounds, world_size=1, timeout_s=600)[0]
             with _allocator():
                 peak, largest = run_ranks(_memory, worker, folder, world_size=1, timeout_s=600)[0]
-            words = {"group": "conversion", "what": what, "case": "", "note": f"{size / 1e6:,.0f} MB"}
+            note = f"{size / 1e6:,.0f} MB; the copy wrote {size / statistics.median(copies) / 1e9:.1f} GB/s"
+            words = {"group": "conversion", "what": what, "case": "", "note": note}
             rows += [
                 Row.of(
                     Ratio.of(times, copies), against="copying what it wrote, fsync", quantity="time", **words

@@ -175,20 +175,28 @@ def test_what_cannot_be_released_leaves_nothing(tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("agff.release_writer.save_file", OSError(28, "No space left on device")),
+        ("agff.release_writer.save_file", SafetensorError("No space left")),
+        ("launcher.convert_checkpoint.sync", OSError(5, "Input/output error")),
+    ],
+)
 def test_a_full_disk_is_named_and_leaves_nothing(
     project: Path,
     train_once: Callable[[int], tuple[Path, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    place: str,
     error: Exception,
 ) -> None:
     def save(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.chdir(project)
-    monkeypatch.setattr("agff.release_writer.save_file", save)  # of the first file
+    monkeypatch.setattr(place, save)
     assert main([str(train_once(3)[0]), str(tmp_path / "release")]) == 2
     assert "release: cannot be written: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -283,7 +291,7 @@ def test_what_is_not_the_checkpoint_is_never_released(
         says = ["adapters are zero: the model is the backbone as it was; nothing was trained"]
     elif damage == "a tensor on the disk":
         monkeypatch.setattr("launcher.convert_checkpoint.check_written", _check_damaged)
-        says = ["read back differs from what was written: sha256 ", "nothing was released"]
+        says = ["read back differs from what was written: CRC-32 ", "nothing was released"]
     else:
         monkeypatch.setattr("agff.release_writer.release_parts", _with_another_layer)
         says = ["does not reproduce its golden vectors: cosine"]

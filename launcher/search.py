@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from agff.embedder import Embedder, as_item
 from agff.errors import AgffError, ConfigError
+from agff.files import SILENT_S
 from agff.images import FORMATS
 from launcher.command_line import report
 from launcher.embedding.vectors_folder import Description, VectorsFolder
@@ -38,7 +39,7 @@ a fine vector alone is found where the index has those too (--build VECTORS --fi
 a graph (hnsw), more are lists (ivf). All of an index is mapped into memory, so it may be larger; --int8
 makes it a quarter as large. FAISS trusts the files of an index: open only those of people you trust.
 """
-DEFAULT_K, DEFAULT_QUERIES = 10, 100
+DEFAULT_K, DEFAULT_FACTOR, DEFAULT_QUERIES = 10, 4, 100
 BUILD, MEASURE, SEARCH = "--build", "--measure_recall", "a search"
 _OPTIONS = {
     BUILD: {"fine", "kind", "int8"},
@@ -77,7 +78,7 @@ def _build(arguments: argparse.Namespace) -> None:
         storage="int8" if arguments.int8 else "float32",
         with_fine=arguments.fine,
     )
-    with tqdm(desc="build", unit="vector", unit_scale=True) as bar:
+    with tqdm(desc="build", unit="vector", unit_scale=True, delay=SILENT_S) as bar:
         description = build_index(arguments.build, arguments.index, choice, progress=bar.update)
     _say(_built(arguments.index, description))
 
@@ -99,14 +100,15 @@ def _measure(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--measure_recall {arguments.measure_recall} must be >= 1")
     searcher = Searcher(arguments.index, check_hashes=arguments.check)
     num_items, queries = searcher.description.num_items, None
-    k = arguments.k if arguments.k is not None else max(1, min(DEFAULT_K, num_items - 1))
+    num_others = num_items if arguments.queries is not None else num_items - 1
+    k = arguments.k if arguments.k is not None else max(1, min(DEFAULT_K, num_others))
     searcher.check_request(k, 1)
     if arguments.queries is not None:
-        queries = VectorsFolder(arguments.queries)
+        queries = VectorsFolder(arguments.queries, check_hashes=arguments.check)
         _check_same_model(searcher, queries)
-    elif k == num_items:
+    elif k > num_others:
         raise ConfigError(
-            f"--k {k}: a query of the corpus is searched among the other {num_items - 1:,} items; give at "
+            f"--k {k}: a query of the corpus is searched among the other {num_others:,} items; give at "
             "most that many, or other queries (--queries)"
         )
     found = measure_recall(searcher, queries, num_queries=arguments.measure_recall, k=k)
@@ -144,20 +146,25 @@ def _search(arguments: argparse.Namespace) -> None:
         check_page_place(arguments.html, option="--html")
     searcher = Searcher(arguments.index, check_hashes=arguments.check)
     k = arguments.k if arguments.k is not None else min(DEFAULT_K, searcher.description.num_items)
-    searcher.check_request(k, arguments.factor)
+    factor = arguments.factor if arguments.factor is not None else DEFAULT_FACTOR
+    searcher.check_request(k, factor)
+    from launcher.embedding.teacher import num_cut  # as in _model_of
+
     embedder = _model_of(searcher, arguments.model)
     item = as_item(query, embedder.texts)
     query_MD = embedder.encode([item])[0]
-    hits = searcher.search(query_MD, k=k, factor=arguments.factor)
+    hits = searcher.search(query_MD, k=k, factor=factor)
     lines = [hit_line(place, hit, searcher.vectors.item(hit.row)) for place, hit in enumerate(hits, start=1)]
     _say("\n".join(lines))
+    if num_cut(embedder, [item]):
+        _say("the query has a text whose end the model does not read: it is too long")
     if arguments.html is not None:
         write_search_page(
             arguments.html,
             text=arguments.query or "",
             image=item.image,
             hits=shown_hits(searcher, hits),
-            facts=_facts(arguments, searcher, k),
+            facts=_facts(arguments, searcher, k, factor),
         )
         _say(f"page: {arguments.html} ({arguments.html.stat().st_size / 1e6:.1f} MB)")
 
@@ -199,7 +206,7 @@ def _model_of(searcher: Searcher, named: Path | None) -> Embedder:
     return embedder
 
 
-def _facts(arguments: argparse.Namespace, searcher: Searcher, k: int) -> list[tuple[str, str]]:
+def _facts(arguments: argparse.Namespace, searcher: Searcher, k: int, factor: int) -> list[tuple[str, str]]:
     """What a reader of the page should know."""
     by = "every vector" if searcher.has_fine else "the global vector"
     kind = searcher.description.groups[GLOBAL].kind
@@ -207,12 +214,13 @@ def _facts(arguments: argparse.Namespace, searcher: Searcher, k: int) -> list[tu
         ("index", f"{arguments.index}, {searcher.description.num_items:,} items, {kind}"),
         ("corpus", searcher.vectors.description.input),
         ("model", searcher.vectors.description.model),
-        ("search", f"{k} x {arguments.factor} candidates by {by}, ranked by the fused similarity"),
+        ("search", f"{k} x {factor} candidates by {by}, ranked by the fused similarity"),
     ]
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    encoding = sys.stdout.encoding or "utf-8"  # a name may hold what the terminal cannot show
+    sys.stdout.write(f"{text}\n".encode(encoding, errors="backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 
@@ -226,11 +234,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--image", type=Path, metavar="FILE", help="an image to search by, alone or with the text"
     )
+    made.add_argument("--k", type=int, help=f"items to find (default: {DEFAULT_K}, or all that there are)")
     made.add_argument(
-        "--k", type=int, help=f"items to find (default: {DEFAULT_K}, or all of a smaller index)"
-    )
-    made.add_argument(
-        "--factor", type=int, default=4, help="k x factor candidates are re-scored (default: %(default)s)"
+        "--factor", type=int, help=f"k x factor candidates are re-scored (default: {DEFAULT_FACTOR})"
     )
     made.add_argument(
         "--fine",

@@ -108,19 +108,28 @@ class VectorsFolder:
             raise IndexError(f"row {row} of {len(self)}")
         start = int(self._ends[row - 1]) + 1 if row else 0
         try:
-            return VectorItem(**json.loads(self._content[start : int(self._ends[row])].tobytes()))
+            item = VectorItem(**json.loads(self._content[start : int(self._ends[row])].tobytes()))
+            if not isinstance(item.id, str) or not isinstance(item.text, str | None):
+                raise TypeError("id and text must be texts")
+            if not isinstance(item.image, str | None):
+                raise TypeError("image must be a text")
+            return item
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{self.folder / ITEMS_FILE}: line {row + 1}: not an item: {error}; {_REMEDY}"
             ) from None
 
     def image_file(self, item: VectorItem) -> Path | None:
-        """Where the image is; None for an item without one and for one inside of a shard."""
+        """Where the image is; None for an item without one, for one inside of a shard, and for a file that is
+        not there."""
         if item.image is None:
             return None
         source, relative = Path(self.description.input), Path(item.image)
         path = (source if source.is_dir() else source.parent) / relative
-        return path if path.is_file() and ".." not in relative.parts else None
+        try:
+            return path if path.is_file() and ".." not in relative.parts else None
+        except OSError:  # such as a name that is too long
+            return None
 
     def check_model(self, embedder: Embedder, *, name: Path) -> None:
         """Raise ConfigError for another model than the one that made the vectors."""

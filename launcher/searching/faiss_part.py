@@ -4,6 +4,9 @@
     hnsw   a graph of neighbours: at most HNSW_MOST_BYTES of vectors, since each step reads somewhere else
     ivf    lists of vectors around centroids, of which a query reads one in LISTS_READ: everything larger
 
+As many as are asked for are found: where the lists hold too few, more are read; where the graph does not
+reach them, all vectors are compared.
+
 float32 keeps the vectors, int8 a quarter of them (a scalar quantizer: 256 levels between the smallest and the
 largest value of each dimension). An index is cut into parts of at most PART_BYTES, and each is mapped into
 memory, not read: building needs the memory of one part and its training sample, searching that of the pages
@@ -64,6 +67,15 @@ def faiss() -> Any:
     return library
 
 
+def faiss_path(path: Path) -> str:
+    """As FAISS takes it. Raises ConfigError for a name that no UTF-8 has."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{path}: FAISS opens only names in UTF-8; choose another folder") from None
+    return str(path)
+
+
 def row_bytes(dim: int, storage: Storage) -> int:
     """Of a stored vector."""
     return dim if storage == "int8" else 4 * dim
@@ -102,7 +114,7 @@ def write_part(
     for block_ND in blocks:
         index.add(block_ND)
     try:
-        faiss().write_index(index, str(path))
+        faiss().write_index(index, faiss_path(path))
     except RuntimeError as error:
         raise OSError(_reason(error)) from None
 
@@ -115,7 +127,7 @@ class FaissPart:
         library = faiss()
         flag = library.IO_FLAG_MMAP if kind == "ivf" else library.IO_FLAG_MMAP_IFC
         try:
-            index = library.read_index(str(path), flag | library.IO_FLAG_READ_ONLY)
+            index = library.read_index(faiss_path(path), flag | library.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
             raise DataError(f"{path}: cannot be read: {_reason(error)}; build the index again") from None
         expected = {
@@ -133,23 +145,35 @@ class FaissPart:
     def nearest(
         self, query_QD: NDArray[np.float32], count: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(Q, count) dot products and rows, best first; row -1 where fewer were found.
+        """(Q, count) dot products and rows, best first; all rows where `count` is more.
 
         Raises DataError for rows that are not there.
         """
         count = min(count, self._index.ntotal)
-        scores, rows = self._index.search(query_QD, count, params=self._parameters(count))
-        if rows.max(initial=-1) >= self._index.ntotal:
-            raise DataError(f"{self._path}: is damaged: row {rows.max():,}; build the index again")
+        scores, rows = self._search(query_QD, count)
+        if ((rows < 0) | (rows >= self._index.ntotal)).any():
+            raise DataError(f"{self._path}: is damaged, as its rows show; build the index again")
         return scores, rows
 
-    def _parameters(self, count: int) -> Any:
+    def _search(
+        self, query_QD: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """`nearest`; row -1 for each that is not found."""
+        if self._kind == "flat":
+            return self._index.search(query_QD, count)
         if self._kind == "hnsw":
-            return faiss().SearchParametersHNSW(efSearch=max(_SEARCHED, 2 * count))
-        if self._kind == "ivf":
-            num_lists = max(MIN_LISTS_READ, self._index.nlist // LISTS_READ)
-            return faiss().SearchParametersIVF(nprobe=min(num_lists, self._index.nlist))
-        return None
+            parameters = faiss().SearchParametersHNSW(efSearch=max(_SEARCHED, 2 * count))
+            found = self._index.search(query_QD, count, params=parameters)
+            if (found[1] < 0).any():  # equal vectors have each other as neighbours, and the graph falls apart
+                return faiss().downcast_index(self._index.storage).search(query_QD, count)
+            return found
+        num_lists = max(MIN_LISTS_READ, self._index.nlist // LISTS_READ)
+        while True:
+            parameters = faiss().SearchParametersIVF(nprobe=min(num_lists, self._index.nlist))
+            found = self._index.search(query_QD, count, params=parameters)
+            if num_lists >= self._index.nlist or (found[1] >= 0).all():
+                return found
+            num_lists *= 2
 
 
 def _empty(kind: Kind, storage: Storage, num_rows: int, dim: int) -> Any:

@@ -13,7 +13,7 @@ can change a file can change index.json. So open an index only if you would run 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from typing import Any
 from agff.contract import MAX_HASHED_BYTES
 from agff.errors import DataError
 from agff.files import changed_files, write_text
-from launcher.embedding.vectors_folder import VectorsFolder
+from launcher.embedding.vectors_folder import DESCRIPTION_FILE, VectorsFolder
 from launcher.searching.faiss_part import KINDS, STORAGES, Kind, Storage
 
 INDEX_FILE, VECTORS_FOLDER = "index.json", "vectors"
+DESCRIPTION_NAME = f"{VECTORS_FOLDER}/{DESCRIPTION_FILE}"
 FORMAT = 1
 GLOBAL, FINE = "global", "fine"
 _REMEDY = "build it again: python launcher/search.py --build VECTORS INDEX"
@@ -66,6 +67,11 @@ class IndexDescription:
     """Size and SHA-256 of each FAISS file and of vectors.json."""
 
 
+def part_file(group: str, number: int) -> str:
+    """Name of a group's `number`-th file."""
+    return f"{group}-{number:05d}.faiss"
+
+
 def write_description(folder: Path, description: IndexDescription) -> None:
     """Write index.json, the last file of the folder."""
     write_text(folder / INDEX_FILE, json.dumps(asdict(description), indent=1) + "\n")
@@ -74,7 +80,7 @@ def write_description(folder: Path, description: IndexDescription) -> None:
 def open_folder(folder: Path, *, check_hashes: bool) -> tuple[IndexDescription, VectorsFolder]:
     """What the index is, its files compared with what was written; no FAISS file is opened.
 
-    Of a file of more than 64 MiB the size alone is compared, but that of a graph, whose links are followed
+    Of a file of more than 64 MiB the size alone is compared, unless it is a graph, whose links are followed
     unchecked. check_hashes: the SHA-256 of all. Raises DataError for an index that is absent, not complete,
     of another format, cut or changed.
     """
@@ -83,24 +89,28 @@ def open_folder(folder: Path, *, check_hashes: bool) -> tuple[IndexDescription, 
         part.file for group in description.groups.values() if group.kind == "hnsw" for part in group.parts
     }
     most = None if check_hashes else MAX_HASHED_BYTES
-    problems = [
-        problem
-        for most_bytes, names in ((None, followed), (most, description.files.keys() - followed))
-        for problem in changed_files(
-            folder,
-            {name: description.files[name] for name in sorted(names)},
-            max_hashed_bytes=most_bytes,
-            shows_progress=True,
-        )
-    ]
-    if problems:
-        raise DataError("\n".join([*problems, f"{folder}: not as it was written; {_REMEDY}"]))
-    vectors = VectorsFolder(folder / VECTORS_FOLDER, check_hashes=check_hashes)
+    problems = []
+    for most_bytes, names in ((None, followed), (most, description.files.keys() - followed)):
+        files = {name: description.files[name] for name in sorted(names)}
+        problems += _changed(folder, files, most_bytes)
+    _refuse(folder, problems)
+    vectors = VectorsFolder(folder / VECTORS_FOLDER)
+    _refuse(folder, _changed(vectors.folder, vectors.description.files, most))
     found = (vectors.description.weights_sha256, len(vectors), vectors.description.num_vectors)
     num_vectors = 1 + (description.groups[FINE].num_vectors if FINE in description.groups else found[2] - 1)
     if found != (description.weights_sha256, description.num_items, num_vectors):
         raise DataError(f"{folder}: its vectors are not those that the index was built from; {_REMEDY}")
     return description, vectors
+
+
+def _changed(folder: Path, files: Mapping[str, str], max_hashed_bytes: int | None) -> list[str]:
+    return changed_files(folder, files, max_hashed_bytes=max_hashed_bytes, shows_progress=True)
+
+
+def _refuse(folder: Path, problems: Sequence[str]) -> None:
+    """Raise DataError if there are any."""
+    if problems:
+        raise DataError("\n".join([*problems, f"{folder}: not as it was written; {_REMEDY}"]))
 
 
 def _read_description(folder: Path) -> IndexDescription:
@@ -136,14 +146,26 @@ def _check(description: IndexDescription) -> None:
         raise ValueError(f"storage {description.storage}, groups {', '.join(description.groups)}")
     if GLOBAL not in description.groups:
         raise ValueError("it has no global vectors")
+    _check_count("num_items", description.num_items)
     for name, group in description.groups.items():
-        wanted = 0 if name == GLOBAL else 1
-        if group.kind not in KINDS or group.first_vector != wanted or group.num_vectors < 1:
+        _check_count(f"{name}: num_vectors", group.num_vectors)
+        if group.kind not in KINDS or group.first_vector != (0 if name == GLOBAL else 1):
             raise ValueError(f"{name}: kind {group.kind}, vectors from {group.first_vector}")
         end = 0
-        for part in group.parts:
-            if part.file not in description.files or part.first_item != end or part.num_items < 1:
-                raise ValueError(f"{name}: part {part.file} begins at item {part.first_item}")
+        for number, part in enumerate(group.parts):
+            _check_count(f"{name}: part {number}: num_items", part.num_items)
+            if part.file != part_file(name, number) or part.first_item != end:
+                raise ValueError(f"{name}: part {number} is {part.file}, from item {part.first_item}")
             end += part.num_items
         if end != description.num_items:
             raise ValueError(f"{name}: {end} items of {description.num_items}")
+    written = {part.file for group in description.groups.values() for part in group.parts}
+    if description.files.keys() != written | {DESCRIPTION_NAME}:
+        raise ValueError(f"files {', '.join(map(repr, description.files))}")
+    if not all(isinstance(fingerprint, str) for fingerprint in description.files.values()):
+        raise ValueError("the fingerprints of its files must be texts")
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, found {value!r}")

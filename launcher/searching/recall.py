@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,9 @@ from torch import Tensor
 from agff.similarity import fused_similarity
 from launcher.embedding.vectors_folder import VectorsFolder
 from launcher.searching.searcher import Searcher
+from launcher.searching.vector_blocks import blocks_of, vectors_of
 
 FACTORS = (1, 4, 16)
-BLOCK_BYTES = 64 * 2**20
-"""Of the corpus, in float32, that is compared at once."""
 QUERY_BLOCK = 256
 SAME_SCORE = 1e-6
 """In units of cosine: the rounding between two shapes of the same products."""
@@ -45,16 +44,16 @@ def exhaustive_scores(
 ) -> Tensor:
     """(Q, k) the best fused similarities of each query among the whole corpus, best first.
 
-    own_rows: the queries' own rows of the corpus, which are left out. Memory: BLOCK_BYTES of the corpus and
-    QUERY_BLOCK queries against it, whatever their numbers.
+    own_rows: the queries' own rows of the corpus, which are left out. Memory: a block of the corpus and
+    QUERY_BLOCK queries against it, whatever their numbers. Raises DataError for vectors that are not finite.
     """
     found = []
     for start in range(0, len(query_QMD), QUERY_BLOCK):
         queries = query_QMD[start : start + QUERY_BLOCK]
         own = own_rows[start : start + QUERY_BLOCK] if own_rows is not None else None
         best_Qk = torch.full((len(queries), k), -torch.inf)
-        for first, block_CMD in _blocks(corpus):
-            scores_QC = fused_similarity(queries, block_CMD, beta=corpus.fusion.beta)
+        for first, block_CMD in blocks_of(corpus, range(len(corpus))):
+            scores_QC = fused_similarity(queries, torch.from_numpy(block_CMD), beta=corpus.fusion.beta)
             for place, row in enumerate(own or ()):
                 if first <= row < first + len(block_CMD):
                     scores_QC[place, row - first] = -torch.inf
@@ -72,7 +71,7 @@ def measure_recall(
     """
     source = searcher.vectors if queries is None else queries
     rows = query_rows(len(source), num_queries)
-    query_QMD = torch.from_numpy(np.asarray(source.vectors[rows]))
+    query_QMD = torch.from_numpy(vectors_of(source, np.array(rows)))
     own_rows = rows if queries is None else None
     truth_Qk = exhaustive_scores(query_QMD, searcher.vectors, k, own_rows=own_rows)
     return [
@@ -119,11 +118,3 @@ def recall_table(found: Sequence[Recall], *, num_items: int) -> str:
         share = f"{each.num_candidates:,.1f} ({each.num_candidates / num_items:.1%})"
         lines.append(f"| {by} | {each.factor} | {share} | {each.recall:.1f} % |")
     return "\n".join(lines)
-
-
-def _blocks(corpus: VectorsFolder) -> Iterator[tuple[int, Tensor]]:
-    """(first row, vectors in float32) of the corpus in turn."""
-    num_vectors, dim = corpus.vectors.shape[1:]
-    step = max(1, BLOCK_BYTES // (4 * num_vectors * dim))
-    for first in range(0, len(corpus), step):
-        yield first, torch.from_numpy(np.array(corpus.vectors[first : first + step], dtype=np.float32))

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agff.errors import ConfigError
+from agff.errors import ConfigError, DataError
 from agff.similarity import fused_similarity
 from launcher.searching.faiss_part import FaissPart
 from launcher.searching.index_folder import FINE, GLOBAL, Group, open_folder
+from launcher.searching.vector_blocks import blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +66,28 @@ class Searcher:
         return np.unique(np.concatenate(found))
 
     def score(self, query_MD: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        """(len(rows),) fused similarities of the query and these items."""
-        found_CMD = torch.from_numpy(np.asarray(self.vectors.vectors[rows]))
-        return fused_similarity(query_MD[None], found_CMD, beta=self.vectors.fusion.beta)[0]
+        """(len(rows),) fused similarities of the query and these items. Memory: that of a block of them.
+
+        Raises DataError for items whose vectors are not finite.
+        """
+        beta = self.vectors.fusion.beta
+        blocks = (torch.from_numpy(block_CMD) for _, block_CMD in blocks_of(self.vectors, rows))
+        return torch.cat([fused_similarity(query_MD[None], block_CMD, beta=beta)[0] for block_CMD in blocks])
 
     def search(self, query_MD: Tensor, *, k: int, factor: int) -> list[Hit]:
         """The best `k` of the candidates, best first; equal scores in the order of their rows.
 
-        Candidates are found by every vector where the index has the fine ones, else by the global one. Fewer
-        than k only where FAISS found fewer.
+        Candidates are found by every vector where the index has the fine ones, else by the global one.
 
-        query_MD: unit vectors of the model that made the index. Raises ConfigError.
+        query_MD: unit vectors of the model that made the index. Raises ConfigError, DataError for vectors
+        that are not finite.
         """
         self.check_request(k, factor)
+        if not query_MD.isfinite().all():
+            raise DataError(
+                f"the model {self.vectors.description.model} gives vectors of the query that are not finite; "
+                "they would mean nothing"
+            )
         rows = self.candidates(query_MD, k * factor, with_fine=self.has_fine)
         scores = self.score(query_MD, rows)
         best = scores.sort(descending=True, stable=True).indices[:k].tolist()
@@ -99,9 +109,8 @@ class _OpenGroup:
         scores, items = [], []
         for part, opened in zip(self._group.parts, self._parts, strict=True):
             part_scores, rows = opened.nearest(query_QD, count)
-            scores.append(np.where(rows < 0, -np.inf, part_scores))
-            items.append(np.where(rows < 0, -1, part.first_item + rows // self._group.num_vectors))
+            scores.append(part_scores)
+            items.append(part.first_item + rows // self._group.num_vectors)
         joined_QC, items_QC = np.concatenate(scores, axis=1), np.concatenate(items, axis=1)
         best_QC = np.argsort(-joined_QC, axis=1, kind="stable")[:, :count]
-        found = np.unique(np.take_along_axis(items_QC, best_QC, axis=1))
-        return found[found >= 0]
+        return np.unique(np.take_along_axis(items_QC, best_QC, axis=1))

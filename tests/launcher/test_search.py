@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -87,6 +88,7 @@ def test_recall_is_printed(search: Search) -> None:
     assert code == 0
     assert out.startswith("recall@2 against the exhaustive fused search: 5 queries of the corpus, each among")
     assert "| every vector | 16 | 8.0 (88.9%) | 100.0 % |" in out
+    assert search("--measure_recall")[1].startswith("recall@8 ")  # each among 8 others
 
 
 def test_queries_of_another_folder_are_measured(model: Path, search: Search, tmp_path: Path) -> None:
@@ -96,6 +98,14 @@ def test_queries_of_another_folder_are_measured(model: Path, search: Search, tmp
     assert code == 0
     assert "9 queries of " in out
     assert "| the global vector | 1 | 9.0 (100.0%) | 100.0 % |" in out
+    queries = ("--measure_recall", "--queries", str(tmp_path / "queries"))
+    assert search(*queries)[1].startswith("recall@9 ")
+    content = bytearray((tmp_path / "queries/vectors.npy").read_bytes())
+    content[-2] ^= 1
+    (tmp_path / "queries/vectors.npy").write_bytes(content)
+    code, _, err = search(*queries, "--check")
+    assert code == 2
+    assert "queries/vectors.npy: found" in err
 
 
 @pytest.mark.parametrize(
@@ -115,6 +125,8 @@ def test_queries_of_another_folder_are_measured(model: Path, search: Search, tmp
         (["a", "--kind", "flat"], "--kind: without effect in a search; leave it out"),
         (["a", "--build", "vectors"], "query: without effect in --build"),
         (["--build", "vectors", "--html", "page.html"], "--html: without effect in --build"),
+        (["--build", "vectors", "--factor", "4"], "--factor: without effect in --build"),
+        (["--measure_recall", "--factor", "4"], "--factor: without effect in --measure_recall"),
         (["--build", "vectors", "--measure_recall"], "--build and --measure_recall: one at a time"),
         (["--measure_recall", "0"], "--measure_recall 0 must be >= 1"),
         (["--measure_recall", "--k", "9"], "among the other 8 items"),
@@ -127,6 +139,32 @@ def test_each_mistake_has_its_message(search: Search, arguments: list[str], mess
     assert err.startswith("error: ")
     assert message in err
     assert out == ""
+
+
+def test_a_build_that_fails_prints_its_error_alone(search: Search, tmp_path: Path) -> None:
+    code, out, err = search("--build", "none", index=tmp_path / "index")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: none: no such folder")
+
+
+def test_a_query_that_is_too_long_is_not_cut_in_silence(search: Search) -> None:
+    cut = "the query has a text whose end the model does not read: it is too long"
+    assert search("heart " * 10_000, "--k", "1")[1].splitlines()[1:] == [cut]
+    assert cut not in search("heart", "--k", "1")[1]
+
+
+def test_what_the_terminal_cannot_show_is_escaped(
+    search: Search, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = model.parent / "index"
+    index = index.rename(model.parent / "index \xe9")
+    try:
+        with io.BytesIO() as content, io.TextIOWrapper(content, encoding="ascii") as terminal:
+            monkeypatch.setattr("sys.stdout", terminal)
+            assert main([str(index), "--measure_recall", "--queries", str(index / "vectors")]) == 0
+            assert rb"index \xe9/vectors" in content.getvalue()
+    finally:
+        index.rename(model.parent / "index")
 
 
 def test_a_text_that_names_a_file_is_refused(

@@ -124,6 +124,24 @@ def test_a_line_that_is_no_item_is_named(tmp_path: Path) -> None:
         VectorsFolder(folder).item(1)
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [("id", b'"b"', b"123"), ("text", b"null", b"1234"), ("image", b'"one/b.png"', b"12345678901")],
+)
+def test_a_line_that_holds_a_number_is_named(tmp_path: Path, key: str, old: bytes, new: bytes) -> None:
+    folder = write_vectors(tmp_path / "v")
+    first, line, last = (folder / "items.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "items.jsonl").write_bytes(first + line.replace(old, new, 1) + last)
+    with pytest.raises(DataError, match=rf"items.jsonl: line 2: not an item: .*{key}"):
+        VectorsFolder(folder).item(1)
+
+
+def test_an_image_whose_name_no_file_can_have_is_not_there(tmp_path: Path) -> None:
+    vectors = VectorsFolder(write_vectors(tmp_path / "v", source=tmp_path))
+    for name in ("x" * 300, "a\0b", "a \ud83d"):
+        assert vectors.image_file(VectorItem(id="a", text=None, image=name)) is None
+
+
 def test_a_folder_that_is_absent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         VectorsFolder(tmp_path / "v")

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from agff.errors import AgffError, ConfigError
+from agff.errors import AgffError, ConfigError, DataError
 from agff.files import locked
-from launcher.searching import build
+from launcher.searching import build, faiss_part, vector_blocks
 from launcher.searching.build import IndexChoice, build_index
-from launcher.searching.faiss_part import KINDS, Kind
+from launcher.searching.faiss_part import KINDS, STORAGES, Kind, Storage
 from launcher.searching.index_folder import FINE, GLOBAL, INDEX_FILE
 from launcher.searching.searcher import Searcher
 from tests.launcher.searching.vectors import built, random_vectors, write_vectors
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def vectors(tmp_path: Path) -> Path:
 def test_parts_find_what_one_part_finds(
     vectors: Path, tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "BLOCK_BYTES", 5 * 4 * 16)  # of 5 vectors
+    monkeypatch.setattr(vector_blocks, "BLOCK_BYTES", 5 * 4 * 16)  # of 5 vectors
     one = built(vectors, tmp_path / "one", IndexChoice(kind="flat", with_fine=True))
     choice = IndexChoice(kind=kind, with_fine=True, part_bytes=14 * 4 * 16)
     cut = built(vectors, tmp_path / "cut", choice)
@@ -82,6 +83,25 @@ def test_a_folder_that_exists_is_refused(vectors: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="index exists already; choose another folder or remove it"):
         built(vectors, tmp_path / "index", IndexChoice())
     assert names_in(tmp_path / "index") == set()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="link exists already"):
+        built(vectors, tmp_path / "link", IndexChoice())
+    assert names_in(tmp_path) == {"vectors", "index", "link"}
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_without_a_name_is_refused(vectors: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(vectors)
+    before = names_in(vectors)
+    with pytest.raises(ConfigError, match="exists already; choose another folder"):
+        built(vectors, Path(out), IndexChoice())
+    assert names_in(vectors) == before
+
+
+def test_a_name_that_faiss_cannot_open_is_refused(vectors: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="FAISS opens only names in UTF-8; choose another folder"):
+        built(vectors, tmp_path / os.fsdecode(b"index \xff"), IndexChoice())
+    assert names_in(tmp_path) == {"vectors"}
 
 
 def test_two_processes_do_not_write_the_same_index(vectors: Path, tmp_path: Path) -> None:
@@ -90,8 +110,9 @@ def test_two_processes_do_not_write_the_same_index(vectors: Path, tmp_path: Path
         pytest.raises(ConfigError, match="index: another process is writing it; wait for it"),
     ):
         built(vectors, tmp_path / "index", IndexChoice())
-    assert names_in(tmp_path) == {"vectors"}
+    assert names_in(tmp_path) == {"vectors", ".index.lock"}  # the other's
     built(vectors, tmp_path / "index", IndexChoice())
+    assert names_in(tmp_path) == {"vectors", "index"}
 
 
 def test_what_a_killed_build_left_is_removed(vectors: Path, tmp_path: Path) -> None:
@@ -100,6 +121,42 @@ def test_what_a_killed_build_left_is_removed(vectors: Path, tmp_path: Path) -> N
         folder.mkdir()
     built(vectors, tmp_path / "index", IndexChoice())
     assert [folder.exists() for folder in left] == [False, True]  # the other may be at work
+
+
+def test_an_index_that_appears_meanwhile_is_refused(
+    vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def after_the_other(path: Path, *, wait: bool) -> Iterator[bool]:
+        (tmp_path / "index").mkdir()
+        with locked(path, wait=wait) as is_ours:
+            yield is_ours
+
+    monkeypatch.setattr(build, "locked", after_the_other)
+    with pytest.raises(ConfigError, match="index exists already"):
+        built(vectors, tmp_path / "index", IndexChoice())
+    assert names_in(tmp_path) == {"vectors", "index"}
+    assert names_in(tmp_path / "index") == set()
+
+
+def test_each_part_is_trained_on_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 cuts what is beyond its training sample; here the corpus is in an order, as corpora are."""
+    monkeypatch.setattr(faiss_part, "_QUANTIZER_ROWS", 50)
+    quarter = torch.arange(200) // 50
+    corpus_NMD = torch.nn.functional.one_hot(quarter, 16)[:, None] + 0.5 * random_vectors(200, 1)
+    corpus_NMD = torch.nn.functional.normalize(corpus_NMD, dim=-1)
+    folder = write_vectors(tmp_path / "vectors", corpus_NMD)
+    index = built(folder, tmp_path / "index", IndexChoice(storage="int8", part_bytes=100 * 16))
+    found = [Searcher(index).candidates(query_MD, 1, with_fine=False).tolist() for query_MD in corpus_NMD]
+    assert found == [[row] for row in range(200)]
+
+
+def test_what_another_build_writes_is_left_whatever_the_name(vectors: Path, tmp_path: Path) -> None:
+    """A name is no pattern: `i*` is not `index`."""
+    other = tmp_path / f"index.{socket.gethostname()}-1.partial"
+    other.mkdir()
+    built(vectors, tmp_path / "i*", IndexChoice())
+    assert other.exists()
 
 
 def not_finite(folder: Path) -> Path:
@@ -132,7 +189,7 @@ def absent(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (not_finite, r"the vectors of item item 41 \(row 41\) hold NaN or infinity"),
+        (not_finite, r"the vectors of item 'item 41' \(row 41\) hold NaN or infinity"),
         (cut_short, r"vectors.npy: found \d+ bytes.*, written were"),
         (changed_byte, r"vectors.npy: found .*sha256 .*, written were"),
         (without_fine, r"its items have no fine vectors; leave --fine out"),
@@ -147,6 +204,17 @@ def test_of_vectors_that_cannot_be_used_nothing_is_written(
     with pytest.raises(AgffError, match=message):
         built(folder, tmp_path / "index", IndexChoice(with_fine=True))
     assert names_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_names_the_item_that_is_not_finite(tmp_path: Path, kind: Kind, storage: Storage) -> None:
+    vectors_NMD = random_vectors(60)
+    vectors_NMD[0, 0, 3] = torch.inf  # of the training sample too
+    folder = write_vectors(tmp_path / "vectors", vectors_NMD)
+    with pytest.raises(DataError, match=r"item 'item 0' \(row 0\) hold NaN or infinity"):
+        built(folder, tmp_path / "index", IndexChoice(kind=kind, storage=storage))
+    assert names_in(tmp_path) == {"vectors"}
 
 
 def test_a_place_that_cannot_be_written_is_named(vectors: Path, tmp_path: Path) -> None:

@@ -64,14 +64,15 @@ def test_int8_takes_a_quarter(tmp_path: Path, kind: Kind) -> None:
     assert abs(sizes[1] - beside - rows_ND.nbytes / 4) < 3 * 4 * 512  # the levels of each dimension
 
 
+@pytest.mark.parametrize(("storage", "num_rows"), [("float32", 2_000), ("int8", 8_000)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_part_is_mapped_and_not_read(tmp_path: Path, kind: Kind) -> None:
-    rows_ND = vectors(2_000, 2_048)
-    path = written(tmp_path / "part", rows_ND, kind, "float32")
+def test_a_part_is_mapped_and_not_read(tmp_path: Path, kind: Kind, storage: Storage, num_rows: int) -> None:
+    rows_ND = vectors(num_rows, 2_048)
+    path = written(tmp_path / "part", rows_ND, kind, storage)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not be seen
     before = own_bytes()
-    part = FaissPart(path, kind, num_rows=2_000, dim=2_048)
+    part = FaissPart(path, kind, num_rows=num_rows, dim=2_048)
     part.nearest(rows_ND[:3], 10)
     assert own_bytes() - before < path.stat().st_size / 4  # 16 MB are vectors
 
@@ -80,6 +81,43 @@ def own_bytes() -> int:
     """Of memory that is this process's own; pages of mapped files are not."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_as_are_asked_for_are_found(tmp_path: Path, kind: Kind, storage: Storage) -> None:
+    """Also where the lists that are read hold fewer, and where equal vectors cut the graph into pieces."""
+    rows_ND = np.concatenate([vectors(1_000, 16), vectors(2, 16).repeat(2_000, axis=0)])
+    part = FaissPart(written(tmp_path / "part", rows_ND, kind, storage), kind, num_rows=5_000, dim=16)
+    for count in (500, 3_000, 5_000):
+        scores, rows = part.nearest(rows_ND[-2:], count)
+        assert [len(set(found.tolist())) for found in rows] == [count, count]
+        assert (np.diff(scores, axis=1) <= 0).all()
+        np.testing.assert_allclose(
+            scores, (rows_ND[-2:, None] * rows_ND[rows]).sum(axis=2), atol=0.05
+        )  # int8
+
+
+def test_one_list_in_sixteen_is_read(tmp_path: Path) -> None:
+    rows_ND = vectors(10_000, 16)
+    part = FaissPart(written(tmp_path / "part", rows_ND, "ivf", "float32"), "ivf", num_rows=10_000, dim=16)
+    counted = faiss().cvar.indexIVF_stats
+    counted.reset()
+    part.nearest(rows_ND[:3], 5)
+    assert counted.nlist == 3 * (10_000 // 39 // 16)  # each list has 39 vectors to be trained on
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 1_000], [0, 1, -7]])
+def test_rows_that_are_not_there_are_damage(tmp_path: Path, rows: list[int]) -> None:
+    rows_ND = vectors(3, 16)
+    library = faiss()
+    index = library.IndexIVFFlat(library.IndexFlatIP(16), 16, 1, library.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1
+    index.train(rows_ND)
+    index.add_with_ids(rows_ND, np.array(rows))
+    library.write_index(index, str(tmp_path / "part"))
+    with pytest.raises(DataError, match="part: is damaged, as its rows show; build the index again"):
+        FaissPart(tmp_path / "part", "ivf", num_rows=3, dim=16).nearest(rows_ND, 3)
 
 
 def test_the_kind_follows_from_the_size() -> None:

@@ -44,6 +44,10 @@ def first_part(**values: object) -> Fault:
     return edited(lambda index: index["groups"]["global"]["parts"][0].update(values))
 
 
+def file_more(name: str) -> Fault:
+    return edited(lambda index: index["files"].update({name: "1 bytes, sha256 0"}))
+
+
 def one_byte(name: str) -> Fault:
     def change(index: Path) -> None:
         content = bytearray((index / name).read_bytes())
@@ -66,11 +70,17 @@ def of_other_vectors(index: Path) -> None:
     write_vectors(index / "vectors", random_vectors(30, seed=1))
 
 
-def of_another_release(index: Path) -> None:
-    """Even where index.json was brought up to date."""
-    shutil.rmtree(index / "vectors")
-    path = write_vectors(index / "vectors", random_vectors(30), weights_sha256="b" * 64) / "vectors.json"
-    edited(lambda values: values["files"].update({"vectors/vectors.json": file_fingerprint(path)}))(index)
+def rebound(num_items: int = 30, num_vectors: int = 3, weights_sha256: str = "a" * 64) -> Fault:
+    """Other vectors, and index.json was brought up to date."""
+
+    def change(index: Path) -> None:
+        shutil.rmtree(index / "vectors")
+        vectors_NMD = random_vectors(num_items, num_vectors)
+        folder = write_vectors(index / "vectors", vectors_NMD, weights_sha256=weights_sha256)
+        name = "vectors/vectors.json"
+        edited(lambda v: v["files"].update({name: file_fingerprint(folder / "vectors.json")}))(index)
+
+    return change
 
 
 FAULTS: dict[str, tuple[Fault, str]] = {
@@ -86,21 +96,45 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "no format": (edited(lambda v: v.pop("format")), r"index.json: cannot be read: 'format'"),
     "unknown key": (edited(lambda v: v.update(more=1)), r"index.json: cannot be read: .*more"),
     "unknown kind": (edited(lambda v: v["groups"]["fine"].update(kind="lsh")), r"fine: kind lsh"),
+    "unknown storage": (edited(lambda v: v.update(storage="int4")), r"storage int4"),
+    "the global vector among the fine": (
+        edited(lambda v: v["groups"]["fine"].update(first_vector=0)),
+        r"fine: kind hnsw, vectors from 0",
+    ),
     "unknown group": (edited(lambda v: v["groups"].update(x=v["groups"]["fine"])), r"groups global, fine, x"),
     "no global vectors": (edited(lambda v: v["groups"].pop("global")), r"it has no global vectors"),
     "a part less": (edited(lambda v: v["groups"]["global"].update(parts=[])), r"global: 0 items of 30"),
-    "a hole": (first_part(first_item=1), r"global: part global-00000.faiss begins at item 1"),
-    "a part outside": (first_part(file="/etc/passwd"), r"global: part /etc/passwd begins"),
-    "a file outside": (
-        edited(lambda v: v["files"].update({"../x": "1 bytes, sha256 0"})),
-        r"'../x' is not the name of a file in it",
+    "a hole": (first_part(first_item=1), r"global: part 0 is global-00000.faiss, from item 1"),
+    "a part outside": (first_part(file="/etc/passwd"), r"global: part 0 is /etc/passwd"),
+    "a part that is another": (first_part(file="fine-00000.faiss"), r"global: part 0 is fine-00000.faiss"),
+    "a number that is a text": (first_part(num_items="30"), r"part 0: num_items must be .* found '30'"),
+    "a number that is none": (
+        edited(lambda v: v["groups"]["fine"].update(num_vectors=2.0)),
+        r"fine: num_vectors must be a whole number >= 1, found 2.0",
     ),
+    "items that are no number": (
+        edited(lambda v: v.update(num_items=30.0)),
+        r"num_items must be a whole num",
+    ),
+    "a list of files": (edited(lambda v: v.update(files=list(v["files"]))), r"index.json: cannot be read"),
+    "a fingerprint that is none": (
+        edited(lambda v: v["files"].update({"global-00000.faiss": 5})),
+        r"fingerprints .* must be texts",
+    ),
+    "a file less": (edited(lambda v: v["files"].pop("vectors/vectors.json")), r"files 'global-00000.faiss'"),
+    "a file outside": (file_more("../x"), r"files .*'../x'"),
+    "a file that cannot be": (file_more("a\0b"), r"files .*'a\\x00b'"),
+    "a name too long": (file_more("x" * 300), r"files .*'xxx"),
     "a part is gone": (gone("fine-00000.faiss"), r"fine-00000.faiss: cannot read it"),
     "a cut part": (cut("global-00000.faiss"), r"global-00000.faiss: found \d+ bytes.*, written were"),
     "a changed part": (one_byte("global-00000.faiss"), r"global-00000.faiss: found .*, written were"),
     "cut vectors": (cut("vectors/vectors.npy"), r"vectors.npy: found \d+ bytes"),
+    "changed vectors": (one_byte("vectors/vectors.npy"), r"vectors.npy: found .*, written were"),
+    "a changed item": (one_byte("vectors/items.jsonl"), r"items.jsonl: found .*, written were"),
     "other vectors": (of_other_vectors, r"vectors/vectors.json: found .*, written were"),
-    "another release's": (of_another_release, r"its vectors are not those that the index was built from"),
+    "another release's": (rebound(weights_sha256="b" * 64), r"its vectors are not those that the index was"),
+    "of fewer items": (rebound(num_items=29), r"its vectors are not those that the index was built from"),
+    "of more vectors": (rebound(num_vectors=4), r"its vectors are not those that the index was built from"),
 }
 
 

@@ -22,8 +22,10 @@ ITEMS = [
     VectorItem(id="c", text="both", image="../secret.png"),
     VectorItem(id="d", text=None, image="one/damaged.png"),
     VectorItem(id="e", text=None, image="Shapes/Shapes-00000.tar:000001.png"),
+    VectorItem(id=f"{HOSTILE}1", text=None, image="one/b.png"),
+    VectorItem(id="g", text=None, image=f"{HOSTILE}.png"),
 ]
-HITS = [Hit(row=row, score=0.5 - row / 10) for row in range(len(ITEMS))]
+HITS = [Hit(row=row, score=0.55 - row / 10) for row in range(len(ITEMS))]
 
 
 class Page(HTMLParser):
@@ -64,14 +66,14 @@ def written(searcher: Searcher, out: Path, *, text: str = "a red heart") -> Page
 def test_whatever_an_item_holds_stays_text(searcher: Searcher, tmp_path: Path) -> None:
     page = written(searcher, tmp_path / "page.html", text=HOSTILE)
     assert "script" not in page.tags
-    assert page.words.count('<script>alert(1)</script> & "quoted"') == 4  # title, query, item, fact
+    assert page.words.count('<script>alert(1)</script> & "quoted"') == 6  # title, query, items, fact
     assert all(source.startswith("data:image/") for source in page.sources)
 
 
 def test_each_item_has_its_place_score_and_picture(searcher: Searcher, tmp_path: Path) -> None:
     page = written(searcher, tmp_path / "page.html")
     assert [page.words.count(f"{hit.score:+.4f}") for hit in HITS] == [1] * len(HITS)
-    assert len(page.sources) == 1
+    assert len(page.sources) == 2
     assert page.tags.count("li") == len(ITEMS)
 
 
@@ -80,7 +82,7 @@ def test_a_picture_that_cannot_be_shown_says_why(searcher: Searcher, tmp_path: P
     nowhere = "no file of this name in the corpus's folder now"
     assert reasons[:3] == ["", "", nowhere]  # it exists, and it is outside
     assert "damaged PNG" in reasons[3]
-    assert reasons[4] == nowhere
+    assert reasons[4:] == [nowhere, "", nowhere]
     words = " ".join(written(searcher, tmp_path / "page.html").words.split())
     assert f"../secret.png cannot be shown: {nowhere}" in words
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from agff.errors import DataError
 from launcher.embedding.vectors_folder import VectorsFolder
-from launcher.searching import recall
+from launcher.searching import recall, vector_blocks
 from launcher.searching.build import IndexChoice
 from launcher.searching.recall import Recall, exhaustive_scores, measure_recall, query_rows, recall_table
 from launcher.searching.searcher import Searcher
@@ -26,7 +27,7 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 def test_blocks_give_what_a_plain_loop_gives(
     searcher: Searcher, own_rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recall, "BLOCK_BYTES", 7 * 3 * 16 * 4)  # 7 items
+    monkeypatch.setattr(vector_blocks, "BLOCK_BYTES", 7 * 3 * 16 * 4)  # 7 items
     monkeypatch.setattr(recall, "QUERY_BLOCK", 2)
     corpus_NMD = random_vectors(40)
     query_QMD = corpus_NMD[own_rows] if own_rows else random_vectors(3, seed=1)
@@ -65,6 +66,14 @@ def test_queries_of_another_folder_may_find_their_equals(searcher: Searcher, tmp
     found = measure_recall(searcher, queries, num_queries=100, k=40)
     assert [each.recall for each in found] == [100] * 6
     assert found[0].num_candidates == 40
+
+
+def test_queries_that_are_not_finite_are_refused(searcher: Searcher, tmp_path: Path) -> None:
+    query_QMD = random_vectors(5)
+    query_QMD[3, 1, 0] = torch.nan
+    queries = VectorsFolder(write_vectors(tmp_path / "queries", query_QMD))
+    with pytest.raises(DataError, match=r"queries: the vectors of item 'item 3' \(row 3\) hold NaN"):
+        measure_recall(searcher, queries, num_queries=100, k=4)
 
 
 def test_of_equal_items_any_will_do(tmp_path: Path) -> None:

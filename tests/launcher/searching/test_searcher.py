@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from agff.errors import ConfigError
+from agff.errors import ConfigError, DataError
+from agff.similarity import fused_similarity
+from launcher.searching import searcher as searcher_module
+from launcher.searching import vector_blocks
 from launcher.searching.build import IndexChoice
 from launcher.searching.faiss_part import KINDS, STORAGES, Kind, Storage
 from launcher.searching.searcher import Searcher
@@ -48,9 +52,50 @@ def test_an_item_near_in_one_fine_vector_alone_is_found_by_the_fine_vectors(tmp_
 
 
 def test_equal_items_come_in_the_order_of_their_rows(tmp_path: Path) -> None:
-    corpus_NMD = random_vectors(1).repeat(9, 1, 1)
-    hits = searcher_of(tmp_path, corpus_NMD).search(corpus_NMD[0], k=9, factor=1)
-    assert [hit.row for hit in hits] == list(range(9))
+    corpus_NMD = random_vectors(1).repeat(320, 1, 1)
+    hits = searcher_of(tmp_path, corpus_NMD).search(corpus_NMD[0], k=320, factor=1)
+    assert [hit.row for hit in hits] == list(range(320))
+
+
+def test_candidates_are_scored_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of an index may be candidates, and it may be larger than the memory."""
+    monkeypatch.setattr(vector_blocks, "BLOCK_BYTES", 7 * 3 * 16 * 4)  # 7 items
+    sizes: list[int] = []
+
+    def counted(query_BMD: torch.Tensor, found_CMD: torch.Tensor, *, beta: float) -> torch.Tensor:
+        sizes.append(len(found_CMD))
+        return fused_similarity(query_BMD, found_CMD, beta=beta)
+
+    monkeypatch.setattr(searcher_module, "fused_similarity", counted)
+    corpus_NMD, query_MD = random_vectors(50), random_vectors(1, seed=1)[0]
+    scores = searcher_of(tmp_path, corpus_NMD).score(query_MD, np.arange(50))
+    assert sizes == [7] * 7 + [1]
+    torch.testing.assert_close(scores.double(), slow_scores(query_MD, corpus_NMD), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_are_k_hits_whatever_the_kind(tmp_path: Path, kind: Kind) -> None:
+    corpus_NMD = random_vectors(1_000, 2, 8)
+    hits = searcher_of(tmp_path, corpus_NMD, IndexChoice(kind=kind)).search(corpus_NMD[0], k=900, factor=1)
+    assert len({hit.row for hit in hits}) == 900
+
+
+def test_a_query_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    query_MD = random_vectors(1)[0]
+    query_MD[1, 2] = torch.nan
+    with pytest.raises(DataError, match="release gives vectors of the query that are not finite"):
+        searcher_of(tmp_path, random_vectors(50)).search(query_MD, k=1, factor=1)
+
+
+def test_an_item_that_became_not_finite_is_no_hit(tmp_path: Path) -> None:
+    """Of a large file the size alone is compared, and NaN would be the best score."""
+    corpus_NMD = random_vectors(50)
+    searcher = searcher_of(tmp_path, corpus_NMD)
+    damaged_NMD = corpus_NMD.numpy().copy()
+    damaged_NMD[7, 1] = np.nan
+    searcher.vectors.vectors = damaged_NMD
+    with pytest.raises(DataError, match=r"item 'item 7' \(row 7\) hold NaN or infinity"):
+        searcher.search(corpus_NMD[7], k=3, factor=4)
 
 
 def test_items_without_fine_vectors_are_searched_by_their_one_vector(tmp_path: Path) -> None:

@@ -32,12 +32,11 @@ class LazyTensor:
     read_rows: Callable[[int, int], Tensor] | None = None
     """Rows `start` to `stop` of it, and no others; None: it is read whole."""
 
-    def grown(self, num_rows: int) -> Tensor:
+    def grown(self, num_rows: int, *, dtype: torch.dtype) -> Tensor:
         """The caller's own copy with this many rows, zeros behind those it has. No second copy is made
         where it can be read by rows."""
         whole = self.read() if self.read_rows is None else None
-        first = self._rows(whole, 0, 1)
-        grown = first.new_zeros(num_rows, *self.shape[1:])
+        grown = torch.zeros(num_rows, *self.shape[1:], dtype=dtype)
         for start in range(0, self.shape[0], ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, self.shape[0])
             grown[start:stop] = self._rows(whole, start, stop)

@@ -109,7 +109,9 @@ def test_a_release_is_what_transformers_itself_would_write(
     table = model.prompted_embedding.base
     backbone = model.backbone.merge_and_unload() if kind == "both" or "-lora-" in name else model.backbone
     vocabulary = add_to_vocabulary(processor.tokenizer, backbone.config, processor.prompts)
-    grown = of_tensor(table.weight).grown(max(len(table.weight), vocabulary.vocabulary_size))
+    grown = of_tensor(table.weight).grown(
+        max(len(table.weight), vocabulary.vocabulary_size), dtype=torch.float32
+    )
     table.weight.data = vocabulary.put_into(grown, model.prompted_embedding.vectors.data)
     backbone.set_input_embeddings(table)
     backbone.save_pretrained(tmp_path)

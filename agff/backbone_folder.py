@@ -182,9 +182,15 @@ def _weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
         paths = sorted(index.parent / name for name in names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index}: not an index of weights ({error!r}); download it again") from None
+    if outside:
+        raise ConfigError(
+            f"{index}: names weights outside of its folder, {min(outside)!r}; download it again, from a "
+            "source that you trust"
+        )
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise ConfigError(
             "\n".join(f"{path}: missing, {index.name} names it" for path in missing)

@@ -83,8 +83,9 @@ def check_checkpoint(
 
 def _unreadable(path: Path) -> list[str]:
     """A zip archive, as torch.save writes them, ends with its directory."""
-    if path.suffix != ".pt" or zipfile.is_zipfile(path):
-        return []
+    with contextlib.suppress(zipfile.BadZipFile):  # of a damaged directory
+        if path.suffix != ".pt" or zipfile.is_zipfile(path):
+            return []
     return [f"{path}: damaged: not a file that torch.save wrote"]
 
 

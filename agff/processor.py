@@ -140,8 +140,14 @@ class ItemProcessor:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer and image processor in their own formats; any transformers program reads them."""
-        self.tokenizer.save_pretrained(folder)
+        """Write tokenizer and image processor in their own formats; any transformers program reads them.
+        Raises OSError where they cannot be written."""
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if type(error) is not Exception:  # the plain one is all that the tokenizers library has
+                raise
+            raise OSError(f"{folder}: {error}") from None
         self.image_processor.save_pretrained(folder)
 
     def __call__(self, items: Sequence[Item]) -> ModelInputs:

@@ -108,6 +108,7 @@ def _write_shard(
             file.write(content)
             hashes[name] = zlib.crc32(content)
             of_whole.result()
+            del tensor, content  # before the next one is made, which takes two of adapters that are merged
         size = file.tell()
     return f"{size} bytes, sha256 {whole.hexdigest()}"
 
@@ -123,6 +124,7 @@ def _read_ahead(tensors: Mapping[str, LazyTensor], pool: ThreadPoolExecutor) -> 
         if following and lazy.shape.numel() + following[1].shape.numel() <= largest:
             ahead = pool.submit(_checked, *following)
         yield name, tensor
+        del tensor
 
 
 def _checked(name: str, lazy: LazyTensor) -> Tensor:

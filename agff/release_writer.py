@@ -76,7 +76,7 @@ def save_release(
         if model.head is None:  # a head is code of ours, and without it these would be other vectors
             vocabulary = add_to_vocabulary(processor.tokenizer, config, processor.prompts)
             table, prompts = parts.backbone[parts.embedding], parts.prompts["vectors"]
-            parts.backbone[parts.embedding] = _with_prompts(table, prompts, vocabulary)
+            parts.backbone[parts.embedding] = _with_prompts(table, prompts, vocabulary, dtype)
         written.append(
             write_weights(folder / BACKBONE_FOLDER, parts.backbone, dtype=dtype, shard_bytes=shard_bytes)
         )
@@ -146,7 +146,10 @@ def _released_config(model: EmbeddingModel, dtype: torch.dtype) -> Any:
     return config
 
 
-def _with_prompts(table: LazyTensor, prompts: LazyTensor, vocabulary: VocabularyPrompts) -> LazyTensor:
+def _with_prompts(
+    table: LazyTensor, prompts: LazyTensor, vocabulary: VocabularyPrompts, dtype: torch.dtype
+) -> LazyTensor:
+    """In `dtype` from the beginning: a table in bfloat16 would round soft tokens that stay in float32."""
     rows, width = table.shape
     shape = torch.Size((max(rows, vocabulary.vocabulary_size), width))
-    return LazyTensor(shape, lambda: vocabulary.put_into(table.grown(shape[0]), prompts.read()))
+    return LazyTensor(shape, lambda: vocabulary.put_into(table.grown(shape[0], dtype=dtype), prompts.read()))

@@ -103,14 +103,18 @@ class ZeroWeights:
         return found
 
     def _universal(self) -> dict[str, LazyTensor]:
-        """A folder for each parameter."""
-        found = {}
+        """A folder for each parameter. Of ZeRO-3 it holds a flat tensor, and the files of the model hold its
+        shape."""
+        found, models = {}, _by_rank(self.folder, "*_model_states.pt")
+        groups = TorchFile(models[0]).content.get("param_shapes") if models else None
+        shapes = {name: shape for group in groups or () for name, shape in group.items()}
         for path in sorted((self.folder / "zero").glob("*/fp32.pt")):
             content = TorchFile(path).content
             stored = content["param"] if isinstance(content, dict) and "param" in content else content
             if not isinstance(stored, StoredTensor):
                 raise CheckpointError(f"{path}: holds no parameter; {OTHER_VERSION}")
-            found[path.parent.name] = self._tensor(stored.shape, [stored.piece])
+            shape = shapes.get(path.parent.name, stored.shape)
+            found[path.parent.name] = self._tensor(shape, elements([stored.piece], 0, math.prod(shape)))
         if not found:
             raise CheckpointError(f"{self.folder / 'zero'}: holds no parameter (NAME/fp32.pt)")
         return found

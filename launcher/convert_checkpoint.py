@@ -61,9 +61,9 @@ def convert(
     if out.exists():
         raise CheckpointError(f"{out} exists already; choose another folder or remove it")
     partial = partial_path(out)
+    with _named_errors(out):
+        partial.mkdir(parents=True)
     try:
-        with _named_errors(out):
-            partial.mkdir(parents=True)
         trained = open_run(run, step=step, universal=universal)
         known = trained.step if universal is None else step_of(run, None)
         origin = origin_of(run, read_run_config(run), known) | {"step": trained.step}
@@ -120,9 +120,10 @@ def _sync(folder: Path) -> None:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Give the release its name, unless another process was quicker."""
+    """Give the release its name, for good, unless another process was quicker."""
     try:
         partial.rename(out)
+        sync(out.parent)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise

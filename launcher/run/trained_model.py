@@ -122,7 +122,8 @@ def open_run(run: Path, *, step: int | None, universal: Path | None = None) -> T
     names = {name: plain for name, plain in plain_names(model).items() if name not in stored.tensors}
     weights = dict(stored.tensors)
     if names:
-        check_backbone(run, step_of(run, None), folder)  # that of all steps of a run
+        # all steps of a run are of one backbone, but a damaged one cannot say it
+        check_backbone(run, step_of(run, step if universal is None else None), folder)
         parameters = dict(model.named_parameters())
         shells = {plain: parameters[name] for name, plain in plain_names(model).items()}
         base = backbone_tensors(folder, plain_backbone(model), shells)

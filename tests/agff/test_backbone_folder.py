@@ -42,6 +42,12 @@ def reshard(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def name_in_index(folder: Path, name: str) -> None:
+    """In place of first.safetensors."""
+    index = folder / f"{WEIGHTS}.index.json"
+    index.write_text(index.read_text().replace("first.safetensors", name))
+
+
 def test_the_same_weights_in_other_shards_have_the_same_fingerprint(backbone: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(backbone, copy)
@@ -124,6 +130,14 @@ def test_a_pickle_is_hashed_as_a_file(backbone: Path, tmp_path: Path) -> None:
         (
             lambda folder: (reshard(folder), (folder / f"{WEIGHTS}.index.json").write_text("{")),
             r"index\.json: not an index of weights",
+        ),
+        (
+            lambda folder: (reshard(folder), name_in_index(folder, "../backbone/first.safetensors")),
+            r"index\.json: names weights outside of its folder, '\.\./backbone/first\.safetensors'",
+        ),
+        (
+            lambda folder: (reshard(folder), name_in_index(folder, str(folder / "first.safetensors"))),
+            r"index\.json: names weights outside of its folder, '/",
         ),
     ],
 )

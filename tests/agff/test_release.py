@@ -27,6 +27,7 @@ from agff.contract import CONTRACT_FILE, FORMAT, Contract, fingerprints, read_co
 from agff.embedder import Embedder
 from agff.embedding_model import EmbeddingModel
 from agff.errors import CheckpointError
+from agff.lazy_tensor import of_tensor
 from agff.model_card import TRAINED_BY, model_card
 from agff.nested import Truncations
 from agff.objectives import OBJECTIVES
@@ -106,6 +107,22 @@ def test_a_release_makes_the_vectors_of_the_model(
     # float32: merged adapters sum in another order; bfloat16 has 8 bits of each weight and sum
     cosine = torch.cosine_similarity(released.encode(items), expected, dim=-1).min().item()
     assert cosine > (1 - 1e-6 if dtype == torch.float32 else 0.999)
+
+
+def test_soft_tokens_in_the_vocabulary_are_not_rounded_to_the_backbones_format(
+    backbone: Path, tmp_path: Path
+) -> None:
+    """Under LoRA the table is the backbone folder's, and published ones are in bfloat16."""
+    trained = embedder(backbone)
+    weights = {name: of_tensor(parameter) for name, parameter in trained.model.named_parameters()}
+    [table] = [name for name in weights if name.endswith("embed_tokens.base.weight")]
+    weights[table] = of_tensor(weights[table].read().bfloat16())
+    save_release(trained, tmp_path, origin={}, weights=weights)
+    released = load_file(tmp_path / "backbone/model.safetensors")
+    [found] = [weight for name, weight in released.items() if name.endswith("embed_tokens.weight")]
+    ids = json.loads((tmp_path / "1_MultiVectorMask/config.json").read_text())["keep_only_token_ids"]
+    assert torch.equal(found[ids], trained.model.prompted_embedding.vectors)
+    assert torch.equal(found[: min(ids)], weights[table].read().float()[: min(ids)])
 
 
 def test_a_release_gives_the_truncations_it_was_trained_for(backbone: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_table_takes_the_soft_tokens(tmp_path: Path, spare: int, grown: int, d
     table_VH, vectors_PH = torch.randn(size + spare, 4, dtype=dtype), torch.randn(6, 4)
     before_VH = table_VH.clone()
     rows = max(len(table_VH), vocabulary.vocabulary_size)
-    found_VH = vocabulary.put_into(of_tensor(table_VH).grown(rows), vectors_PH)
+    found_VH = vocabulary.put_into(of_tensor(table_VH).grown(rows, dtype=dtype), vectors_PH)
     assert torch.equal(table_VH, before_VH)
     assert found_VH.dtype == dtype
     assert len(found_VH) == size + spare + grown

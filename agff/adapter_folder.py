@@ -20,13 +20,11 @@ from agff.release_weights import WrittenWeights, write_weights
 ADAPTER_FOLDER = "adapter"
 """In a release."""
 HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/")
-PUBLISHERS = (
-    ("Qwen2-VL-", "Qwen"),
-    ("Qwen2.5-VL-", "Qwen"),
-    ("Qwen3-VL-", "Qwen"),
-    ("llava-onevision-", "llava-hf"),
-)
-"""Who publishes the models whose names begin so on the hub."""
+PUBLISHED = {
+    "Qwen": re.compile(r"Qwen(2|2\.5|3)-VL-[0-9]+B(-A[0-9]+B)?(-Instruct|-Thinking)?"),
+    "llava-hf": re.compile(r"llava-onevision-qwen2-[0-9.]+b-(ov|si)(-chat)?-hf"),
+}
+"""What models are called on the hub, by their publisher."""
 
 
 def hub_name(folder: Path) -> str | None:
@@ -34,8 +32,8 @@ def hub_name(folder: Path) -> str | None:
     the hub's cache, or called as the model is there. None where it does not."""
     if match := HUB_CACHE.search(f"{folder.absolute().as_posix()}/"):
         return f"{match[1]}/{match[2]}"
-    for beginning, publisher in PUBLISHERS:
-        if folder.name.startswith(beginning):
+    for publisher, names in PUBLISHED.items():
+        if names.fullmatch(folder.name):
             return f"{publisher}/{folder.name}"
     return None
 

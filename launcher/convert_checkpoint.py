@@ -9,6 +9,7 @@ import contextlib
 import errno
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -210,4 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # as scancel: leave nothing behind
     raise SystemExit(main())

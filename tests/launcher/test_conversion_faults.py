@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +80,20 @@ def test_the_unfinished_folder_of_another_process_stays(
     assert main([str(tmp_path / "no-run"), str(tmp_path / "release")]) == 2
     assert f"release: cannot be written: [Errno 17] File exists: '{others}'" in capsys.readouterr().err
     assert (others / "file").exists()
+
+
+def test_a_conversion_that_is_asked_to_stop_leaves_nothing(
+    project: Path, train_once: Callable[[int], tuple[Path, str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "release"
+    command = [sys.executable, "launcher/convert_checkpoint.py", str(train_once(3)[0]), str(out)]
+    process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE)
+    while process.poll() is None and not any(tmp_path.iterdir()):
+        time.sleep(0.01)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_name_of_a_release_is_on_disk_too(

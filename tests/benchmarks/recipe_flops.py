@@ -242,7 +242,7 @@ def flops_rows() -> list[Row]:
 
 
 def _rows(case: str, config: RunConfig) -> list[Row]:
-    ranks = step_of_recipe(config)
+    ranks, is_relative = step_of_recipe(config), config.name in RELATIVES
     executed, vision, language, num_tokens, num_padded = (
         sum(getattr(rank, part) for rank in ranks)
         for part in ("executed", "vision_forward", "language_forward", "num_tokens", "num_padded_tokens")
@@ -258,8 +258,8 @@ def _rows(case: str, config: RunConfig) -> list[Row]:
     }
     return [
         Row(
-            group="flops",
-            what=f"executed FLOPs of a {RELATIVE * (config.name in RELATIVES)}step on {NUM_RANKS} ranks",
+            group="family" if is_relative else "flops",
+            what=f"executed FLOPs of a {RELATIVE * is_relative}step on {NUM_RANKS} ranks",
             case=case,
             against=against,
             quantity="FLOPs",

@@ -103,7 +103,7 @@ def memory_rows() -> list[Row]:
         parts[f"chunk of {ROWS_OF_AUTO} rows, checkpointed"] = found.chunk_checkpointed / 1e9
         rows.append(
             Row(
-                group="flops",
+                group="family",
                 what=f"memory of a rank of {NUM_RANKS} in a relative's recipe, by formula",
                 case=recipe,
                 against=f"a GPU's {GPU_BYTES // 10**9} GB",

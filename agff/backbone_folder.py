@@ -84,9 +84,10 @@ def _convert(run: Path | None = None) -> str:
 
 
 def _adapter_tensors(folder: Path) -> list[str]:
-    """Names of the weights that are an adapter's; [] where they cannot be read, which loading says."""
+    """Names of the weights that are an adapter's; [] where there are none or a file cannot be read, which
+    loading says. Raises ConfigError for an index that names others than those beside it."""
+    paths = _named_weight_files(folder)
     try:
-        paths = _weight_files(folder)
         with ExitStack() as opened:
             return sorted(name for _, _, name in _parts(paths, opened) if ".lora_" in name)
     except ConfigError:
@@ -167,16 +168,23 @@ def _tensor_named(paths: list[Path], ending: str) -> torch.Tensor | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads the weights from, in its own order of preference. Raises
-    ConfigError."""
+    """The files that transformers loads the weights from. Raises ConfigError where there are none."""
+    if found := _named_weight_files(folder):
+        return found
+    raise ConfigError(
+        f"{folder}: no weights here (neither model.safetensors nor its index); download the folder again"
+    )
+
+
+def _named_weight_files(folder: Path) -> list[Path]:
+    """In transformers' own order of preference; [] where there are none. Raises ConfigError for an index that
+    names others than those beside it."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
             return _shards(index)
-    raise ConfigError(
-        f"{folder}: no weights here (neither model.safetensors nor its index); download the folder again"
-    )
+    return []
 
 
 def _shards(index: Path) -> list[Path]:

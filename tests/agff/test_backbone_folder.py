@@ -151,6 +151,17 @@ def test_weights_that_cannot_be_read_are_named(
     assert "download" in str(caught.value)
 
 
+def test_no_weights_outside_of_the_folder_are_loaded(backbone: Path, tmp_path: Path) -> None:
+    """transformers would follow the index."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbone, folder)
+    reshard(folder)
+    (folder / "first.safetensors").rename(tmp_path / "first.safetensors")
+    name_in_index(folder, "../first.safetensors")
+    with pytest.raises(ConfigError, match="names weights outside of its folder"):
+        load_backbone(folder, dtype=torch.float32, attention="sdpa")
+
+
 # ------------------------------------------------------------------ folders that are no backbone
 
 

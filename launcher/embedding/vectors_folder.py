@@ -188,14 +188,23 @@ def _read_description(folder: Path) -> Description:
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; {_REMEDY}") from None
-    missing = {VECTORS_FILE, ITEMS_FILE, REJECTED_FILE} - set(description.files)
     counts = (description.num_items, description.num_vectors, description.dim)
-    if missing or description.dtype not in DTYPES or any(type(x) is not int or x < 1 for x in counts):
+    if (
+        not _are_fingerprints(description.files)
+        or description.dtype not in DTYPES
+        or any(type(count) is not int or count < 1 for count in counts)
+    ):
         raise DataError(
             f"{path}: num_items, num_vectors, dim {counts}, dtype {description.dtype}, files "
-            f"{', '.join(description.files) or 'none'}: not those of vectors; {_REMEDY}"
+            f"{json.dumps(description.files)}: not those of vectors; {_REMEDY}"
         )
     return description
+
+
+def _are_fingerprints(files: object) -> bool:
+    """Of the files that belong to vectors, and of no others."""
+    names = {VECTORS_FILE, ITEMS_FILE, REJECTED_FILE}
+    return isinstance(files, dict) and files.keys() == names and all(type(x) is str for x in files.values())
 
 
 def _mapped(path: Path, description: Description) -> NDArray:

@@ -87,6 +87,9 @@ def changed(**values: object) -> Callable[[Path], None]:
     return change
 
 
+FILES = ("vectors.npy", "items.jsonl", "rejected.jsonl")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -100,10 +103,13 @@ def changed(**values: object) -> Callable[[Path], None]:
         (changed(sources={}), "a teacher's vectors of shards, of no use here"),
         (changed(num_items=4), "holds (3, 2, 4) float16, it must be (4, 2, 4) float16"),
         (changed(dtype="float32"), "holds (3, 2, 4) float16, it must be (3, 2, 4) float32"),
-        (changed(dtype="int8"), "dtype int8, files vectors.npy"),
+        (changed(dtype="int8"), 'dtype int8, files {"vectors.npy": '),
         (changed(num_items=0), "num_items, num_vectors, dim (0, 2, 4)"),
-        (changed(files={}), "files none: not those of vectors"),
-        (changed(files={"../x": "1 bytes"}), "files ../x: not those of vectors"),
+        (changed(files={}), "files {}: not those of vectors"),
+        (changed(files={"../x": "1 bytes"}), 'files {"../x": "1 bytes"}: not those of vectors'),
+        (changed(files=["vectors.npy"]), 'files ["vectors.npy"]: not those of vectors'),
+        (changed(files=dict.fromkeys(FILES, 1)), ": 1}: not those of vectors"),
+        (changed(files=dict.fromkeys([*FILES, "/etc/passwd"], "1 bytes")), "not those of vectors"),
     ],
 )
 def test_other_files_than_those_that_were_written_are_refused(

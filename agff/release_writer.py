@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from agff.adapter_folder import ADAPTER_FOLDER, write_adapter
 from agff.backbone_folder import HEAD_FILE
@@ -63,7 +62,7 @@ def save_release(
     folder.mkdir(parents=True, exist_ok=True)
     with streamed(model, weights, dtype=torch.float32) if weights else contextlib.nullcontext():
         golden = embedder.encode(list(golden_items().values()))
-    save_file({"embeddings": golden}, folder / GOLDEN_FILE)
+    write_weights(folder, {"embeddings": of_tensor(golden)}, dtype=golden.dtype, stem=Path(GOLDEN_FILE).stem)
     parts = release_parts(model, weights or _in_memory(model))
     written = [write_weights(folder, parts.prompts, dtype=dtype, stem=Path(PROMPTS_FILE).stem)]
     if model.head is not None:

@@ -23,6 +23,8 @@ class ZeroWeights:
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError when the folder is no checkpoint of ZeRO's or a file of it cannot be
         read."""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; name one that ds_to_universal has made")
         self.folder = folder
         self._pieces: list[Piece] = []
         self.tensors = self._universal() if (folder / "zero").is_dir() else self._partitioned()

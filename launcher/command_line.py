@@ -106,11 +106,16 @@ def report(error: AgffError) -> int:
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
-    """What it returns, or that of its error, which is printed: 2 for one that the user can fix, else 1."""
+    """What it returns, or that of its error, which is printed: 2 for one that the user can fix, 130 for
+    Ctrl-C, else 1."""
     try:
         return work()
     except AgffError as error:
         return _leave(report(error), with_others=error.on_all_ranks)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("\ninterrupted; the same command continues from what is on disk\n")
+        return _leave(130, with_others=False)
     except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
         words = (
             f"error on rank {os.environ.get('RANK', '0')} ({socket.gethostname()}):\n{traceback.format_exc()}"

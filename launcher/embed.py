@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from agff.embedder import Embedder
 from agff.errors import ConfigError
@@ -139,10 +138,7 @@ def _embed_corpus(arguments: argparse.Namespace, rank: RankInfo, device: torch.d
     _say(rank, _table(_plan(corpus, embedder, description, kind), arguments, rank))
     if arguments.dry_run:
         return
-    with tqdm(desc="embed", unit="item", disable=rank.rank > 0) as bar:
-        done = write_corpus_vectors(
-            embedder, corpus, arguments.out, description, how, rank, progress=bar.update
-        )
+    done = write_corpus_vectors(embedder, corpus, arguments.out, description, how, rank, title="embed")
     lines = [f"written: {arguments.out}: {done.num_items:,} items"]
     if done.num_rejected:
         path = arguments.out / REJECTED_FILE
@@ -157,7 +153,7 @@ def _plan(corpus: Corpus, embedder: Embedder, description: Description, kind: Ki
     return {
         "model": f"{embedder.processor.family.name}, weights sha256 {description.weights_sha256[:12]}...",
         "input": f"{NAMES[kind]}, {corpus.num_items:,} items"
-        + (f"; {others:,} other files there are no images by their names" if others else "")
+        + (f"; {others:,} other files there have no image's name" if others else "")
         + (f"; {links:,} links to folders there are not followed" if links else ""),
         "vectors": f"{shape} {description.dtype}, {size:,.1f} MiB, and as much again while they are written",
     }

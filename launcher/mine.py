@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from agff.errors import ConfigError
 from data_pipeline.layouts.mmeb_train import SPLITS, MmebTrain
@@ -82,9 +81,8 @@ def mine_on_this_rank(arguments: argparse.Namespace, rank: RankInfo, device: tor
         return
     with taken(arguments.out, rank):
         from_first_rank(lambda: _begin(mining))
-        with tqdm(desc="encode", unit="item", disable=rank.rank > 0) as bar:
-            for subset in rows:
-                mine_subset(mining, subset, rank, device, progress=bar.update)
+        for subset in rows:
+            mine_subset(mining, subset, rank, device)
         reports = from_first_rank(lambda: finish(mining))
     _say(rank, report_table(reports, num_negatives=rules.num_negatives))
     _say(rank, f"written: {arguments.out}; python launcher/prepare.py --mmeb {arguments.out} --out SHARDS")

@@ -51,7 +51,7 @@ _OPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)  # --image FILE before a text too
     try:
         use = _use(arguments)
         {BUILD: _build, MEASURE: _measure, SEARCH: _search}[use](arguments)

@@ -42,7 +42,8 @@ def find_subsets(root: Path, *, split: str) -> list[str]:
     paths = [path for path in root.glob("*/*.parquet") if not path.parent.name.startswith(".")]
     if not any(path.match(f"{split}-*.parquet") for path in paths):
         raise DataError(
-            f"{root}: no <SUBSET>/{split}-*.parquet here; give the folder of an MMEB-train download"
+            f"{root}: no <SUBSET>/{split}-*.parquet here; give the folder of an MMEB-train download, or "
+            "write tables like its of your pairs (data_pipeline/README.md)"
         )
     return sorted({path.parent.name for path in paths})
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from agff.embedder import Embedder
 from data_pipeline.corpora.corpus import Corpus, CorpusItem, Unusable
@@ -79,29 +80,39 @@ def write_corpus_vectors(
     how: HowToEncode,
     rank: RankInfo,
     *,
-    progress: Callable[[int], object],
+    title: str,
 ) -> Description:
     """Write the folder, or continue it; what it holds. Another process that writes it is waited for.
 
-    progress: called with the number of this rank's items that are done. Collective: every rank must call it.
-    Raises AgffError on all ranks.
+    title: of the bar of its own items that rank 0 shows. Collective: every rank must call it. Raises
+    AgffError on all ranks.
     """
     writer = VectorsFolderWriter(out, description, num_input=corpus.num_items)
     with taken(out, rank):
         from_first_rank(writer.begin)
 
         def work() -> None:
+            num_left = _num_items(writer.missing_blocks(rank=0, world_size=1))
+            if rank.rank == 0 and 0 < num_left < corpus.num_items:
+                tqdm.write(
+                    f"continues: {corpus.num_items - num_left:,} of {corpus.num_items:,} items are done"
+                )
             blocks = writer.missing_blocks(rank=rank.rank, world_size=rank.world_size)
-            for start in range(0, len(blocks), SPAN):
-                span = blocks[start : start + SPAN]
-                for block, encoded in zip(span, _encoded(embedder, corpus, span, how), strict=True):
-                    writer.write(block, encoded)
-                    progress(len(block))
+            with tqdm(total=_num_items(blocks), desc=title, unit="item", disable=rank.rank > 0) as bar:
+                for start in range(0, len(blocks), SPAN):
+                    span = blocks[start : start + SPAN]
+                    for block, encoded in zip(span, _encoded(embedder, corpus, span, how), strict=True):
+                        writer.write(block, encoded)
+                        bar.update(len(block))
 
         together(work)
         done = from_first_rank(writer.finish)
         from_first_rank(writer.clean_up)
     return done
+
+
+def _num_items(blocks: Sequence[range]) -> int:
+    return sum(map(len, blocks))
 
 
 def _encoded(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -144,6 +145,7 @@ def loaded_batches(
         multiprocessing_context="fork" if num_workers else None,  # the slots are inherited
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=_outlive_ctrl_c if num_workers else None,
     )
     others = set(multiprocessing.active_children())
     found = iter(loader)
@@ -157,6 +159,11 @@ def loaded_batches(
             found._shutdown_workers()  # type: ignore[attr-defined]
         for worker in workers:
             worker.kill()
+
+
+def _outlive_ctrl_c(_: int) -> None:
+    """It is for the main process, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _next(found: Any) -> LoadedBatch | HandedBatch[LoadedBatch]:

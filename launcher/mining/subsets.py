@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,7 @@ def chosen_rows(layout: MmebTrain, subsets: Sequence[str] | None, rules: MiningR
     return rows
 
 
-def mine_subset(
-    mining: Mining, subset: str, rank: RankInfo, device: torch.device, *, progress: Callable[[int], object]
-) -> None:
+def mine_subset(mining: Mining, subset: str, rank: RankInfo, device: torch.device) -> None:
     """Write the subset's blocks that are missing. Collective: every rank must call it. Raises AgffError on
     all ranks."""
     blocks, work = mining.blocks(subset), mining.work
@@ -131,7 +129,9 @@ def mine_subset(
             mining.embedder, pairs, mining.how, model=mining.model, location=str(mining.layout.root)
         )
     )
-    write_corpus_vectors(mining.embedder, pairs, folder, description, mining.how, rank, progress=progress)
+    write_corpus_vectors(
+        mining.embedder, pairs, folder, description, mining.how, rank, title=f"encode {subset}"
+    )
 
     candidates = from_first_rank(lambda: candidates_of(pairs, _vector_of(pairs, folder)))
 

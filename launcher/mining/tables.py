@@ -165,9 +165,10 @@ def report_table(reports: dict[str, SubsetReport], *, num_negatives: int) -> str
     return "\n".join(
         [
             *lines,
-            f"short: rows with fewer than {num_negatives} negatives, none: without any. Candidates left out: "
-            "content, they are an answer",
-            "of the query themselves; skipped, above --skip_ranks; margin, too much above the positive; "
-            "beyond, below --max_rank.",
+            f"short: rows with fewer than {num_negatives} negatives; none: without any; unusable: rows that "
+            "cannot be embedded.",
+            "Candidates that were left out: content, they are an answer of the query themselves; skipped, "
+            "above --skip_ranks;",
+            "margin, too much above the positive; beyond, below --max_rank, as nearly all are.",
         ]
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agff.contract import CONTRACT_FILE
 from agff.errors import CheckpointError, ConfigError
 from agff.files import write_text
 from agff.objectives import OBJECTIVES
@@ -229,9 +230,15 @@ def _stored(folder: Path) -> Document:
     try:
         return parse_yaml(read_text(path, "the configuration of a run"), str(path))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: neither a run ({CONFIG_FILE} is missing) nor a release (agff_config.json is missing)"
-        ) from None
+        raise CheckpointError(f"{folder}: {_no_run(folder)}") from None
+
+
+def _no_run(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder; name a run"
+    if (folder / CONTRACT_FILE).exists():
+        return f"a release, not a run ({CONFIG_FILE} is missing); name the run that it was made of"
+    return f"neither a run ({CONFIG_FILE} is missing) nor a release ({CONTRACT_FILE} is missing)"
 
 
 def _get(values: Any, name: str) -> Any:

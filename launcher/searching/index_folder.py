@@ -28,7 +28,7 @@ INDEX_FILE, VECTORS_FOLDER = "index.json", "vectors"
 DESCRIPTION_NAME = f"{VECTORS_FOLDER}/{DESCRIPTION_FILE}"
 FORMAT = 1
 GLOBAL, FINE = "global", "fine"
-_REMEDY = "build it again: python launcher/search.py --build VECTORS INDEX"
+_REMEDY = "build it again: python launcher/search.py INDEX --build VECTORS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ def _read_description(folder: Path) -> IndexDescription:
         _check(description)
     except FileNotFoundError:
         what = f"no index here ({INDEX_FILE} is missing)" if folder.is_dir() else "no such folder"
-        raise DataError(f"{folder}: {what}; {_REMEDY}") from None
+        raise DataError(
+            f"{folder}: {what}; make one of vectors: python launcher/search.py {folder} --build VECTORS"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; {_REMEDY}") from None
     return description

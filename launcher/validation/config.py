@@ -71,5 +71,6 @@ class ValidationConfig:
             nearest = " or ".join(str(steps) for steps in (lower, lower + save_every) if steps)
             raise ConfigError(
                 f"validate_every={validate_every} is not a multiple of save_every={save_every}, and "
-                f"keep_best={keep_best} keeps checkpoints of validated steps; use {nearest}"
+                f"keep_best={keep_best} keeps checkpoints of validated steps; use {nearest}, "
+                f"or save_every={validate_every}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import launcher.evaluate
 import launcher.mine
 from agff.errors import ConfigError
 from launcher.cli import main
-from launcher.command_line import DEEPSPEED_CONFIGS, RECIPES, parse_train_arguments
+from launcher.command_line import DEEPSPEED_CONFIGS, RECIPES, exit_code_of, parse_train_arguments
 from launcher.run.config import run_config_of
 from launcher.run.typed_values import setting_names
 
@@ -200,3 +201,14 @@ def test_a_mistake_of_ours_is_said_at_once_with_its_rank(
     printed = capsys.readouterr().err
     assert "error on rank 0 (" in printed
     assert "RuntimeError: the roof fell in" in printed
+
+
+def test_ctrl_c_says_that_the_same_command_continues(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def waits() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert exit_code_of(waits) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "\ninterrupted; the same command continues from what is on disk\n"

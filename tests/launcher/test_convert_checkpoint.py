@@ -197,10 +197,8 @@ def test_a_disk_that_fails_when_it_is_synced_is_named_and_leaves_nothing(
         (["--step", "3"], "no complete checkpoint of step 3; there are those of 2, 4"),
         (["--lora", "adapter"], "--lora adapter: the model has no adapters, all of its weights were trained"),
         (["--lora", "both"], "--lora both: the model has no adapters, all of its weights were trained"),
-        (
-            ["--universal", "nowhere"],
-            "nowhere: no checkpoint of ZeRO 1, 2 or 3 (0 files *_optim_states.pt, 0",
-        ),
+        (["--universal", "nowhere"], "nowhere: no such folder; name one that ds_to_universal has made"),
+        (["--universal", "."], ".: no checkpoint of ZeRO 1, 2 or 3 (0 files *_optim_states.pt, 0"),
     ],
 )
 def test_what_a_run_does_not_have_is_refused_and_leaves_nothing(

@@ -131,7 +131,7 @@ def test_a_folder_of_images_names_what_it_leaves_out(
     assert main([str(folder / "release"), str(folder / "photos"), str(tmp_path / "v")]) == 0
     said = capsys.readouterr().out
     assert (
-        "folder of images, 8 items; 1 other files there are no images by their names; 1 links to folders "
+        "folder of images, 8 items; 1 other files there have no image's name; 1 links to folders "
         "there are not followed"
     ) in said
     assert "6 items\n2 items cannot be used" in said

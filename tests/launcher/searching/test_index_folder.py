@@ -85,7 +85,7 @@ def rebound(num_items: int = 30, num_vectors: int = 3, weights_sha256: str = "a"
 
 FAULTS: dict[str, tuple[Fault, str]] = {
     "no index": (gone(INDEX_FILE), r"no index here \(index.json is missing\)"),
-    "no folder": (shutil.rmtree, r"no such folder; build it again: python launcher/search.py"),
+    "no folder": (shutil.rmtree, r"no such folder; make one of vectors: python launcher/search.py"),
     "no JSON": (text("{"), r"index.json: cannot be read: "),
     "a list": (text("[]"), r"index.json: cannot be read: "),
     "nested JSON": (text("[" * 100_000), r"index.json: cannot be read"),

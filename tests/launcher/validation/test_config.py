@@ -19,11 +19,11 @@ SETS = ["--validation.mmvp", "sets"]
         (
             ["--validate_every", "30", "--save_every", "20", "--keep_best", "mmvp", *SETS],
             "validate_every=30 is not a multiple of save_every=20, and keep_best=mmvp keeps checkpoints of "
-            "validated steps; use 20 or 40",
+            "validated steps; use 20 or 40, or save_every=",
         ),
         (
             ["--validate_every", "7", "--save_every", "20", "--keep_best", "mmvp", *SETS],
-            "keeps checkpoints of validated steps; use 20$",
+            "keeps checkpoints of validated steps; use 20, or save_every=",
         ),
         (["--validation.max_queries", "0", *SETS], "validation.max_queries=0 must be >= 1"),
         (

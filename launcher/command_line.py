@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -23,6 +24,8 @@ from launcher.run.typed_values import expected, is_optional, setting_names
 
 RECIPES = Path(__file__).parent / "recipes"
 DEEPSPEED_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C."""
 
 DESCRIPTION = """
 Train a multimodal embedding model with AGFF-Embed and EGA under DeepSpeed ZeRO.
@@ -106,8 +109,8 @@ def report(error: AgffError) -> int:
 
 
 def exit_code_of(work: Callable[[], int]) -> int:
-    """What it returns, or that of its error, which is printed: 2 for one that the user can fix, 130 for
-    Ctrl-C, else 1."""
+    """What it returns, or that of its error, which is printed: 2 for one that the user can fix,
+    INTERRUPTED for Ctrl-C, else 1."""
     try:
         return work()
     except AgffError as error:
@@ -115,7 +118,7 @@ def exit_code_of(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write("\ninterrupted; the same command continues from what is on disk\n")
-        return _leave(130, with_others=False)
+        return _leave(INTERRUPTED, with_others=False)
     except Exception:  # a mistake of ours or a broken machine: say at once whose words these are
         words = (
             f"error on rank {os.environ.get('RANK', '0')} ({socket.gethostname()}):\n{traceback.format_exc()}"

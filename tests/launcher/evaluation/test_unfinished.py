@@ -11,6 +11,7 @@ from torch import Tensor
 
 import launcher.evaluation.unfinished
 from agff.files import locked
+from launcher.command_line import INTERRUPTED
 from launcher.evaluate import main
 from tests.launcher.colours import ColourModel, write_benchmarks
 from tests.launcher.test_evaluate_on_ranks import without_dates
@@ -41,8 +42,7 @@ def unfinished(benchmarks: Path) -> list[Path]:
 
 def killed(benchmarks: Path) -> None:
     """After the first set of three."""
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(benchmarks, model=Killed())
+    assert evaluate(benchmarks, model=Killed()) == INTERRUPTED
 
 
 def num_encoded(benchmarks: Path, *options: str, **changes: Any) -> int:
@@ -121,8 +121,7 @@ def test_shown_examples_are_printed_after_a_kill_too(
                 raise KeyboardInterrupt
             return super().encode_inputs(inputs)
 
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(benchmarks, model=AtMmvp())
+    assert evaluate(benchmarks, model=AtMmvp()) == INTERRUPTED
     assert num_encoded(benchmarks, "--show", "1") == 6 + 7
     assert 'T2I: "Find red": truth at rank 1 of 3' in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 import uuid
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from agff.checkpoint_folder import checkpoint_folder, checkpoint_name
 from data_pipeline.convert import prepare
 from tests.drawings import tiny_backbone, write_drawings
 
@@ -55,6 +57,23 @@ def small_project(folder: Path) -> Path:
 def train_command(stage: int) -> str:
     """As the README has it."""
     return f"deepspeed launcher/train.py --deepspeed ds_configs/zero{stage}.json"
+
+
+def change_settings(run: Path, section: str, **values: object) -> None:
+    """Of a run that has trained: its configuration says other values, as if somebody had edited it."""
+    path = run / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings[section] |= values
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def universal_of(run: Path, out: Path, *, step: int) -> Path:
+    """The universal checkpoint that DeepSpeed makes of that of a step."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint_folder(run) / checkpoint_name(step))]
+    command += ["--output_folder", str(out), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    return out
 
 
 MISBEHAVING = """

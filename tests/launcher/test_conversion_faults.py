@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from agff import files
@@ -25,6 +24,7 @@ from agff.contract import read_contract
 from agff.files import partial_path
 from launcher.convert_checkpoint import convert, main
 from launcher.run import trained_model
+from tests.launcher.runs import change_settings, universal_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -150,9 +150,7 @@ def test_a_backbone_that_is_gone_meanwhile_is_named(
     run, backbone, out = tmp_path / "run", tmp_path / "backbone", tmp_path / "out" / "release"
     shutil.copytree(lora_run[1], run)
     shutil.copytree(BACKBONE, backbone)
-    values = yaml.safe_load((run / "config.yaml").read_text())
-    values["backbone"]["path"] = str(backbone)
-    (run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    change_settings(run, "backbone", path=str(backbone))
 
     def open_and_lose(*arguments: Any, **options: Any) -> trained_model.TrainedRun:
         opened = trained_model.open_run(*arguments, **options)
@@ -178,11 +176,8 @@ def test_a_universal_checkpoint_of_zero3_becomes_the_same_release(
 ) -> None:
     """Its tensors are flat."""
     monkeypatch.chdir(project)
-    run, universal = lora_run[1] if kind == "lora" else train_once(3)[0], tmp_path / "universal"
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint_folder(run) / checkpoint_name(4))]
-    command += ["--output_folder", str(universal), "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    run = lora_run[1] if kind == "lora" else train_once(3)[0]
+    universal = universal_of(run, tmp_path / "universal", step=4)
     [flat] = [path for path in universal.glob("zero/*embed_tokens.vectors/fp32.pt")]
     assert torch.load(flat, weights_only=True).ndim == 1
     convert(run, tmp_path / "release", dtype=torch.float32, universal=universal)

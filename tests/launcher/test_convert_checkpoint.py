@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.storage import LocalFolder
 from launcher.convert_checkpoint import convert, main
 from tests.consolidated import consolidated_weights
+from tests.launcher.runs import change_settings
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -127,14 +127,12 @@ def test_a_run_is_converted_from_another_working_folder(
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     shutil.copytree(lora_run[1], run)
-    values = yaml.safe_load((run / "config.yaml").read_text())
     for path, says in {
         "/nowhere/backbone": "no such folder; if the backbone moved, write its new place there",
         "models/backbone": f"no such folder in {tmp_path}, and the path is relative to the folder in which",
         str(project / BACKBONE): "",
     }.items():
-        values["backbone"]["path"] = path
-        (run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        change_settings(run, "backbone", path=path)
         assert main([str(run), "release"]) == (2 if says else 0)
         errors = capsys.readouterr().err
         assert "Repo id" not in errors
@@ -153,9 +151,7 @@ def test_a_checkpoint_of_another_model_names_the_weights(
     monkeypatch.chdir(project)
     run = tmp_path / "run"
     shutil.copytree(train_once(3)[0], run)
-    values = yaml.safe_load((run / "config.yaml").read_text())
-    values["prompts"]["num_fine"] = 2
-    (run / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    change_settings(run, "prompts", num_fine=2)
     assert main([str(run), str(tmp_path / "release")]) == 2
     assert "embed_tokens.vectors is [5, 32], in the model [3, 32]; the backbone" in capsys.readouterr().err
 

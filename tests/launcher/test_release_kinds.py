@@ -4,8 +4,6 @@ transformers and peft look for, and without the model in memory."""
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from launcher.run.trained_model import load_run
 from tests.agff.family_folders import BUILDERS, published
 from tests.consolidated import consolidated_weights
 from tests.launcher.first_checkpoints import STEP, save_first_checkpoints
-from tests.launcher.runs import SMALL_RECIPE
+from tests.launcher.runs import SMALL_RECIPE, universal_of
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -203,21 +201,13 @@ def test_the_hubs_name_of_the_backbone_is_stored_and_its_cache_is_found(
     assert len(agff.load(release).encode("a text")) == 1
 
 
-def universal_of(run: Path, out: Path) -> Path:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint_folder(run) / checkpoint_name(STEP))]
-    command += ["--output_folder", str(out), "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
-    return out
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param("qwen2_vl-frozen-zero2", marks=pytest.mark.slow), "qwen2_vl-lora-zero2"]
 )
 def test_a_universal_checkpoint_becomes_the_same_release(
     runs: Path, releases: Path, tmp_path: Path, name: str
 ) -> None:
-    universal = universal_of(runs / name, tmp_path / "universal")
+    universal = universal_of(runs / name, tmp_path / "universal", step=STEP)
     convert(runs / name, tmp_path / "release", dtype=torch.float32, universal=universal)
     expected = releases / f"{name}-merged"
     for file in ("backbone/model.safetensors", "prompts.safetensors"):

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import yaml
 
 from agff.backbone_folder import backbone_sha256
 from agff.errors import CheckpointError
@@ -23,7 +22,7 @@ from launcher.run.trained_model import load_run
 from launcher.train import main as train_main
 from tests.agff.test_backbone_folder import reshard
 from tests.drawings import tiny_backbone
-from tests.launcher.runs import run_command
+from tests.launcher.runs import change_settings, run_command
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -35,9 +34,7 @@ BACKBONE = ".cache/quickstart/backbone"
 def with_backbone(run: Path, folder: Path, out: Path) -> Path:
     """A copy of the run whose backbone is in `folder`, as if that had always been its place."""
     shutil.copytree(run, out)
-    values = yaml.safe_load((out / "config.yaml").read_text())
-    values["backbone"]["path"] = str(folder)
-    (out / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    change_settings(out, "backbone", path=str(folder))
     return out
 
 
